@@ -1,0 +1,77 @@
+"""Where tokens stand and what they may see: positions, masks, and the key/value cache.
+
+A call without a cache attends to its own tokens. A call with one writes its keys and values into the next free slots and
+attends to every slot written so far. Positions count real tokens only, so padding on the left or on the right does not shift
+them; a slot's number and its token's position differ by the padding before it.
+"""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from lq.models.config import ModelConfig
+
+
+@flax.struct.dataclass
+class KVCache:
+    """Keys and values of one block; slot t holds the t-th token fed, padding included."""
+
+    k: Float[Array, "B T G C"]
+    v: Float[Array, "B T G C"]
+
+    def write(self, k: Float[Array, "B S G C"], v: Float[Array, "B S G C"], start: Int[Array, ""]) -> "KVCache":
+        at = (0, start, 0, 0)
+        write = jax.lax.dynamic_update_slice
+        return KVCache(write(self.k, k.astype(self.k.dtype), at), write(self.v, v.astype(self.v.dtype), at))
+
+
+@flax.struct.dataclass
+class Context:
+    """What every block needs besides its input: the place of each query and of each key."""
+
+    positions: Int[Array, "B S"]
+    key_positions: Int[Array, "B T"]
+    key_valid: Bool[Array, "B T"]  # a real token stands there
+    start: Int[Array, ""]  # the cache slot of the first query
+    length: int = flax.struct.field(pytree_node=False)  # longest context of this call; selects longrope's table
+
+    def mask(self, window: int | None) -> Bool[Array, "B S T"]:
+        """True where a query may look: itself and before, inside the window, real tokens only."""
+        distance = self.positions[:, :, None] - self.key_positions[:, None, :]
+        visible = (distance >= 0) & self.key_valid[:, None, :]
+        return visible & (distance < window) if window is not None else visible
+
+
+def context_for(tokens: Int[Array, "B S"], valid: Bool[Array, "B S"] | None = None) -> Context:
+    """The context of a plain forward pass. `valid` marks real tokens (an attention mask); all are when it is None."""
+    valid = jnp.ones(tokens.shape, bool) if valid is None else valid.astype(bool)
+    positions = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
+    return Context(positions, positions, valid, jnp.int32(0), length=tokens.shape[1])
+
+
+@flax.struct.dataclass
+class DecodeState:
+    """All that `generate` carries from token to token."""
+
+    caches: tuple[KVCache, ...]
+    positions: Int[Array, "B T"]
+    valid: Bool[Array, "B T"]
+    filled: Int[Array, ""]  # slots written
+
+    @classmethod
+    def empty(cls, config: ModelConfig, batch: int, capacity: int, dtype=jnp.float32) -> "DecodeState":
+        shape = (batch, capacity, config.num_kv_heads, config.head_dim)
+        caches = tuple(KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in config.kinds)
+        slots = (batch, capacity)
+        return cls(caches, jnp.zeros(slots, jnp.int32), jnp.zeros(slots, bool), jnp.int32(0))
+
+    def extend(self, valid: Bool[Array, "B S"]) -> tuple["DecodeState", Context]:
+        """Makes room for the next `valid.shape[1]` tokens; returns the state with their places and their context."""
+        seen = self.valid.sum(1, keepdims=True)
+        positions = jnp.maximum(seen + jnp.cumsum(valid, axis=1) - 1, 0)
+        at = (0, self.filled)
+        all_positions = jax.lax.dynamic_update_slice(self.positions, positions.astype(jnp.int32), at)
+        all_valid = jax.lax.dynamic_update_slice(self.valid, valid.astype(bool), at)
+        state = self.replace(positions=all_positions, valid=all_valid, filled=self.filled + valid.shape[1])
+        return state, Context(positions, all_positions, all_valid, self.filled, length=self.valid.shape[1])

@@ -1,0 +1,171 @@
+"""The decoder: embed, a row of unrolled blocks, head. One definition for every family.
+
+    model = Decoder(config)
+    logits = model.apply({"params": params}, tokens)
+
+`params` is a nested dict: `embed` (tokens, and positions where they are learned), `block_0` to `block_{L-1}`, `final_norm`,
+and `head` unless the embeddings are tied. Any linear `kernel` and the token embedding may be a packed `QTensor`; the
+definition does not know.
+
+The three parts are usable alone, each on its own slice of `params`, which is how calibration streams a model that does not
+fit in memory:
+
+    h = embed(config, params, tokens, context)
+    for i, kind in enumerate(config.kinds):
+        h, _ = apply_block(config, kind, params[f"block_{i}"], h, context)
+    logits = head(config, params, h)
+
+The compute dtype is the dtype of the embedding's output; pass `dtype` to fix it.
+"""
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from lq.models.config import BlockKind, ModelConfig
+from lq.models.context import Context, DecodeState, KVCache, context_for
+from lq.models.layers import MLP, Attention, MixtureOfExperts, Norm, read_or_init
+from lq.numerics.matmul import lookup, matmul
+
+
+class Table(nn.Module):
+    """An embedding table `[rows, channels]`; the token table may be a `QTensor` of logical shape `[channels, rows]`."""
+
+    rows: int
+    channels: int
+
+    @nn.compact
+    def __call__(self, indices: Int[Array, "B S"] | None = None):
+        """The rows at `indices`, or the whole table as a head's `[channels, rows]` kernel when `indices` is None."""
+        init = nn.initializers.normal(0.02)
+        table = read_or_init(self, "embedding", init, (self.rows, self.channels))
+        if indices is None:
+            return table if not isinstance(table, jnp.ndarray) else table.T
+        return lookup(table, indices)
+
+
+class Embed(nn.Module):
+    """Token embedding, scaled, plus learned positions where the family has them."""
+
+    config: ModelConfig
+    dtype: jnp.dtype | None = None
+
+    def setup(self):
+        config = self.config
+        self.tokens = Table(config.vocab_size, config.hidden_size)
+        if config.learned_position_offset is not None:
+            rows = config.max_positions + config.learned_position_offset
+            self.positions = Table(rows, config.hidden_size)
+
+    def __call__(self, tokens: Int[Array, "B S"], context: Context) -> Float[Array, "B S D"]:
+        config = self.config
+        h = self.tokens(tokens)
+        h = h.astype(self.dtype or h.dtype)
+        if config.embedding_scale != 1.0:
+            h *= jnp.asarray(config.embedding_scale, h.dtype)  # rounded to the compute dtype, as Gemma was trained
+        if config.learned_position_offset is not None:
+            h += self.positions(context.positions + config.learned_position_offset).astype(h.dtype)
+        return h
+
+    def as_head(self):
+        return self.tokens()
+
+
+class Block(nn.Module):
+    """x + attention(norm x), then + feed-forward(norm x); Gemma 2/3 also norm what is added."""
+
+    config: ModelConfig
+    kind: BlockKind
+
+    @nn.compact
+    def __call__(
+        self, h: Float[Array, "B S D"], context: Context, cache: KVCache | None = None
+    ) -> tuple[Float[Array, "B S D"], KVCache | None]:
+        config = self.config
+        y, cache = Attention(config, self.kind, name="attention")(Norm(config, name="attention_norm")(h), context, cache)
+        if config.post_norms:
+            y = Norm(config, name="attention_post_norm")(y)
+        h += y
+        y = Norm(config, name="mlp_norm")(h)
+        y = MixtureOfExperts(config, name="moe")(y) if self.kind.routed else MLP(config, name="mlp")(y)
+        if config.post_norms:
+            y = Norm(config, name="mlp_post_norm")(y)
+        return h + y, cache
+
+
+class Head(nn.Module):
+    """Final norm, projection to the vocabulary, soft cap. Logits are float32."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, h: Float[Array, "B S D"], tied_kernel=None) -> Float[Array, "B S V"]:
+        config = self.config
+        h = Norm(config, name="final_norm")(h)
+        if tied_kernel is None:
+            init = nn.initializers.normal(0.02)
+            tied_kernel = read_or_init(self, "kernel", init, (config.hidden_size, config.vocab_size))
+        logits = matmul(h, tied_kernel).astype(jnp.float32)
+        if config.logit_softcap is not None:
+            logits = config.logit_softcap * jnp.tanh(logits / config.logit_softcap)
+        return logits
+
+
+class Decoder(nn.Module):
+    """The whole model. `dtype` is the compute dtype; the embedding's own when None."""
+
+    config: ModelConfig
+    dtype: jnp.dtype | None = None
+
+    def setup(self):
+        self.embed = Embed(self.config, self.dtype)
+        self.block = [Block(self.config, kind) for kind in self.config.kinds]
+        self.head = Head(self.config)
+
+    def __call__(
+        self, tokens: Int[Array, "B S"], valid: Bool[Array, "B S"] | None = None
+    ) -> Float[Array, "B S V"]:
+        """Logits `[batch, length, vocabulary]` in float32. `valid` marks real tokens; logits at the others mean nothing."""
+        context = context_for(tokens, valid)
+        h = self.embed(tokens, context)
+        for block in self.block:
+            h, _ = block(h, context)
+        return self._logits(h)
+
+    def step(
+        self, tokens: Int[Array, "B S"], state: DecodeState, valid: Bool[Array, "B S"] | None = None
+    ) -> tuple[Float[Array, "B S V"], DecodeState]:
+        """Feeds the next S tokens through the cache: prefill with S > 1, decoding with S = 1."""
+        valid = jnp.ones(tokens.shape, bool) if valid is None else valid.astype(bool)
+        state, context = state.extend(valid)
+        h = self.embed(tokens, context)
+        caches = []
+        for block, cache in zip(self.block, state.caches, strict=True):
+            h, cache = block(h, context, cache)
+            caches.append(cache)
+        return self._logits(h), state.replace(caches=tuple(caches))
+
+    def _logits(self, h):
+        return self.head(h, self.embed.as_head() if self.config.tie_embeddings else None)
+
+
+def embed(
+    config: ModelConfig, params, tokens: Int[Array, "B S"], context: Context, dtype: jnp.dtype | None = None
+) -> Float[Array, "B S D"]:
+    """The first hidden state. Reads `params["embed"]` only."""
+    return Embed(config, dtype).apply({"params": params["embed"]}, tokens, context)
+
+
+def apply_block(
+    config: ModelConfig, kind: BlockKind, block_params, h: Float[Array, "B S D"], context: Context
+) -> Float[Array, "B S D"]:
+    """One block on its own parameters; the output is the next block's input, before any final norm."""
+    return Block(config, kind).apply({"params": block_params}, h, context)[0]
+
+
+def head(config: ModelConfig, params, h: Float[Array, "B S D"]) -> Float[Array, "B S V"]:
+    """Logits from the last hidden state. Reads `params["head"]`, and `params["embed"]` when the embeddings are tied."""
+    kernel = None
+    if config.tie_embeddings:
+        kernel = Embed(config).apply({"params": params["embed"]}, method="as_head")
+    return Head(config).apply({"params": params["head"]}, h, kernel)

@@ -1,0 +1,207 @@
+"""The parts a decoder block is made of: linear map, norms, rotary positions, attention, feed-forward.
+
+Shapes in this file: B batch, S query positions, T key positions, D hidden channels, H query heads, G key/value heads, C head
+channels. A weight `kernel` is `[in, out]`. Norms, softmax and routing are computed in float32 whatever the compute dtype.
+"""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from lq.models.config import Activation, BlockKind, ModelConfig, Rope
+from lq.numerics.matmul import expert_matmul, matmul
+
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+}
+
+
+def read_or_init(module: nn.Module, name: str, init, shape, dtype=jnp.float32):
+    """The parameter `name` as it stands, packed or dense; initialized only when there is none.
+
+    `Module.param` compares the leaf with the initializer's shape and refuses a packed one.
+    """
+    if module.has_variable("params", name):
+        return module.get_variable("params", name)
+    return module.param(name, init, shape, dtype)
+
+
+class Linear(nn.Module):
+    """y = x @ kernel + bias, where `kernel` is a dense `[in, out]` array or a packed `QTensor` of that logical shape."""
+
+    features: int
+    use_bias: bool = False
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... in"]) -> Float[Array, "... out"]:
+        init = nn.initializers.normal(0.02)
+        kernel = read_or_init(self, "kernel", init, (x.shape[-1], self.features))
+        y = matmul(x, kernel)
+        if self.use_bias:
+            y += self.param("bias", nn.initializers.zeros, (self.features,)).astype(y.dtype)
+        return y
+
+
+class Norm(nn.Module):
+    """RMSNorm or LayerNorm over the last axis, in float32."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        config, dtype, width = self.config, x.dtype, x.shape[-1]
+        x = x.astype(jnp.float32)
+        if config.norm == "layernorm":
+            x -= x.mean(-1, keepdims=True)
+        x *= jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + config.norm_eps)
+        # The stored scale starts where the effective scale is 1.
+        scale = self.param("scale", nn.initializers.constant(1.0 - config.norm_offset), (width,))
+        x *= scale.astype(jnp.float32) + config.norm_offset
+        if config.norm == "layernorm":
+            x += self.param("bias", nn.initializers.zeros, (width,)).astype(jnp.float32)
+        return x.astype(dtype)
+
+
+def inverse_frequencies(rope: Rope, length: int) -> Float[Array, " pairs"]:
+    """Radians per position of each rotated pair. `length` (the longest context of this call) picks longrope's table."""
+    pairs = rope.rotary_dim // 2
+    frequency = rope.theta ** (-jnp.arange(pairs, dtype=jnp.float32) / pairs)
+    if rope.kind == "linear":
+        return frequency / rope.factor
+    if rope.kind == "longrope":
+        factors = rope.long_factor if length > rope.original_max_positions else rope.short_factor
+        return frequency / jnp.asarray(factors, jnp.float32)
+    if rope.kind == "llama3":
+        # Long wavelengths are stretched by `factor`, short ones kept, those between blended linearly.
+        turns = rope.original_max_positions * frequency / (2 * math.pi)
+        blend = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+        blend = jnp.clip(blend, 0.0, 1.0)
+        return frequency * (blend + (1.0 - blend) / rope.factor)
+    return frequency
+
+
+def rotate(
+    x: Float[Array, "B S heads C"], positions: Int[Array, "B S"], rope: Rope, length: int
+) -> Float[Array, "B S heads C"]:
+    """Rotates channel i against channel i + rotary_dim/2 (the "half" pairing of Hugging Face checkpoints)."""
+    angle = positions[..., None].astype(jnp.float32) * inverse_frequencies(rope, length)
+    cos = (jnp.cos(angle) * rope.attention_factor)[:, :, None, :]
+    sin = (jnp.sin(angle) * rope.attention_factor)[:, :, None, :]
+    half = rope.rotary_dim // 2
+    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    a32, b32 = a.astype(jnp.float32), b.astype(jnp.float32)
+    rotated = jnp.concatenate([a32 * cos - b32 * sin, b32 * cos + a32 * sin], -1).astype(x.dtype)
+    return jnp.concatenate([rotated, rest], -1) if rest.shape[-1] else rotated
+
+
+def attend(
+    q: Float[Array, "B S H C"],
+    k: Float[Array, "B T G C"],
+    v: Float[Array, "B T G C"],
+    mask: Bool[Array, "B S T"],
+    scale: float,
+    softcap: float | None,
+) -> Float[Array, "B S H C"]:
+    """Softmax attention; each key/value head serves H/G query heads. A query with no visible key gets a finite average."""
+    B, S, H, C = q.shape
+    q = q.reshape(B, S, k.shape[2], H // k.shape[2], C)
+    scores = jnp.einsum("bsgrc,btgc->bgrst", q, k, preferred_element_type=jnp.float32) * scale
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
+    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("bgrst,btgc->bsgrc", weights, v).reshape(B, S, H, C)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with grouped key/value heads."""
+
+    config: ModelConfig
+    kind: BlockKind
+
+    @nn.compact
+    def __call__(self, x, context, cache=None):
+        """`x [B, S, D]` -> `[B, S, D]` and the updated `KVCache` (None when none was given)."""
+        config = self.config
+        q = self._heads("q", x, config.num_heads)
+        k = self._heads("k", x, config.num_kv_heads)
+        v = self._heads("v", x, config.num_kv_heads)
+        if self.kind.rope is not None:
+            q = rotate(q, context.positions, self.kind.rope, context.length)
+            k = rotate(k, context.positions, self.kind.rope, context.length)
+        if cache is not None:
+            cache = cache.write(k, v, context.start)
+            k, v = cache.k.astype(x.dtype), cache.v.astype(x.dtype)
+        mask = context.mask(self.kind.window)
+        y = attend(q, k, v, mask, config.query_scale, config.attention_softcap)
+        y = y.reshape(*x.shape[:2], config.num_heads * config.head_dim)
+        return Linear(config.hidden_size, config.attention_out_bias, name="o_proj")(y), cache
+
+    def _heads(self, which: str, x, count: int):
+        config = self.config
+        y = Linear(count * config.head_dim, config.qkv_bias, name=f"{which}_proj")(x)
+        y = y.reshape(*x.shape[:2], count, config.head_dim)
+        return Norm(config, name=f"{which}_norm")(y) if config.qk_norm and which != "v" else y
+
+
+class MLP(nn.Module):
+    """Feed-forward part, gated or plain."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        config = self.config
+        act = ACTIVATIONS[config.activation]
+        up = Linear(config.intermediate_size, config.mlp_bias, name="up_proj")(x)
+        if config.gated_mlp:
+            hidden = act(Linear(config.intermediate_size, config.mlp_bias, name="gate_proj")(x)) * up
+        else:
+            hidden = act(up)
+        return Linear(config.hidden_size, config.mlp_bias, name="down_proj")(hidden)
+
+
+class StackedLinear(nn.Module):
+    """One bias-free linear map per expert, `kernel [experts, in, out]`, dense or packed."""
+
+    experts: int
+    features: int
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "rows in"], rows_per_expert: Int[Array, " experts"]) -> Float[Array, "rows out"]:
+        """Rows are sorted by expert; `rows_per_expert` says how many belong to each."""
+        init = nn.initializers.normal(0.02)
+        kernel = read_or_init(self, "kernel", init, (self.experts, x.shape[-1], self.features))
+        return expert_matmul(x, kernel, rows_per_expert)
+
+
+class MixtureOfExperts(nn.Module):
+    """Top-k routed gated MLPs (Mixtral, arXiv 2401.04088; Qwen3-MoE). No token is ever dropped."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        config, experts = self.config, self.config.experts
+        tokens = x.reshape(-1, x.shape[-1])
+        logits = Linear(experts.count, name="router")(tokens)
+        probability = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
+        weight, chosen = jax.lax.top_k(probability, experts.per_token)
+        if experts.renormalize:
+            weight /= weight.sum(-1, keepdims=True)
+        order = jnp.argsort(chosen.ravel(), stable=True)  # sorted row r is copy order[r] of token order[r] // per_token
+        rows = tokens[order // experts.per_token]
+        per_expert = jnp.bincount(chosen.ravel(), length=experts.count)
+        act: Activation = config.activation
+        gate = StackedLinear(experts.count, experts.intermediate_size, name="gate_proj")(rows, per_expert)
+        up = StackedLinear(experts.count, experts.intermediate_size, name="up_proj")(rows, per_expert)
+        down = StackedLinear(experts.count, config.hidden_size, name="down_proj")
+        y = down(ACTIVATIONS[act](gate) * up, per_expert)
+        y *= weight.ravel()[order, None].astype(y.dtype)
+        return jnp.zeros_like(tokens).at[order // experts.per_token].add(y).reshape(x.shape)
