@@ -1,0 +1,37 @@
+"""Layer-wise low-bit quantization of language models in JAX.
+
+The functions below are imported when first used, so that `import lq` costs nothing; see `lq.api` for what they do.
+"""
+
+import importlib
+
+from lq.errors import UserError
+
+__version__ = "0.1.0"
+__all__ = [
+    "UserError",
+    "allocate",
+    "calibration_windows",
+    "evaluate",
+    "evaluation_windows",
+    "generate",
+    "load",
+    "open_model",
+    "quantize",
+    "save",
+    "score",
+    "uniform_plan",
+]
+
+_LAZY = {name: "lq.api" for name in __all__ if name not in ("UserError", "generate")}
+_LAZY["generate"] = "lq.models.generate"
+
+
+def __getattr__(name: str):
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'lq' has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted([*globals(), *_LAZY])

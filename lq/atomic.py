@@ -29,5 +29,5 @@ def write_file(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces the text file at `path` atomically."""
-    write_file(path, lambda temporary: temporary.write_text(text))
+    """Replaces the text file at `path`, UTF-8, atomically."""
+    write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

@@ -1,11 +1,11 @@
 """The one model description every family is translated into.
 
-A `ModelConfig` says everything the decoder in `decoder.py` needs and nothing about where it came from; `families.py` builds
-it from a Hugging Face config. It is frozen and hashable, so it can be a static argument of `jax.jit`.
+A `ModelConfig` says everything the decoder in `decoder.py` needs and nothing about where it came from; `families.py`
+builds it from a Hugging Face config. It is frozen and hashable, so it can be a static argument of `jax.jit`.
 
-Blocks of one model may differ in three ways only: the attention window, the rotary table, and whether the feed-forward part
-is routed. These live in `BlockKind`. Two blocks of equal kind run through the same compiled function, which is what keeps
-streaming over eighty blocks as cheap to compile as over two.
+Blocks of one model may differ in three ways only: the attention window, the rotary table, and whether the feed-forward
+part is routed. These live in `BlockKind`. Two blocks of equal kind run through the same compiled function, which is
+what keeps streaming over eighty blocks as cheap to compile as over two.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ class Rope:
     low_freq_factor: float = 1.0  # llama3
     high_freq_factor: float = 4.0  # llama3
     original_max_positions: int = 8192  # llama3, longrope: the context length before extension
-    short_factor: tuple[float, ...] = ()  # longrope: one divisor per rotated pair, sequences within the original context
+    short_factor: tuple[float, ...] = ()  # longrope: one divisor per rotated pair, up to the original context
     long_factor: tuple[float, ...] = ()  # longrope: the same beyond it
     attention_factor: float = 1.0  # multiplies cos and sin
 

@@ -1,8 +1,8 @@
 """Where tokens stand and what they may see: positions, masks, and the key/value cache.
 
-A call without a cache attends to its own tokens. A call with one writes its keys and values into the next free slots and
-attends to every slot written so far. Positions count real tokens only, so padding on the left or on the right does not shift
-them; a slot's number and its token's position differ by the padding before it.
+A call without a cache attends to its own tokens. A call with one writes its keys and values into the next free slots
+and attends to every slot written so far. Positions count real tokens only, so padding on the left or on the right does
+not shift them; a slot's number and its token's position differ by the padding before it.
 """
 
 import flax.struct
@@ -34,7 +34,7 @@ class Context:
     key_positions: Int[Array, "B T"]
     key_valid: Bool[Array, "B T"]  # a real token stands there
     start: Int[Array, ""]  # the cache slot of the first query
-    length: int = flax.struct.field(pytree_node=False)  # longest context of this call; selects longrope's table
+    length: Int[Array, ""]  # tokens of the longest context, padding left out; selects longrope's table
 
     def mask(self, window: int | None) -> Bool[Array, "B S T"]:
         """True where a query may look: itself and before, inside the window, real tokens only."""
@@ -47,7 +47,7 @@ def context_for(tokens: Int[Array, "B S"], valid: Bool[Array, "B S"] | None = No
     """The context of a plain forward pass. `valid` marks real tokens (an attention mask); all are when it is None."""
     valid = jnp.ones(tokens.shape, bool) if valid is None else valid.astype(bool)
     positions = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
-    return Context(positions, positions, valid, jnp.int32(0), length=tokens.shape[1])
+    return Context(positions, positions, valid, jnp.int32(0), length=positions.max() + 1)
 
 
 @flax.struct.dataclass
@@ -58,13 +58,22 @@ class DecodeState:
     positions: Int[Array, "B T"]
     valid: Bool[Array, "B T"]
     filled: Int[Array, ""]  # slots written
+    length: Int[Array, ""]  # tokens the longest row may reach
 
     @classmethod
-    def empty(cls, config: ModelConfig, batch: int, capacity: int, dtype=jnp.float32) -> "DecodeState":
+    def empty(
+        cls, config: ModelConfig, batch: int, capacity: int, dtype=jnp.float32, length: Int[Array, ""] | None = None
+    ) -> "DecodeState":
+        """Room for `capacity` tokens a row.
+
+        `length` is how long the longest row will get, `capacity` when None. It is fixed beforehand because longrope has
+        one table for short and one for long contexts, and keys in the cache must have been rotated by the one in use.
+        """
         shape = (batch, capacity, config.num_kv_heads, config.head_dim)
         caches = tuple(KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in config.kinds)
         slots = (batch, capacity)
-        return cls(caches, jnp.zeros(slots, jnp.int32), jnp.zeros(slots, bool), jnp.int32(0))
+        length = jnp.int32(capacity if length is None else length)
+        return cls(caches, jnp.zeros(slots, jnp.int32), jnp.zeros(slots, bool), jnp.int32(0), length)
 
     def extend(self, valid: Bool[Array, "B S"]) -> tuple["DecodeState", Context]:
         """Makes room for the next `valid.shape[1]` tokens; returns the state with their places and their context."""
@@ -74,4 +83,4 @@ class DecodeState:
         all_positions = jax.lax.dynamic_update_slice(self.positions, positions.astype(jnp.int32), at)
         all_valid = jax.lax.dynamic_update_slice(self.valid, valid.astype(bool), at)
         state = self.replace(positions=all_positions, valid=all_valid, filled=self.filled + valid.shape[1])
-        return state, Context(positions, all_positions, all_valid, self.filled, length=self.valid.shape[1])
+        return state, Context(positions, all_positions, all_valid, self.filled, self.length)

@@ -3,12 +3,12 @@
     model = Decoder(config)
     logits = model.apply({"params": params}, tokens)
 
-`params` is a nested dict: `embed` (tokens, and positions where they are learned), `block_0` to `block_{L-1}`, `final_norm`,
-and `head` unless the embeddings are tied. Any linear `kernel` and the token embedding may be a packed `QTensor`; the
-definition does not know.
+`params` is a nested dict: `embed` (tokens, and positions where they are learned), `block_0` to `block_{L-1}`, and
+`head` (the final norm, and a kernel unless the embeddings are tied). Any linear `kernel` and the token embedding may be
+a packed `QTensor`; the definition does not know.
 
-The three parts are usable alone, each on its own slice of `params`, which is how calibration streams a model that does not
-fit in memory:
+The three parts are usable alone, each on its own slice of `params`, which is how calibration streams a model that does
+not fit in memory:
 
     h = embed(config, params, tokens, context)
     for i, kind in enumerate(config.kinds):
@@ -19,6 +19,7 @@ The compute dtype is the dtype of the embedding's output; pass `dtype` to fix it
 """
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -26,6 +27,7 @@ from lq.models.config import BlockKind, ModelConfig
 from lq.models.context import Context, DecodeState, KVCache, context_for
 from lq.models.layers import MLP, Attention, MixtureOfExperts, Norm, read_or_init
 from lq.numerics.matmul import lookup, matmul
+from lq.numerics.qtensor import QTensor
 
 
 class Table(nn.Module):
@@ -40,7 +42,7 @@ class Table(nn.Module):
         init = nn.initializers.normal(0.02)
         table = read_or_init(self, "embedding", init, (self.rows, self.channels))
         if indices is None:
-            return table if not isinstance(table, jnp.ndarray) else table.T
+            return table if isinstance(table, QTensor) else table.T
         return lookup(table, indices)
 
 
@@ -82,7 +84,8 @@ class Block(nn.Module):
         self, h: Float[Array, "B S D"], context: Context, cache: KVCache | None = None
     ) -> tuple[Float[Array, "B S D"], KVCache | None]:
         config = self.config
-        y, cache = Attention(config, self.kind, name="attention")(Norm(config, name="attention_norm")(h), context, cache)
+        y = Norm(config, name="attention_norm")(h)
+        y, cache = Attention(config, self.kind, name="attention")(y, context, cache)
         if config.post_norms:
             y = Norm(config, name="attention_post_norm")(y)
         h += y
@@ -122,10 +125,8 @@ class Decoder(nn.Module):
         self.block = [Block(self.config, kind) for kind in self.config.kinds]
         self.head = Head(self.config)
 
-    def __call__(
-        self, tokens: Int[Array, "B S"], valid: Bool[Array, "B S"] | None = None
-    ) -> Float[Array, "B S V"]:
-        """Logits `[batch, length, vocabulary]` in float32. `valid` marks real tokens; logits at the others mean nothing."""
+    def __call__(self, tokens: Int[Array, "B S"], valid: Bool[Array, "B S"] | None = None) -> Float[Array, "B S V"]:
+        """Logits in float32. `valid` marks real tokens, all when None; logits at the others mean nothing."""
         context = context_for(tokens, valid)
         h = self.embed(tokens, context)
         for block in self.block:
@@ -133,9 +134,17 @@ class Decoder(nn.Module):
         return self._logits(h)
 
     def step(
-        self, tokens: Int[Array, "B S"], state: DecodeState, valid: Bool[Array, "B S"] | None = None
-    ) -> tuple[Float[Array, "B S V"], DecodeState]:
-        """Feeds the next S tokens through the cache: prefill with S > 1, decoding with S = 1."""
+        self,
+        tokens: Int[Array, "B S"],
+        state: DecodeState,
+        valid: Bool[Array, "B S"] | None = None,
+        logits_to_keep: int | None = None,
+    ) -> tuple[Float[Array, "B keep V"], DecodeState]:
+        """Feeds the next S tokens through the cache: prefill with S > 1, decoding with S = 1.
+
+        Returns the logits of the last `logits_to_keep` positions (all when None) and the state after them. A long
+        prompt's logits are larger than its cache; generation needs the last only.
+        """
         valid = jnp.ones(tokens.shape, bool) if valid is None else valid.astype(bool)
         state, context = state.extend(valid)
         h = self.embed(tokens, context)
@@ -143,10 +152,18 @@ class Decoder(nn.Module):
         for block, cache in zip(self.block, state.caches, strict=True):
             h, cache = block(h, context, cache)
             caches.append(cache)
+        if logits_to_keep is not None:
+            h = h[:, -logits_to_keep:]
         return self._logits(h), state.replace(caches=tuple(caches))
 
     def _logits(self, h):
         return self.head(h, self.embed.as_head() if self.config.tie_embeddings else None)
+
+
+def abstract_params(config: ModelConfig):
+    """The parameter tree as `jax.ShapeDtypeStruct`s: which leaves a model has, and their shapes. Allocates nothing."""
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    return jax.eval_shape(Decoder(config).init, jax.random.key(0), tokens)["params"]
 
 
 def embed(

@@ -1,7 +1,8 @@
 """The parts a decoder block is made of: linear map, norms, rotary positions, attention, feed-forward.
 
-Shapes in this file: B batch, S query positions, T key positions, D hidden channels, H query heads, G key/value heads, C head
-channels. A weight `kernel` is `[in, out]`. Norms, softmax and routing are computed in float32 whatever the compute dtype.
+Shapes in this file: B batch, S query positions, T key positions, D hidden channels, H query heads, G key/value heads, C
+head channels. A weight `kernel` is `[in, out]`. Norms, softmax and routing are computed in float32 whatever the compute
+dtype.
 """
 
 import math
@@ -9,6 +10,7 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from lq.models.config import Activation, BlockKind, ModelConfig, Rope
@@ -33,7 +35,7 @@ def read_or_init(module: nn.Module, name: str, init, shape, dtype=jnp.float32):
 
 
 class Linear(nn.Module):
-    """y = x @ kernel + bias, where `kernel` is a dense `[in, out]` array or a packed `QTensor` of that logical shape."""
+    """y = x @ kernel + bias, where `kernel` is a dense `[in, out]` array or a `QTensor` of that logical shape."""
 
     features: int
     use_bias: bool = False
@@ -68,26 +70,32 @@ class Norm(nn.Module):
         return x.astype(dtype)
 
 
-def inverse_frequencies(rope: Rope, length: int) -> Float[Array, " pairs"]:
-    """Radians per position of each rotated pair. `length` (the longest context of this call) picks longrope's table."""
-    pairs = rope.rotary_dim // 2
-    frequency = rope.theta ** (-jnp.arange(pairs, dtype=jnp.float32) / pairs)
+def inverse_frequencies(rope: Rope, length: Int[Array, ""]) -> Float[Array, " pairs"]:
+    """Radians per position of each rotated pair. `length`, that of the longest context, picks longrope's table.
+
+    Computed on the host by the reference's own float32 steps: at position 100 000 the last bit of a frequency is 0.01
+    rad.
+    """
+    pair = np.arange(0, rope.rotary_dim, 2, dtype=np.float32) / rope.rotary_dim
+    wavelength = np.float32(rope.theta) ** pair  # over 2 pi
+    frequency = 1.0 / wavelength
     if rope.kind == "linear":
-        return frequency / rope.factor
-    if rope.kind == "longrope":
-        factors = rope.long_factor if length > rope.original_max_positions else rope.short_factor
-        return frequency / jnp.asarray(factors, jnp.float32)
+        frequency /= rope.factor
     if rope.kind == "llama3":
         # Long wavelengths are stretched by `factor`, short ones kept, those between blended linearly.
         turns = rope.original_max_positions * frequency / (2 * math.pi)
         blend = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-        blend = jnp.clip(blend, 0.0, 1.0)
-        return frequency * (blend + (1.0 - blend) / rope.factor)
-    return frequency
+        blend = np.clip(blend, 0.0, 1.0)
+        frequency = (1.0 - blend) * frequency / rope.factor + blend * frequency
+    if rope.kind == "longrope":
+        short = 1.0 / (np.asarray(rope.short_factor, np.float32) * wavelength)
+        long = 1.0 / (np.asarray(rope.long_factor, np.float32) * wavelength)
+        return jnp.where(length > rope.original_max_positions, long, short)
+    return jnp.asarray(frequency)
 
 
 def rotate(
-    x: Float[Array, "B S heads C"], positions: Int[Array, "B S"], rope: Rope, length: int
+    x: Float[Array, "B S heads C"], positions: Int[Array, "B S"], rope: Rope, length: Int[Array, ""]
 ) -> Float[Array, "B S heads C"]:
     """Rotates channel i against channel i + rotary_dim/2 (the "half" pairing of Hugging Face checkpoints)."""
     angle = positions[..., None].astype(jnp.float32) * inverse_frequencies(rope, length)
@@ -108,7 +116,7 @@ def attend(
     scale: float,
     softcap: float | None,
 ) -> Float[Array, "B S H C"]:
-    """Softmax attention; each key/value head serves H/G query heads. A query with no visible key gets a finite average."""
+    """Softmax attention; each key/value head serves H/G query heads. A query that sees no key gets a finite average."""
     B, S, H, C = q.shape
     q = q.reshape(B, S, k.shape[2], H // k.shape[2], C)
     scores = jnp.einsum("bsgrc,btgc->bgrst", q, k, preferred_element_type=jnp.float32) * scale

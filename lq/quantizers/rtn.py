@@ -53,9 +53,10 @@ class RTNOptions:
 
 
 def rtn(weight: Float[Array, "... K N"], stats: None, spec: QuantSpec, options: RTNOptions):
-    """Codes uint32 `[..., K, N]`, scales float32 `[..., groups, N]` and zeros uint32 of the same shape (None: symmetric).
+    """Round to nearest within a range chosen per group.
 
-    Pure and jittable; `spec` and `options` are static. Needs no calibration: `stats` is ignored.
+    Returns codes uint32 `[..., K, N]`, scales float32 `[..., groups, N]` and zeros uint32 of the same shape (None: symmetric). Pure
+    and jittable; `spec` and `options` are static. Needs no calibration: `stats` is ignored.
     """
     del stats
     if weight.ndim > 2:

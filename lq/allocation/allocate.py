@@ -1,0 +1,167 @@
+"""From scores and a budget to a plan: what is free, what is pinned, what can be reached."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping, Sequence
+
+from lq.allocation.plan import Count, Plan
+from lq.allocation.rank import RankOptions, rank
+from lq.errors import UserError
+from lq.importance.scores import Scores
+from lq.models.matrices import block_of
+from lq.numerics.spec import QuantSpec
+from lq.registry import Method, Registry
+
+ALLOCATORS = Registry("allocator", {"rank": Method(function=rank, options=RankOptions)})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pin:
+    """Matrices whose path matches `pattern` (anywhere in it) get `bits`, whatever their score; 16 leaves them dense."""
+
+    pattern: str
+    bits: int
+
+    def __post_init__(self):
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            raise UserError(f"pin {self.pattern!r}: not a regular expression ({error})") from None
+        if self.bits != 16 and self.bits not in range(1, 9):
+            raise UserError(f"pin {self.pattern!r}: {self.bits} bits; write 1 to 8, or 16 to leave the matrix dense")
+
+
+def allocate(
+    scores: Scores,
+    *,
+    bpw: float | None = None,
+    nbytes: int | None = None,
+    bits: Sequence[int] = (2, 4),
+    spec: QuantSpec | None = None,
+    method: str = "rank",
+    options: Mapping[str, object] | None = None,
+    pins: Sequence[Pin] = (),
+    embedding_bits: int = 16,
+    head_bits: int = 16,
+    count: Count = "blocks",
+) -> Plan:
+    """Chooses a width for every unit the scores name so that the budget is met.
+
+    Args:
+      scores: one number per block (or per matrix), larger deserves more bits; they carry the model's shapes.
+      bpw: target bits per counted weight, metadata included. The plan's is never above it, and within one smallest step below.
+      nbytes: the target as bytes of the counted matrices instead; exactly one of the two is given.
+      bits: widths to choose from.
+      spec: group size, symmetry and scale dtype of every matrix; its own `bits` is ignored. `QuantSpec(bits=4)` when None.
+      method: a name in `ALLOCATORS`.
+      options: fields of the allocator's options.
+      pins: rules, the first that matches a matrix decides; one that matches none is listed in the plan's provenance.
+      embedding_bits, head_bits: width of the embedding and of an untied head; 16 leaves them dense.
+      count: whether the average is over the blocks' matrices or over embedding and head too.
+
+    Raises:
+      UserError: a target out of reach (the message says the range), scores of another model, a width that does not exist.
+    """
+    spec = spec or QuantSpec(bits=4)
+    shapes = scores.shapes
+    widths = sorted(set(bits))
+    candidates = {b: dataclasses.replace(spec, bits=b) for b in widths}
+    if not candidates:
+        raise UserError("bits: no width to choose from; write for example 2,4")
+    units = _units(scores, shapes)
+    fixed, unused = _fixed(shapes, spec, pins, embedding_bits, head_bits)
+    counted = [p for p in shapes if count == "all" or block_of(p) is not None]
+    free = {unit: [p for p in paths if p not in fixed] for unit, paths in units.items()}
+
+    def size(path: str, chosen: QuantSpec | None) -> int:
+        return chosen.size_bits(shapes[path]) if chosen else 16 * math.prod(shapes[path])
+
+    fixed_bits = sum(size(p, fixed[p]) for p in counted if p in fixed)
+    sizes = {u: {b: sum(size(p, c) for p in paths) for b, c in candidates.items()} for u, paths in free.items() if paths}
+    total = sum(math.prod(shapes[p]) for p in counted)
+    budget = _budget_bits(bpw, nbytes, total)
+    _check_reachable(budget, fixed_bits, sizes, widths, total, nbytes is not None)
+
+    chosen = ALLOCATORS[method].function(
+        [u for u in scores.ranking() if u in sizes],
+        sizes,
+        {u: sum(math.prod(shapes[p]) for p in free[u]) for u in sizes},
+        budget - fixed_bits,
+        ALLOCATORS.options(method, options or {}),
+    )
+    specs = {p: candidates[chosen[u]] for u, paths in free.items() for p in paths}
+    specs |= {p: s for p, s in fixed.items() if s is not None}
+    provenance = {
+        "metric": scores.metric,
+        "metric_options": scores.options,
+        "calibration": scores.calibration,
+        "allocator": method,
+        "target": {"bpw": bpw} if bpw is not None else {"bytes": nbytes},
+        "bits": widths,
+        "unused_pins": unused,
+    }
+    ordered = {p: specs[p] for p in shapes if p in specs}
+    return Plan(
+        specs=ordered,
+        shapes=shapes,
+        other_weights=scores.other_weights,
+        count=count,
+        model=scores.model,
+        provenance=provenance,
+    )
+
+
+def _units(scores: Scores, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[str]]:
+    """Unit -> its matrices. A unit is a block, or a matrix path. Scores must cover every block matrix once."""
+    units: dict[str, list[str]] = {unit: [] for unit in scores.values}
+    for path in shapes:
+        index = block_of(path)
+        if index is None:
+            continue
+        unit = path if path in units else f"block_{index}"
+        if unit not in units:
+            raise UserError(f"scores {scores.metric}: no value for {path}; score this very model with `lq score`")
+        units[unit].append(path)
+    for unit, paths in units.items():
+        if not paths:
+            raise UserError(f"scores {scores.metric}: unit {unit} is not in this model; score this very model with `lq score`")
+    return units
+
+
+def _fixed(shapes, spec: QuantSpec, pins: Sequence[Pin], embedding_bits: int, head_bits: int):
+    """Path -> spec (None: dense) of everything the allocator may not touch, and the pins that matched nothing."""
+    tables = [Pin(pattern=r"^embed/tokens$", bits=embedding_bits), Pin(pattern=r"^head$", bits=head_bits)]
+    fixed: dict[str, QuantSpec | None] = {}
+    used = set()
+    for path in shapes:
+        for pin in (*pins, *tables):
+            if re.search(pin.pattern, path):
+                used.add(pin.pattern)
+                fixed[path] = None if pin.bits == 16 else dataclasses.replace(spec, bits=pin.bits)
+                break
+    return fixed, [pin.pattern for pin in pins if pin.pattern not in used]
+
+
+def _budget_bits(bpw: float | None, nbytes: int | None, total: int) -> int:
+    if (bpw is None) == (nbytes is None):
+        raise UserError("budget: give bits per weight (--bpw 3.0) or bytes (--bytes 4000000), one of the two")
+    if bpw is not None and not (math.isfinite(bpw) and bpw > 0):
+        raise UserError(f"budget: {bpw} bits per weight; write a positive number such as 3.0")
+    # A target such as 3.1 is not a binary fraction: a plan that meets it exactly must not fail by a rounding error.
+    return math.floor(bpw * total + 1e-6) if bpw is not None else 8 * nbytes
+
+
+def _check_reachable(budget: int, fixed_bits: int, sizes, widths, total: int, in_bytes: bool) -> None:
+    low = fixed_bits + sum(s[widths[0]] for s in sizes.values())
+    high = fixed_bits + sum(s[widths[-1]] for s in sizes.values())
+    if low <= budget <= high:
+        return
+    if in_bytes:
+        wanted, reach = f"{budget // 8} bytes", f"{-(-low // 8)} to {high // 8} bytes"
+    else:
+        # Rounded inwards, so that either end can be copied into the next command.
+        least, most = math.ceil(low / total * 1e4) / 1e4, math.floor(high / total * 1e4) / 1e4
+        wanted, reach = f"{budget / total:.4g} bits per weight", f"{least:.4f} to {most:.4f}"
+    among = ", ".join(map(str, widths))
+    raise UserError(f"budget: {wanted} cannot be met; widths {among} (scales and zero points included) reach {reach}")

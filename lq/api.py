@@ -1,0 +1,136 @@
+"""Every verb of the command line as a function, for notebooks and other people's code.
+
+    model, params, tokenizer = lq.load("path/or/hub-name")
+    calib = lq.calibration_windows(tokenizer, "wikitext2", samples=128, length=2048)
+    scores = lq.score(model, params, calib, metric="lim")
+    plan = lq.allocate(scores, bpw=3.0, bits=(2, 3, 4))
+    qparams = lq.quantize(model, params, plan)
+    logits = model.apply({"params": qparams}, tokens)          # the same model definition
+
+These hold a whole model in memory. For one that does not fit, use the streaming functions underneath with a
+`ParameterSource`: `lq.models.open_checkpoint`, `lq.importance.score`, `lq.quantizers.PlannedSource`,
+`lq.checkpoint.write_quantized`, `lq.evaluation.evaluate`.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax.numpy as jnp
+
+from lq import importance
+from lq.allocation import Plan, allocate, uniform_plan
+from lq.assets import resolve_data, resolve_model
+from lq.calibration import data as calibration_data
+from lq.calibration.data import Windows
+from lq.checkpoint import is_quantized, open_quantized, write_quantized
+from lq.evaluation import Evaluation, Reference
+from lq.evaluation import evaluate as evaluate_source
+from lq.importance import Scores
+from lq.models.decoder import Decoder
+from lq.models.loading import load_tokenizer, open_checkpoint
+from lq.models.source import InMemory, ParameterSource, Params
+from lq.quantizers import QUANTIZERS, PlannedSource
+
+__all__ = [
+    "allocate",
+    "calibration_windows",
+    "evaluate",
+    "evaluation_windows",
+    "load",
+    "open_model",
+    "quantize",
+    "save",
+    "score",
+    "uniform_plan",
+]
+
+
+def open_model(name_or_path: str | Path) -> ParameterSource:
+    """Opens a model without reading its weights: a Hugging Face directory or hub name, a quantized checkpoint, or "standin"."""
+    path = resolve_model(str(name_or_path))
+    return open_quantized(path) if is_quantized(path) else open_checkpoint(path)
+
+
+def load(name_or_path: str | Path, dtype=None) -> tuple[Decoder, Params, object]:
+    """Loads a model into memory, dense or quantized.
+
+    Args:
+      name_or_path: as for `open_model`.
+      dtype: of the dense parameters and of the computation; as stored, and float32 computation, when None.
+
+    Returns:
+      (model, params, tokenizer): `model.apply({"params": params}, tokens)` gives logits `[batch, length, vocabulary]`.
+
+    Raises:
+      UserError: no such model, damaged files, no tokenizer.
+    """
+    source = open_model(name_or_path)
+    return Decoder(source.config, dtype or jnp.float32), source.params(dtype), load_tokenizer(source.path)
+
+
+def calibration_windows(tokenizer, data: str, *, samples: int = 128, length: int = 2048, seed: int = 0) -> Windows:
+    """`samples` random windows of `length` tokens from a text file, "wikitext2", "c4" or "standin" (the shipped text)."""
+    return calibration_data.calibration_windows(tokenizer, resolve_data(data, "calibration"), samples, length, seed)
+
+
+def evaluation_windows(
+    tokenizer, data: str, *, length: int = 2048, stride: int | None = None, limit: int | None = None
+) -> Windows:
+    """Consecutive windows to evaluate on, from the same kinds of source as `calibration_windows`."""
+    return calibration_data.evaluation_windows(tokenizer, resolve_data(data, "evaluation"), length, stride=stride, limit=limit)
+
+
+def score(model: Decoder, params: Params, calibration: Windows | None = None, *, metric: str, **options) -> Scores:
+    """Scores every block; `options` are the metric's, see `lq list importance`."""
+    return importance.score(InMemory(model.config, params), metric, calibration, options)
+
+
+def quantize(
+    model: Decoder, params: Params, plan: Plan, *, method: str = "rtn", options: Mapping[str, object] | None = None
+) -> Params:
+    """The parameters with every matrix of the plan packed; what stays dense is kept in 16 bits. `params` is left alone."""
+    chosen = QUANTIZERS.options(method, options or {})
+    return PlannedSource(InMemory(model.config, params), plan.specs, method, chosen).params()
+
+
+def evaluate(
+    model: Decoder,
+    params: Params,
+    windows: Windows,
+    *,
+    stride: int | None = None,
+    reference: Reference | None = None,
+    batch_size: int = 8,
+) -> Evaluation:
+    """Perplexity, and with a `reference` (`lq.evaluation.make_reference`) KL divergence and top-1 agreement."""
+    source = InMemory(model.config, params)
+    dtype = model.dtype or jnp.float32
+    return evaluate_source(source, windows, stride=stride, reference=reference, batch_size=batch_size, dtype=dtype)
+
+
+def save(
+    out: str | Path,
+    model: Decoder,
+    qparams: Params,
+    plan: Plan,
+    *,
+    original: str | Path,
+    method: str = "rtn",
+    options: Mapping[str, object] | None = None,
+) -> None:
+    """Writes quantized parameters as a checkpoint `lq.load` and every command read.
+
+    Args:
+      out: a new directory.
+      model, qparams, plan: what `quantize` took and gave.
+      original: directory or hub name the model came from; config and tokenizer are copied from there.
+      method, options: the quantizer that was used, for the record.
+
+    Raises:
+      UserError: `out` is not empty.
+    """
+    description = open_checkpoint(resolve_model(str(original))).path
+    quantizer = {"method": method, "options": dict(options or {})}
+    write_quantized(InMemory(model.config, qparams), plan, Path(out), quantizer=quantizer, description=description)
+
+

@@ -1,0 +1,1 @@
+"""Text to token windows, and the loop that carries them through a model block by block."""

@@ -1,0 +1,74 @@
+"""The loop that carries hidden states through a model block by block, holding one block's weights at a time.
+
+Hidden states of all windows live on the host between blocks, one batch after another goes through the device. Memory is one
+block plus the hidden states, whatever the depth. What is wanted of a block is computed inside the jitted step and comes out
+reduced: activations never leave the device but as the next block's input.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lq.models.config import BlockKind, ModelConfig
+from lq.models.context import context_for
+from lq.models.decoder import apply_block, embed
+from lq.models.source import ParameterSource
+
+Measure = Callable[[jax.Array, jax.Array], object]  # (block input, block output) [B, S, D] -> pytree of reductions
+
+
+def batches(tokens: np.ndarray, batch_size: int) -> list[np.ndarray]:
+    """Rows in runs of `batch_size`; the last may be shorter."""
+    return [tokens[i : i + batch_size] for i in range(0, len(tokens), batch_size)]
+
+
+@functools.partial(jax.jit, static_argnames=("config", "dtype"))
+def _embed(config: ModelConfig, embed_params, tokens, dtype):
+    return embed(config, {"embed": embed_params}, tokens, context_for(tokens), dtype)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "kind", "measure"))
+def _step(config: ModelConfig, kind: BlockKind, block_params, tokens, h, measure: Measure | None):
+    out = apply_block(config, kind, block_params, h, context_for(tokens))
+    return out, None if measure is None else measure(h, out)
+
+
+def embed_batches(source: ParameterSource, tokens: np.ndarray, batch_size: int, dtype=jnp.float32) -> list[np.ndarray]:
+    """The first hidden state of every batch, on the host."""
+    params = source.embed()
+    return [np.asarray(_embed(source.config, params, b, jnp.dtype(dtype))) for b in batches(tokens, batch_size)]
+
+
+def stream(
+    source: ParameterSource,
+    tokens: np.ndarray,
+    *,
+    batch_size: int = 8,
+    dtype=jnp.float32,
+    measure: Measure | None = None,
+) -> Iterator[tuple[int, list, list[np.ndarray]]]:
+    """Yields `(block index, one measurement per batch, hidden states after the block)` for every block in order.
+
+    Args:
+      source: where the weights come from, a block at a time.
+      tokens: int32 `[windows, length]`, without padding.
+      batch_size: windows per device step.
+      dtype: of the hidden states and of the computation.
+      measure: reduces a block's input and output inside jit; a stable function, since it is a static argument.
+
+    The yielded list is reused: take what you need before asking for the next block.
+    """
+    config = source.config
+    hidden = embed_batches(source, tokens, batch_size, dtype)
+    rows = batches(tokens, batch_size)
+    for index, kind in enumerate(config.kinds):
+        params = source.block(index)
+        measured = []
+        for i, batch in enumerate(rows):
+            out, value = _step(config, kind, params, batch, hidden[i], measure)
+            hidden[i] = np.asarray(out)
+            measured.append(value)
+        yield index, measured, hidden

@@ -1,0 +1,39 @@
+"""What `lq list` prints, read off the registries."""
+
+import dataclasses
+
+from lq.registry import Registry
+
+
+def catalogue(kind: str) -> list[list[str]]:
+    """Rows of (name, what it is, options with their defaults)."""
+    if kind == "importance":
+        from lq.importance import METRICS
+
+        return _methods(METRICS)
+    if kind == "allocators":
+        from lq.allocation import ALLOCATORS
+
+        return _methods(ALLOCATORS)
+    if kind == "quantizers":
+        from lq.quantizers import QUANTIZERS
+
+        return _methods(QUANTIZERS)
+    if kind == "formats":
+        from lq.numerics.spec import GROUP_SIZES, SCALE_BITS
+
+        options = f"bits=1..8, group_size={'|'.join(map(str, GROUP_SIZES))}|column, scale_dtype={'|'.join(SCALE_BITS)}"
+        return [["int", "integer codes with a scale, and a zero point unless symmetric, per group", options]]
+    if kind == "transforms":
+        return []
+    from lq.models.families import FAMILIES
+
+    return [[name, "model_type in config.json", ""] for name in FAMILIES]
+
+
+def _methods(registry: Registry) -> list[list[str]]:
+    return [[name, method.summary, _options(method.options)] for name, method in registry.items()]
+
+
+def _options(cls: type) -> str:
+    return ", ".join(f"{f.name}={f.default}" for f in dataclasses.fields(cls))

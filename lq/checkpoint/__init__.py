@@ -1,0 +1,6 @@
+"""Quantized models on disk: one safetensors shard per part, a manifest, and what the original's directory holds besides weights."""
+
+from lq.checkpoint.quantized import QuantizedCheckpoint, is_quantized, open_quantized
+from lq.checkpoint.write import write_quantized
+
+__all__ = ["QuantizedCheckpoint", "is_quantized", "open_quantized", "write_quantized"]

@@ -1,0 +1,60 @@
+"""Importance scores: how many bits each part of a model deserves, larger = more. `METRICS` is the registry, `score` runs one."""
+
+import dataclasses
+from collections.abc import Mapping
+
+from lq.calibration.data import Windows
+from lq.errors import UserError
+from lq.importance.controls import NoOptions, RandomOptions, first_last, parameter_count, random, reverse
+from lq.importance.lim import LIMOptions, lim
+from lq.importance.scores import Scores
+from lq.importance.zd import ZDOptions, zd
+from lq.models.fingerprint import fingerprint
+from lq.models.matrices import model_shapes, other_weights
+from lq.models.source import ParameterSource
+from lq.registry import Method, Registry
+
+METRICS = Registry(
+    "metric",
+    {
+        "lim": Method(function=lim, options=LIMOptions, needs=frozenset({"calibration"})),
+        "zd": Method(function=zd, options=ZDOptions),
+        "first_last": Method(function=first_last, options=NoOptions),
+        "parameter_count": Method(function=parameter_count, options=NoOptions),
+        "random": Method(function=random, options=RandomOptions),
+    },
+)
+
+
+def score(
+    source: ParameterSource, metric: str, windows: Windows | None = None, options: Mapping[str, object] | None = None
+) -> Scores:
+    """Scores every block of a model.
+
+    Args:
+      source: an open checkpoint, or parameters in memory (`lq.models.InMemory`); read block by block.
+      metric: a name in `METRICS`.
+      windows: calibration tokens, for metrics that need them.
+      options: fields of the metric's options.
+
+    Raises:
+      UserError: unknown metric or option, calibration missing, or a score that is not finite.
+    """
+    method = METRICS[metric]
+    if "calibration" in method.needs and windows is None:
+        raise UserError(f"metric {metric} needs calibration text; give --calibration FILE, or wikitext2 or c4")
+    chosen = METRICS.options(metric, options or {})
+    result = method.function(source, windows if "calibration" in method.needs else None, chosen)
+    return Scores(
+        metric=metric,
+        values=result["values"],
+        model=fingerprint(source),
+        shapes=model_shapes(source.config),
+        other_weights=other_weights(source.config),
+        options=dataclasses.asdict(chosen),
+        calibration=windows.fingerprint if "calibration" in method.needs else None,
+        extra=result.get("extra", {}),
+    )
+
+
+__all__ = ["METRICS", "Scores", "reverse", "score"]

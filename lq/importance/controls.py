@@ -1,0 +1,54 @@
+"""Orders that know nothing of the model's weights: what a score must beat before it may claim anything.
+
+In published comparisons a good part of an ordering's gain is reached by protecting the ends, and some of it by any change of
+order at all; a table without these rows cannot tell.
+"""
+
+import dataclasses
+import math
+
+import numpy as np
+
+from lq.importance.scores import Scores
+from lq.models.source import ParameterSource
+from lq.models.matrices import block_matrices
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RandomOptions:
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NoOptions:
+    """For a score without choices."""
+
+
+def random(source: ParameterSource, windows: None, options: RandomOptions) -> dict:
+    """Control: a random order, decided by the seed and the number of blocks alone."""
+    del windows
+    count = source.config.num_blocks
+    places = np.random.default_rng(options.seed).permutation(count)
+    return {"values": {f"block_{i}": float(p) for i, p in enumerate(places)}}
+
+
+def first_last(source: ParameterSource, windows: None, options: NoOptions) -> dict:
+    """Control: the ends protected, 0, L-1, 1, L-2, ... Minus the distance to the nearer end."""
+    del windows, options
+    last = source.config.num_blocks - 1
+    return {"values": {f"block_{i}": -float(min(i, last - i)) for i in range(last + 1)}}
+
+
+def parameter_count(source: ParameterSource, windows: None, options: NoOptions) -> dict:
+    """Control: how many linear weights a block has. Constant in most models, whose order is then first to last."""
+    del windows, options
+    sizes = [sum(math.prod(s) for s in block_matrices(source.config, kind).values()) for kind in source.config.kinds]
+    return {"values": {f"block_{i}": float(n) for i, n in enumerate(sizes)}}
+
+
+def reverse(scores: Scores) -> Scores:
+    """The same scores with the order turned round, ties included, named `reverse METRIC`."""
+    ranking = scores.ranking()
+    place = {unit: float(i) for i, unit in enumerate(ranking)}  # the most important gets 0, the least
+    values = {unit: place[unit] for unit in scores.values}
+    return dataclasses.replace(scores, metric=f"reverse {scores.metric}", values=values, extra={})

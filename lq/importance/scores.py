@@ -1,0 +1,49 @@
+"""`Scores`: one number per unit of a model, larger = deserves more bits. The canonical direction is made where a score is computed
+and nowhere else; published code has been found to sort ZD the wrong way round for want of this."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+from lq.atomic import write_text
+from lq.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scores:
+    """Importance of every unit, first to last. JSON with `write` and `read`."""
+
+    metric: str  # registered name, or a control's: "random", "reverse lim"
+    values: dict[str, float]  # unit ("block_0", or a matrix path) -> score
+    model: str  # fingerprint of the model
+    shapes: dict[str, tuple[int, ...]]  # of every matrix of the model, so that a plan can be made without opening it
+    other_weights: int  # weights that are in no matrix
+    options: dict = dataclasses.field(default_factory=dict)
+    calibration: str | None = None  # fingerprint of the tokens; None for scores that need none
+    extra: dict = dataclasses.field(default_factory=dict)  # what else was measured, e.g. LIM without position 0
+
+    def __post_init__(self):
+        for unit, value in self.values.items():
+            if not math.isfinite(value):
+                raise UserError(f"score {self.metric}: {unit} is {value}; the weights or the calibration text are damaged")
+
+    def ranking(self) -> list[str]:
+        """Units, most important first. Ties keep the earlier unit first."""
+        order = {unit: i for i, unit in enumerate(self.values)}
+        return sorted(self.values, key=lambda unit: (-self.values[unit], order[unit]))
+
+    def write(self, path: Path) -> None:
+        write_text(path, json.dumps(dataclasses.asdict(self), indent=1))
+
+    @classmethod
+    def read(cls, path: Path) -> "Scores":
+        """Raises UserError when `path` is no scores file."""
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            data["shapes"] = {name: tuple(shape) for name, shape in data["shapes"].items()}
+            return cls(**data)
+        except FileNotFoundError:
+            raise UserError(f"{path}: no such scores file; make one with `lq score MODEL --out {path}`") from None
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path}: not a scores file ({error}); make one with `lq score`") from None

@@ -1,0 +1,186 @@
+"""Continuing prompts: greedy or sampled, through the key/value cache.
+
+A call is one compiled program: the prompts, padded on the left, fill the cache in one pass, then a loop on the device
+decodes a token at a time until every row has stopped. Prompt length and number of new tokens are rounded up to
+multiples of `STEP`, so that calls of about the same size share the program.
+"""
+
+import functools
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from lq.errors import UserError
+from lq.models.config import ModelConfig
+from lq.models.context import DecodeState, context_for
+from lq.models.decoder import Decoder, embed
+
+STEP = 32
+
+
+class Sampling(NamedTuple):
+    """How a token is drawn; traced, so that changing it compiles nothing."""
+
+    temperature: Float[Array, ""]
+    top_k: Int[Array, ""]
+    top_p: Float[Array, ""]
+
+
+def generate(
+    model: Decoder,
+    params,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    stop_ids: Iterable[int] | None = None,
+) -> list[list[int]]:
+    """The continuation of each prompt, without the prompt.
+
+    Args:
+      model: the decoder. params: its parameters, dense or packed. prompts: token ids, one sequence a row; lengths may
+      differ. max_new_tokens: where a row ends if it did not stop before. temperature: divides the logits; 0 takes the
+      likeliest token. top_k: draw from the k likeliest tokens only; all when None. top_p: then from the likeliest of
+      these that together reach this probability; all when None. seed: of the draws. A row's draws depend on the seed,
+      the row's number and the step alone. stop_ids: a row ends with the first of these it produces, which is kept;
+      `config.eos_token_ids` when None, never when
+        empty.
+
+    Returns:
+      New token ids, one list a row, each of 1 to `max_new_tokens`.
+
+    Raises:
+      UserError: an argument is out of its range, a prompt is empty or holds an id outside the vocabulary, or a prompt
+        and its new tokens do not fit in `config.max_positions`.
+
+    A longrope model uses its long table for the whole call when the longest row may outgrow the original context.
+    transformers changes tables in mid-text instead and computes the cache anew.
+    """
+    config = model.config
+    _check(config, prompts, max_new_tokens, temperature, top_k, top_p)
+    if not prompts:
+        return []
+    longest = max(map(len, prompts))
+    width = _round_up(longest)
+    tokens = np.zeros((len(prompts), width), np.int32)
+    valid = np.zeros(tokens.shape, bool)
+    for row, prompt in enumerate(prompts):
+        tokens[row, width - len(prompt) :] = prompt
+        valid[row, width - len(prompt) :] = True
+    stop_ids = config.eos_token_ids if stop_ids is None else tuple(stop_ids)
+    new, counts = _run(
+        model,
+        params,
+        tokens,
+        valid,
+        longest + max_new_tokens,
+        max_new_tokens,
+        np.asarray(stop_ids or (-1,), np.int32),  # no token is -1
+        Sampling(
+            temperature=np.float32(temperature),
+            top_k=np.int32(top_k or config.vocab_size),
+            top_p=np.float32(1.0 if top_p is None else top_p),
+        ),
+        seed,
+        room=_round_up(max_new_tokens),
+        greedy=temperature == 0,
+    )
+    return [row[:count].tolist() for row, count in zip(np.asarray(new), np.asarray(counts), strict=True)]
+
+
+class _Progress(NamedTuple):
+    """What the decoding loop carries."""
+
+    written: Int[Array, ""]  # new tokens so far, of rows that have not stopped
+    last: Int[Array, " B"]  # the newest token, not yet fed
+    state: DecodeState
+    new: Int[Array, "B room"]
+    counts: Int[Array, " B"]
+    stopped: Bool[Array, " B"]
+
+
+@functools.partial(jax.jit, static_argnames=("model", "room", "greedy"))
+def _run(model: Decoder, params, tokens, valid, length, limit, stop_ids, sampling, seed, *, room: int, greedy: bool):
+    """Prefill and decoding loop. Returns `[B, room]` tokens and how many of each row count."""
+    batch, width = tokens.shape
+
+    def feed(tokens, state, valid=None):
+        logits, state = model.apply({"params": params}, tokens, state, valid, logits_to_keep=1, method="step")
+        return logits[:, 0], state
+
+    def choose(logits, step):
+        if greedy:
+            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), row), step))
+        return jax.vmap(sample, in_axes=(0, 0, None))(logits, keys(jnp.arange(batch)), sampling)
+
+    def record(progress: _Progress, logits, state) -> _Progress:
+        token = choose(logits, progress.written)
+        return _Progress(
+            written=progress.written + 1,
+            last=token,
+            state=state,
+            new=progress.new.at[:, progress.written].set(token),
+            counts=progress.counts + ~progress.stopped,
+            stopped=progress.stopped | jnp.isin(token, stop_ids),
+        )
+
+    def unfinished(progress: _Progress):
+        return (progress.written < limit) & ~progress.stopped.all()
+
+    def advance(progress: _Progress) -> _Progress:
+        return record(progress, *feed(progress.last[:, None], progress.state))
+
+    dtype = jax.eval_shape(lambda p: embed(model.config, p, tokens, context_for(tokens), model.dtype), params).dtype
+    state = DecodeState.empty(model.config, batch, width + room, dtype, length)
+    zeros = jnp.zeros(batch, jnp.int32)
+    start = _Progress(jnp.int32(0), zeros, state, jnp.zeros((batch, room), jnp.int32), zeros, jnp.zeros(batch, bool))
+    progress = record(start, *feed(tokens, state, valid))
+    progress = jax.lax.while_loop(unfinished, advance, progress)
+    return progress.new, progress.counts
+
+
+def sample(logits: Float[Array, " V"], key: jax.Array, sampling: Sampling) -> Int[Array, ""]:
+    """Draws a token id: temperature, then top-k, then top-p (nucleus sampling, arXiv 1904.09751) of what is left."""
+    order = jnp.argsort(-logits, stable=True)  # likeliest first; equal ones by id, as argmax would
+    ranked = logits[order] / sampling.temperature
+    ranked = jnp.where(jnp.arange(ranked.size) < sampling.top_k, ranked, -jnp.inf)
+    probability = jax.nn.softmax(ranked)
+    likelier = jnp.cumsum(probability) - probability  # the mass of all tokens before this one; 0 for the first
+    ranked = jnp.where(likelier < sampling.top_p, ranked, -jnp.inf)
+    return order[jax.random.categorical(key, ranked)].astype(jnp.int32)
+
+
+def _round_up(length: int) -> int:
+    return -(-length // STEP) * STEP
+
+
+def _check(config: ModelConfig, prompts, max_new_tokens: int, temperature: float, top_k, top_p) -> None:
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens: {max_new_tokens}; write 1 or more")
+    if not temperature >= 0:
+        raise UserError(f"temperature: {temperature}; write 0 for the likeliest token, or a positive number")
+    if top_k is not None and top_k < 1:
+        raise UserError(f"top_k: {top_k}; write 1 or more, or leave it out")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise UserError(f"top_p: {top_p}; write a number above 0 and up to 1, or leave it out")
+    for row, prompt in enumerate(prompts):
+        if len(prompt) == 0:
+            raise UserError(f"prompt {row}: empty; give at least one token, for example the beginning-of-text token")
+        if min(prompt) < 0 or max(prompt) >= config.vocab_size:
+            worst = min(prompt) if min(prompt) < 0 else max(prompt)
+            raise UserError(f"prompt {row}: token {worst} is outside the vocabulary of {config.vocab_size}")
+        room = config.max_positions - len(prompt)
+        if max_new_tokens > room:
+            shorter = f"write max_new_tokens {room} or less" if room > 0 else "shorten the prompt"
+            raise UserError(
+                f"prompt {row}: {len(prompt)} tokens and {max_new_tokens} new ones exceed the model's "
+                f"{config.max_positions} positions; {shorter}"
+            )

@@ -1,0 +1,56 @@
+"""`ParameterSource`: where the weights of a model come from, one part at a time.
+
+A part is a top-level key of the parameter tree: "embed", "block_0" to "block_{L-1}", "head". Code that streams a model
+asks a source for one part after another and holds no more than one; whether the parts lie in memory or in files is the
+source's business.
+"""
+
+from typing import Any, Protocol
+
+import jax
+
+from lq.models.config import ModelConfig
+from lq.numerics.qtensor import QTensor
+
+Params = dict[str, Any]  # nested; leaves are jax arrays or QTensors
+
+
+class ParameterSource(Protocol):
+    """A model's description and its parameters. Sources subclass this and write `part`."""
+
+    config: ModelConfig
+
+    def part(self, name: str, dtype=None) -> Params:
+        """The parameters under one top-level key, dense ones in `dtype` (as they are stored when None)."""
+        ...
+
+    def embed(self, dtype=None) -> Params:
+        return self.part("embed", dtype)
+
+    def block(self, index: int, dtype=None) -> Params:
+        """Raises IndexError outside 0 to `config.num_blocks - 1`."""
+        if not 0 <= index < self.config.num_blocks:
+            raise IndexError(f"block {index} of a model with {self.config.num_blocks} blocks")
+        return self.part(f"block_{index}", dtype)
+
+    def head(self, dtype=None) -> Params:
+        return self.part("head", dtype)
+
+    def params(self, dtype=None) -> Params:
+        """All of it, as `Decoder.apply` takes it."""
+        blocks = {f"block_{i}": self.block(i, dtype) for i in range(self.config.num_blocks)}
+        return {"embed": self.embed(dtype), **blocks, "head": self.head(dtype)}
+
+
+class InMemory(ParameterSource):
+    """Parameters that are already there, dense or packed."""
+
+    def __init__(self, config: ModelConfig, params: Params):
+        self.config = config
+        self._params = params
+
+    def part(self, name: str, dtype=None) -> Params:
+        def cast(leaf):
+            return leaf if dtype is None or isinstance(leaf, QTensor) else leaf.astype(dtype)
+
+        return jax.tree.map(cast, self._params[name], is_leaf=lambda leaf: isinstance(leaf, QTensor))

@@ -1,0 +1,41 @@
+"""From a parameter tree and a map of specs to the same tree with packed leaves. Pure; knows trees, not files.
+
+A spec is given per matrix path, as `lq.models.matrices` names them. A path without a spec stays dense.
+"""
+
+import functools
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from lq.models.matrices import EMBEDDING
+from lq.models.source import Params
+from lq.numerics.qtensor import QTensor
+from lq.numerics.spec import QuantSpec
+from lq.quantizers.registry import QUANTIZERS
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "method", "options"))
+def quantize_matrix(weight: Array, spec: QuantSpec, method: str, options) -> QTensor:
+    """One weight `[..., K, N]`, packed. Compiled once per shape, spec and options, whichever block it is in."""
+    codes, scales, zeros = QUANTIZERS[method].function(weight.astype(jnp.float32), None, spec, options)
+    return QTensor.from_codes(codes, scales, zeros, spec)
+
+
+def quantize_part(params: Params, part: str, specs: Mapping[str, QuantSpec], method: str, options) -> Params:
+    """One part of a model ("embed", "block_3", "head") with the matrices that `specs` names by full path packed."""
+    for path, spec in specs.items():
+        if path == part or path.startswith(f"{part}/"):
+            keys = path.split("/")[1:]
+            if path == EMBEDDING:
+                params = _replace(params, [*keys, "embedding"], lambda w, s=spec: quantize_matrix(w.T, s, method, options))
+            else:
+                params = _replace(params, [*keys, "kernel"], lambda w, s=spec: quantize_matrix(w, s, method, options))
+    return params
+
+
+def _replace(tree: Params, keys: list[str], change) -> Params:
+    key, *rest = keys
+    return {**tree, key: _replace(tree[key], rest, change) if rest else change(tree[key])}

@@ -1,0 +1,6 @@
+"""The table of quantizers."""
+
+from lq.quantizers.rtn import RTNOptions, rtn
+from lq.registry import Method, Registry
+
+QUANTIZERS = Registry("quantizer", {"rtn": Method(function=rtn, options=RTNOptions)})

@@ -1,0 +1,84 @@
+"""One kind of table for every kind of method: a name from the literature, a pure function, its options."""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from lq.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Method:
+    """A registered method. `function`'s first docstring line is what `lq list` prints."""
+
+    function: Callable
+    options: type  # a frozen dataclass, every field with a default
+    needs: frozenset[str] = frozenset()  # what must be supplied, e.g. "calibration"
+
+    @property
+    def summary(self) -> str:
+        return (self.function.__doc__ or "").strip().split("\n")[0]
+
+
+class Registry(Mapping[str, Method]):
+    """Name -> `Method`. An unknown name is a `UserError` that lists the known ones."""
+
+    def __init__(self, kind: str, methods: Mapping[str, Method]):
+        self.kind = kind
+        self._methods = dict(methods)
+
+    def __getitem__(self, name: str) -> Method:
+        if name not in self._methods:
+            close = difflib.get_close_matches(name, self._methods, 1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise UserError(f"unknown {self.kind} {name!r}; known: {', '.join(self._methods)}{hint}")
+        return self._methods[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._methods
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._methods)
+
+    def __len__(self) -> int:
+        return len(self._methods)
+
+    def options(self, name: str, given: Mapping[str, Any]):
+        """The options dataclass of `name` with the `given` fields set. Unknown fields and wrong types are `UserError`s."""
+        cls = self[name].options
+        fields = {f.name: f for f in dataclasses.fields(cls)}
+        hints = typing.get_type_hints(cls)
+        for key, value in given.items():
+            if key not in fields:
+                known = ", ".join(fields) or "none"
+                raise UserError(f"{self.kind} {name}: unknown option {key!r}; options: {known}")
+            if not _fits(value, hints[key]):
+                raise UserError(f"{self.kind} {name}: option {key}: {value!r} is not {_describe(hints[key])}")
+        return cls(**given)
+
+
+def _fits(value, hint) -> bool:
+    origin = typing.get_origin(hint)
+    if origin is typing.Literal:
+        return value in typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, h) for h in typing.get_args(hint))
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint is type(None):
+        return value is None
+    return isinstance(value, origin or hint)
+
+
+def _describe(hint) -> str:
+    origin = typing.get_origin(hint)
+    if origin is typing.Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(hint)))
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_describe(h) for h in typing.get_args(hint))
+    return {float: "a number", int: "a whole number", bool: "true or false", type(None): "null"}.get(hint, str(hint))

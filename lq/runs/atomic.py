@@ -1,1 +1,0 @@
-from lq.atomic import write_file, write_text  # noqa: F401

@@ -1,0 +1,200 @@
+"""What an experiment is, as a YAML file. Every field is checked before anything is computed.
+
+    model: standin                       # a directory in Hugging Face layout, a hub name, or the model shipped with lq
+    output: runs/example
+    calibration: {data: standin, samples: 32, length: 512}
+    evaluation: {data: standin, window: 512, windows: 24}
+    quantization: {method: rtn, group_size: 128}
+    allocation:
+      bits: [2, 4]
+      budgets: [3.5, 3.0, 2.5]           # bits per weight, scales and zero points included
+      orders: [lim, zd, first_last, {metric: random, seeds: 5}, {metric: lim, reverse: true}]
+    baselines: {uniform: [8, 4, 3, 2]}
+    moves: {high: 4, low: 2, orders: [lim, zd]}
+
+Orders times budgets is the sweep. An unknown key, a wrong type or an impossible value is one line that says where it stands.
+"""
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+
+from lq.errors import UserError
+
+Bits = Annotated[int, Field(ge=1, le=8)]
+TableBits = Annotated[int, Field(ge=1, le=16)]
+
+
+class Section(BaseModel):
+    """Unknown keys are errors, nothing is converted silently."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class CalibrationSection(Section):
+    data: str = "standin"  # a text file or directory, wikitext2, c4, or the text shipped with lq
+    samples: PositiveInt = 32
+    length: Annotated[int, Field(ge=2)] = 512  # tokens per sample
+    seed: int = 0
+
+
+class EvaluationSection(Section):
+    data: str = "standin"
+    window: Annotated[int, Field(ge=2)] = 512  # tokens
+    stride: PositiveInt | None = None  # the window when null: windows do not overlap
+    windows: PositiveInt | None = None  # the first so many; all when null
+    batch_size: PositiveInt = 8
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the computation
+
+
+class QuantizationSection(Section):
+    method: str = "rtn"
+    options: dict[str, Any] = Field(default_factory=dict)
+    group_size: Literal[32, 64, 128, 256] | None = 128  # null: the whole column
+    symmetric: bool = False
+    scale_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+
+
+class PinSection(Section):
+    match: str  # regular expression, anywhere in a matrix path such as block_0/mlp/down_proj
+    bits: TableBits
+
+
+class Order(Section):
+    """An order of blocks: a metric, perhaps reversed, or random with several seeds."""
+
+    metric: str
+    reverse: bool = False
+    seeds: PositiveInt = 1  # random only: this many orders
+    options: dict[str, Any] = Field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return f"reverse {self.metric}" if self.reverse else self.metric
+
+    def each_seed(self) -> list[int | None]:
+        """The seeds of a random order; `[None]` for any other."""
+        return list(range(self.seeds)) if self.metric == "random" else [None]
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.seeds > 1 and self.metric != "random":
+            raise ValueError(f"seeds belongs to the metric random, not to {self.metric}")
+        return self
+
+
+def _order(value):
+    return {"metric": value} if isinstance(value, str) else value
+
+
+OrderField = Annotated[Order, BeforeValidator(_order)]
+
+
+class AllocationSection(Section):
+    method: str = "rank"
+    bits: Annotated[list[Bits], Field(min_length=1)] = Field(default_factory=lambda: [2, 4])
+    budgets: list[Annotated[float, Field(gt=0)]] = Field(default_factory=list)  # bits per weight
+    orders: list[OrderField] = Field(default_factory=list)
+    pins: list[PinSection] = Field(default_factory=list)
+    embedding_bits: TableBits = 16
+    head_bits: TableBits = 16
+    count: Literal["blocks", "all"] = "blocks"  # what the average is taken over
+
+
+class BaselineSection(Section):
+    uniform: list[Bits] = Field(default_factory=list)
+    finer_groups: bool = True  # the same widths in groups of 64 and 32, where the main group is larger
+
+
+class MoveSection(Section):
+    """The paper's sweep: all blocks at `high`, then the least important one after the other at `low`."""
+
+    high: Bits = 4
+    low: Bits = 2
+    orders: Annotated[list[OrderField], Field(min_length=1)]
+    every: PositiveInt = 1  # evaluate after every so many blocks
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.low >= self.high:
+            raise ValueError(f"low ({self.low}) must be below high ({self.high})")
+        return self
+
+
+class Experiment(Section):
+    title: str = "Layer-wise quantization"
+    model: str
+    output: str
+    calibration: CalibrationSection = CalibrationSection()
+    evaluation: EvaluationSection = EvaluationSection()
+    quantization: QuantizationSection = QuantizationSection()
+    allocation: AllocationSection = AllocationSection()
+    baselines: BaselineSection = BaselineSection()
+    moves: MoveSection | None = None
+
+
+def load_experiment(path: Path, overrides: list[str] = ()) -> Experiment:
+    """Reads and checks a config; `overrides` are `a.b=value` with a YAML value.
+
+    Raises UserError, one line with the path of the offending key.
+    """
+    try:
+        data = yaml.safe_load(Path(path).read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such config; see configs/ for examples") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: a directory; give a YAML file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else f"{path}"
+        raise UserError(f"{where}: not valid YAML ({getattr(error, 'problem', None) or 'not text'})") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: expected keys such as model: and output:, found {type(data).__name__}")
+    for item in overrides:
+        _override(data, item)
+    try:
+        return Experiment.model_validate(data)
+    except ValidationError as error:
+        raise UserError(f"{path}: {_first_problem(error)}") from None
+
+
+def dump_experiment(experiment: Experiment) -> str:
+    """The config with every default filled in, as YAML."""
+    return yaml.safe_dump(experiment.model_dump(), sort_keys=False)
+
+
+def _override(data: dict, item: str) -> None:
+    key, separator, text = item.partition("=")
+    if not separator or not re.fullmatch(r"\w+(\.\w+)*", key):
+        raise UserError(f"--set {item}: write key.subkey=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"--set {item}: the value is not valid YAML") from None
+    *parents, last = key.split(".")
+    for parent in parents:
+        child = data.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise UserError(f"--set {item}: {parent} is no section")
+        data = child
+    data[last] = value
+
+
+def _first_problem(error: ValidationError) -> str:
+    problems = error.errors()
+    first = problems[0]
+    where = ".".join(str(part) for part in first["loc"])
+    value = first.get("input")
+    if first["type"] == "extra_forbidden":
+        what = "unknown key"
+    elif first["type"] == "missing":
+        what = "required, not given"
+    else:
+        what = first["msg"].removeprefix("Value error, ")
+        if isinstance(value, str | int | float | bool) or value is None:
+            what = f"{what} (got {value!r})"
+    more = f"; and {len(problems) - 1} more" if len(problems) > 1 else ""
+    return f"{where}: {what}{more}" if where else f"{what}{more}"

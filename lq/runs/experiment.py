@@ -1,0 +1,253 @@
+"""One experiment from config to results: score, allocate, quantize, evaluate, for every order and budget of the sweep.
+
+A run directory holds everything about it and can be resumed:
+
+    config.yaml      the config, every default filled in
+    run.json         which config, model and tokens it belongs to; a directory of another experiment is refused
+    scores/*.json    one per order
+    plans/*.json     one per evaluated plan
+    rows.jsonl       one line per evaluated model, appended as soon as it is measured
+    results.json, report.html, report.png, results.csv
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+
+from lq.assets import resolve_data, resolve_model
+from lq.atomic import write_text
+from lq.calibration.data import calibration_windows, evaluation_windows
+from lq.errors import UserError
+from lq.evaluation import Reference, evaluate, make_reference
+from lq.importance import Scores, reverse, score
+from lq.models.fingerprint import fingerprint
+from lq.models.loading import load_tokenizer, open_checkpoint
+from lq.models.matrices import parameter_count
+from lq.models.source import ParameterSource
+from lq.progress import Progress
+from lq.quantizers import QUANTIZERS, PlannedSource
+from lq.runs.candidates import Candidate, candidates, orders_of
+from lq.runs.conclusion import conclude, is_score
+from lq.runs.config import Experiment, Order, dump_experiment
+from lq.runs.environment import describe_environment
+from lq.runs.results import Results, Row
+
+CACHE_LIMIT = 2_000_000_000  # bytes of bfloat16 weights up to which packed parts are kept between candidates
+
+
+def run_experiment(
+    experiment: Experiment, *, resume: bool = False, overwrite: bool = False, progress: Progress | None = None
+) -> Results:
+    """Runs what is not yet measured and writes the report.
+
+    Args:
+      experiment: the checked config.
+      resume: go on with what the run directory already holds; it must be of the same config, model and tokens.
+      overwrite: measure again what the directory holds.
+      progress: where to show how far it is; nowhere when None.
+
+    Raises:
+      UserError: the directory is of another experiment, or holds this one and neither `resume` nor `overwrite` is set.
+    """
+    started = time.perf_counter()
+    run = Run(experiment, progress or Progress(quiet=True))
+    run.claim_directory(resume, overwrite)
+    scores = run.scores()
+    todo = list(candidates(experiment, run.source.config, run.fingerprint, scores))
+    rows = run.measure_all(todo)
+    results = run.results(scores, rows, time.perf_counter() - started)
+    results.write(run.directory / "results.json")
+    from lq.runs.report import write_report
+
+    write_report([(experiment.title, results)], run.directory)
+    return results
+
+
+class Run:
+    """The state of one experiment: what is open and where it is kept."""
+
+    def __init__(self, experiment: Experiment, progress: Progress):
+        self.experiment, self.progress = experiment, progress
+        self.directory = Path(experiment.output)
+        self.source = open_checkpoint(resolve_model(experiment.model))
+        self.fingerprint = fingerprint(self.source)
+        tokenizer = load_tokenizer(self.source.path)
+        c, e, q = experiment.calibration, experiment.evaluation, experiment.quantization
+        data = resolve_data(c.data, "calibration")
+        self.calibration = calibration_windows(tokenizer, data, c.samples, c.length, c.seed)
+        data = resolve_data(e.data, "evaluation")
+        self.windows = evaluation_windows(tokenizer, data, e.window, stride=e.stride, limit=e.windows)
+        self.options = QUANTIZERS.options(q.method, q.options)
+        self.packed = {} if 2 * parameter_count(self.source.config) < CACHE_LIMIT else None
+
+    def claim_directory(self, resume: bool, overwrite: bool) -> None:
+        """Makes the run directory this experiment's, or says why it cannot be."""
+        config = self.experiment.model_dump(exclude={"output", "title"})
+        text = json.dumps([config, self.fingerprint, self.calibration.fingerprint, self.windows.fingerprint])
+        identity = {"experiment": hashlib.sha256(text.encode()).hexdigest()[:16], "model": self.fingerprint}
+        record = self.directory / "run.json"
+        if record.exists():
+            try:
+                found = json.loads(record.read_text())
+            except json.JSONDecodeError:
+                raise UserError(f"{record}: damaged; remove {self.directory} or give another output") from None
+            if not overwrite and found.get("model") != identity["model"]:
+                raise UserError(f"{self.directory}: a run of another model; give another output or remove it")
+            if not overwrite and found.get("experiment") != identity["experiment"]:
+                raise UserError(f"{self.directory}: a run of another config; give another output or remove it")
+            if not overwrite and not resume:
+                raise UserError(f"{self.directory}: already holds this run; add --resume to go on, or give another output")
+        elif self.directory.exists() and any(self.directory.iterdir()):
+            raise UserError(f"{self.directory}: not empty, and no run of lq; give another output")
+        if overwrite or not record.exists():
+            (self.directory / "rows.jsonl").unlink(missing_ok=True)
+        write_text(record, json.dumps(identity))
+        write_text(self.directory / "config.yaml", dump_experiment(self.experiment))
+
+    def scores(self) -> dict[tuple[str, int | None], Scores]:
+        """Every order of the config, computed once; keys are (order name, seed)."""
+        found = {}
+        wanted = [(order, seed) for order in orders_of(self.experiment) for seed in order.each_seed()]
+        with self.progress.stage("score", len(wanted)) as step:
+            for order, seed in wanted:
+                key = (order.name, seed)
+                if key not in found:
+                    found[key] = self._score(order, seed, found)
+                    name = order.name.replace(" ", "_") + ("" if seed is None else f"_{seed}")
+                    found[key].write(self.directory / "scores" / f"{name}.json")
+                step(order.name)
+        return found
+
+    def _score(self, order: Order, seed: int | None, found: dict) -> Scores:
+        options = order.options if seed is None else {**order.options, "seed": seed}
+        straight = found.get((order.metric, seed)) if order.reverse else None
+        if straight is None or straight.options.items() < options.items():
+            straight = score(self.source, order.metric, self.calibration, options)
+        return reverse(straight) if order.reverse else straight
+
+    def measure_all(self, todo: list[Candidate]) -> list[Row]:
+        """A row for every candidate, in order; those that `rows.jsonl` holds are not measured again."""
+        file = self.directory / "rows.jsonl"
+        done = {row.name: row for row in _read_rows(file)}
+        reference = None
+        with self.progress.stage("evaluate", len(todo)) as step:
+            for candidate in todo:
+                if candidate.name not in done:
+                    reference = reference or self._reference()
+                    done[candidate.name] = self._measure(candidate, reference)
+                    _append(file, json.dumps(dataclasses.asdict(done[candidate.name])))
+                step(f"{candidate.name}: perplexity {done[candidate.name].perplexity:.4g}")
+        return [done[candidate.name] for candidate in todo]
+
+    def _reference(self) -> Reference:
+        e = self.experiment.evaluation
+        return make_reference(self.source, self.windows, batch_size=e.batch_size, dtype=_dtype(e.dtype))
+
+    def _measure(self, candidate: Candidate, reference: Reference) -> Row:
+        """Quantizes and evaluates one candidate, packed."""
+        started = time.perf_counter()
+        e, plan = self.experiment.evaluation, candidate.plan
+        source: ParameterSource = self.source
+        if plan is not None:
+            plan.write(self.directory / "plans" / f"{candidate.name.replace(' ', '_')}.json")
+            method = self.experiment.quantization.method
+            source = PlannedSource(self.source, plan.specs, method, self.options, self.packed)
+        result = evaluate(
+            source,
+            self.windows,
+            stride=e.stride,
+            reference=reference,
+            batch_size=e.batch_size,
+            dtype=_dtype(e.dtype),
+        )
+        return Row(
+            name=candidate.name,
+            group=candidate.group,
+            order=candidate.order,
+            seed=candidate.seed,
+            target_bpw=candidate.target_bpw,
+            code_bits=16.0 if plan is None else plan.code_bits,
+            bpw=16.0 if plan is None else plan.bpw,
+            bytes_on_disk=None,
+            bytes_on_device=2 * parameter_count(self.source.config) if plan is None else plan.nbytes,
+            perplexity=result.perplexity,
+            kl=result.kl,
+            top1=result.top1,
+            bits_per_block=() if plan is None else plan.bits_per_block(),
+            seconds=time.perf_counter() - started,
+        )
+
+    def results(self, scores: dict, rows: list[Row], seconds: float) -> Results:
+        """Everything the report needs."""
+        x, config = self.experiment, self.source.config
+        tokens = int(self.windows.tokens.size)
+        a, q = x.allocation, x.quantization
+        counted = "the blocks' matrices" if a.count == "blocks" else "the blocks' matrices, embedding and head"
+        tables = f"embedding {a.embedding_bits} bits, head {a.head_bits} bits"
+        seeds = {"calibration": x.calibration.seed, "random orders": sorted({r.seed for r in rows if r.seed is not None})}
+        return Results(
+            title=x.title,
+            model={
+                "name": x.model,
+                "family": config.family,
+                "blocks": config.num_blocks,
+                "parameters": parameter_count(config),
+                "fingerprint": self.fingerprint,
+            },
+            protocol={
+                "corpus": Path(self.windows.source).name,
+                "windows": len(self.windows.tokens),
+                "window": x.evaluation.window,
+                "stride": x.evaluation.stride or x.evaluation.window,
+                "tokens": tokens,
+                "dtype": x.evaluation.dtype,
+                "calibration": f"{Path(self.calibration.source).name}, {self.calibration.how}",
+            },
+            quantizer={
+                "method": q.method,
+                "options": dataclasses.asdict(self.options),
+                "group size": q.group_size or "column",
+                "symmetric": q.symmetric,
+                "scale dtype": q.scale_dtype,
+                "allocator": a.method,
+                "bits": list(a.bits),
+                "counted in bits per weight": f"{counted}; {tables}",
+            },
+            environment=describe_environment(seconds, seeds),
+            scores={order: tuple(s.values.values()) for (order, _), s in scores.items() if is_score(order)},
+            rows=tuple(rows),
+            conclusion=conclude(rows),
+        )
+
+
+def _dtype(name: str) -> np.dtype:
+    import jax.numpy as jnp
+
+    return jnp.dtype(name)
+
+
+def _read_rows(file: Path) -> list[Row]:
+    """Rows measured so far. A last line cut short by a crash is dropped: that model is measured again."""
+    if not file.exists():
+        return []
+    rows = []
+    for line in file.read_text().splitlines():
+        try:
+            fields = json.loads(line)
+        except json.JSONDecodeError:
+            break
+        rows.append(Row(**{**fields, "bits_per_block": tuple(fields["bits_per_block"])}))
+    write_text(file, "".join(json.dumps(dataclasses.asdict(row)) + "\n" for row in rows))
+    return rows
+
+
+def _append(file: Path, line: str) -> None:
+    with file.open("a") as f:
+        f.write(line + "\n")
+        f.flush()
+        os.fsync(f.fileno())

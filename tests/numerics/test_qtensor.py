@@ -1,0 +1,155 @@
+"""`QTensor` and `QuantSpec`: what a code means, and what it costs."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lq.errors import UserError
+from lq.numerics.matmul import lookup, matmul
+from lq.numerics.qtensor import QTensor
+from lq.numerics.spec import QuantSpec
+
+SHAPES = [(128, 24), (100, 7), (33, 40), (2, 96, 24)]
+SPECS = [
+    QuantSpec(bits=bits, group_size=group, symmetric=symmetric, scale_dtype=dtype)
+    for bits in range(1, 9)
+    for group, symmetric, dtype in [(32, False, "bfloat16"), (64, True, "float16"), (None, False, "float32")]
+]
+
+
+def random_qtensor(spec, shape, seed=0):
+    """A tensor, and the codes, scales and zeros it was made of."""
+    rng = np.random.default_rng(seed)
+    *lead, K, N = shape
+    groups = (*lead, spec.num_groups(K), N)
+    codes = rng.integers(0, spec.max_code + 1, shape)
+    scales = rng.uniform(0.5, 2.0, groups).astype(ml_dtypes.bfloat16 if spec.scale_dtype == "bfloat16" else spec.scale_dtype)
+    zeros = None if spec.symmetric else rng.integers(0, spec.max_code + 1, groups)
+    return QTensor.from_codes(jnp.asarray(codes), jnp.asarray(scales), zeros if zeros is None else jnp.asarray(zeros), spec), (
+        codes,
+        scales,
+        zeros,
+    )
+
+
+def dequantize_by_definition(codes, scales, zeros, spec):
+    """(code - zero) * scale in float64, weight by weight."""
+    *lead, K, N = codes.shape
+    g = spec.group_size or K
+    out = np.empty(codes.shape, np.float64)
+    constant = 2 ** (spec.bits - 1) if spec.bits > 1 else 0.5
+    for index in np.ndindex(*lead):
+        for k in range(K):
+            zero = constant if zeros is None else zeros[index][k // g].astype(np.float64)
+            out[index][k] = (codes[index][k].astype(np.float64) - zero) * scales[index][k // g].astype(np.float64)
+    return out
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_codes_zeros_and_values_come_back(spec, shape):
+    tensor, (codes, scales, zeros) = random_qtensor(spec, shape)
+    np.testing.assert_array_equal(np.asarray(tensor.codes()), codes)
+    if zeros is not None:
+        np.testing.assert_array_equal(np.asarray(tensor.zero_codes()), zeros)
+    # A code difference of at most 9 bits times a scale of at most 24 bits: one float32 rounding, none for 16-bit scales.
+    got = np.asarray(tensor.dequantize(), np.float64)
+    np.testing.assert_allclose(got, dequantize_by_definition(codes, scales, zeros, spec), rtol=2.0**-24, atol=0)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_accounting_equals_the_bytes_on_the_device(spec, shape):
+    tensor, _ = random_qtensor(spec, shape)
+    measured = sum(leaf.on_device_size_in_bytes() for leaf in jax.tree.leaves(tensor))
+    assert measured == tensor.nbytes == spec.size_bits(shape) // 8
+    assert tensor.bits_per_weight == spec.bits_per_weight(shape) == 8 * measured / math.prod(shape)
+
+
+def test_size_in_closed_form():
+    # 4-bit codes, one 16-bit scale and one 4-bit zero per group of 128: 4 + 20/128.
+    assert QuantSpec(bits=4, group_size=128).bits_per_weight((256, 512)) == 4 + 20 / 128
+    assert QuantSpec(bits=3, group_size=64, symmetric=True).bits_per_weight((256, 512)) == 3.25
+    assert QuantSpec(bits=2, group_size=None, symmetric=True, scale_dtype="float32").bits_per_weight((256, 8)) == 2.125
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 8), st.integers(1, 300), st.integers(1, 40), st.sampled_from([32, 64, 128, 256, None]), st.booleans())
+def test_accounting_for_any_shape(bits, K, N, group, symmetric):
+    spec = QuantSpec(bits=bits, group_size=group, symmetric=symmetric)
+    tensor, _ = random_qtensor(spec, (K, N))
+    assert tensor.nbytes * 8 == spec.size_bits((K, N))
+
+
+def test_goes_through_jit_tree_map_and_eval_shape():
+    spec = QuantSpec(bits=3)
+    tensor, _ = random_qtensor(spec, (256, 16))
+    doubled = jax.jit(lambda t: t.replace(scales=2 * t.scales))(tensor)
+    np.testing.assert_array_equal(np.asarray(doubled.dequantize()), 2 * np.asarray(tensor.dequantize()))
+    abstract = jax.eval_shape(lambda t: t, tensor)
+    assert abstract.shape == (256, 16)
+    assert abstract.nbytes == tensor.nbytes
+    assert jax.tree.structure(jax.tree.map(lambda a: a, tensor)) == jax.tree.structure(tensor)
+
+
+def test_one_compilation_serves_equal_specs():
+    traces = []
+
+    @jax.jit
+    def product(x, w):
+        traces.append(None)
+        return matmul(x, w)
+
+    for seed in range(3):
+        product(jnp.ones((2, 128)), random_qtensor(QuantSpec(bits=4), (128, 8), seed)[0])
+    assert len(traces) == 1
+
+
+def test_matmul_equals_the_dequantized_product():
+    tensor, parts = random_qtensor(QuantSpec(bits=5, group_size=32), (96, 24))
+    x = np.random.default_rng(3).standard_normal((4, 96)).astype(np.float32)
+    dense = dequantize_by_definition(*parts, tensor.spec)
+    bound = 98 * 2.0**-24 * (np.abs(x).astype(np.float64) @ np.abs(dense))
+    assert (np.abs(np.asarray(matmul(x, tensor), np.float64) - x.astype(np.float64) @ dense) <= bound).all()
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_lookup_in_a_packed_table_gives_its_columns(symmetric):
+    tensor, _ = random_qtensor(QuantSpec(bits=3, group_size=32, symmetric=symmetric), (96, 50))
+    rows = jnp.asarray([[3, 49], [0, 3]])
+    np.testing.assert_array_equal(np.asarray(lookup(tensor, rows)), np.asarray(tensor.dequantize()).T[np.asarray(rows)])
+
+
+def test_zero_points_must_fit_the_spec():
+    codes, scales = jnp.zeros((32, 4), jnp.uint32), jnp.ones((1, 4))
+    with pytest.raises(ValueError, match="needs zero points"):
+        QTensor.from_codes(codes, scales, None, QuantSpec(bits=4))
+    with pytest.raises(ValueError, match="has no zero points"):
+        QTensor.from_codes(codes, scales, jnp.zeros((1, 4), jnp.uint32), QuantSpec(bits=4, symmetric=True))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"bits": 9}, "bits: 9 is not a width lq can store; write a whole number from 1 to 8"),
+        ({"bits": 2.5}, "bits: 2.5 is not a width"),
+        ({"bits": 4, "group_size": 100}, "group_size: 100; write one of 32, 64, 128, 256, or null for the whole column"),
+        ({"bits": 4, "scale_dtype": "int8"}, "scale_dtype: 'int8'; write one of bfloat16, float16, float32"),
+    ],
+)
+def test_a_spec_that_cannot_be_stored_says_what_to_write(fields, message):
+    with pytest.raises(UserError, match=message):
+        QuantSpec(**fields)
+
+
+def test_spec_survives_json():
+    spec = QuantSpec(bits=3, group_size=None, symmetric=True, scale_dtype="float32")
+    assert QuantSpec.from_dict(spec.to_dict()) == spec
+    with pytest.raises(UserError, match="unknown field 'width'"):
+        QuantSpec.from_dict({"width": 3})
