@@ -46,7 +46,7 @@ __all__ = [
 
 
 def open_model(name_or_path: str | Path) -> ParameterSource:
-    """Opens a model without reading its weights: a Hugging Face directory or hub name, a quantized checkpoint, or "standin"."""
+    """Opens a Hugging Face directory or hub name, a quantized checkpoint, or "standin"; reads no weights yet."""
     path = resolve_model(str(name_or_path))
     return open_quantized(path) if is_quantized(path) else open_checkpoint(path)
 
@@ -69,7 +69,7 @@ def load(name_or_path: str | Path, dtype=None) -> tuple[Decoder, Params, object]
 
 
 def calibration_windows(tokenizer, data: str, *, samples: int = 128, length: int = 2048, seed: int = 0) -> Windows:
-    """`samples` random windows of `length` tokens from a text file, "wikitext2", "c4" or "standin" (the shipped text)."""
+    """`samples` random windows of `length` tokens; `data` is a text file, "wikitext2", "c4" or "standin"."""
     return calibration_data.calibration_windows(tokenizer, resolve_data(data, "calibration"), samples, length, seed)
 
 
@@ -77,7 +77,9 @@ def evaluation_windows(
     tokenizer, data: str, *, length: int = 2048, stride: int | None = None, limit: int | None = None
 ) -> Windows:
     """Consecutive windows to evaluate on, from the same kinds of source as `calibration_windows`."""
-    return calibration_data.evaluation_windows(tokenizer, resolve_data(data, "evaluation"), length, stride=stride, limit=limit)
+    return calibration_data.evaluation_windows(
+        tokenizer, resolve_data(data, "evaluation"), length, stride=stride, limit=limit
+    )
 
 
 def score(model: Decoder, params: Params, calibration: Windows | None = None, *, metric: str, **options) -> Scores:
@@ -88,7 +90,7 @@ def score(model: Decoder, params: Params, calibration: Windows | None = None, *,
 def quantize(
     model: Decoder, params: Params, plan: Plan, *, method: str = "rtn", options: Mapping[str, object] | None = None
 ) -> Params:
-    """The parameters with every matrix of the plan packed; what stays dense is kept in 16 bits. `params` is left alone."""
+    """The parameters with every matrix of the plan packed; what stays dense is in 16 bits. `params` is left alone."""
     chosen = QUANTIZERS.options(method, options or {})
     return PlannedSource(InMemory(model.config, params), plan.specs, method, chosen).params()
 
@@ -132,5 +134,3 @@ def save(
     description = open_checkpoint(resolve_model(str(original))).path
     quantizer = {"method": method, "options": dict(options or {})}
     write_quantized(InMemory(model.config, qparams), plan, Path(out), quantizer=quantizer, description=description)
-
-

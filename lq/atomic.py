@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def write_file(path: Path, write: Callable[[Path], None]) -> None:
-    """Lets `write` fill a temporary file in the same directory, then moves it to `path`. On any error nothing is left."""
+    """Lets `write` fill a temporary file in the same directory, then moves it to `path`. On error nothing is left."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")

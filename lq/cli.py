@@ -1,7 +1,7 @@
 """The `lq` command. Every verb is one library call; this file reads arguments and prints.
 
-A mistake of the user's is one line on standard error and exit status 2. Anything else is a defect and keeps its traceback
-(status 1). Ctrl-C exits with 130.
+A mistake of the user's is one line on standard error and exit status 2. Anything else is a defect and keeps its
+traceback (status 1). Ctrl-C exits with 130.
 """
 
 import enum
@@ -27,8 +27,12 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Model = Annotated[str, typer.Argument(help="A directory in Hugging Face layout, a hub name, or 'standin'.", show_default=False)]
-AnyModel = Annotated[str, typer.Argument(help="As for MODEL elsewhere, or a directory made by lq quantize.", show_default=False)]
+Model = Annotated[
+    str, typer.Argument(help="A directory in Hugging Face layout, a hub name, or 'standin'.", show_default=False)
+]
+AnyModel = Annotated[
+    str, typer.Argument(help="As for MODEL elsewhere, or a directory made by lq quantize.", show_default=False)
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 Data = Annotated[str, typer.Option(help="Text file or directory, wikitext2, c4, or 'standin' (the shipped text).")]
 Metrics = Annotated[list[str], typer.Option("--metric", help="Repeat for several; see lq list importance.")]
@@ -36,7 +40,9 @@ BitsList = Annotated[str, typer.Option("--bits", help="Widths to choose from, co
 GroupSize = Annotated[str, typer.Option(help="Input channels per scale: 32, 64, 128, 256 or column.")]
 Symmetric = Annotated[bool, typer.Option("--symmetric", help="No zero points.")]
 ScaleDtype = Annotated[str, typer.Option(help="bfloat16, float16 or float32.")]
-Pins = Annotated[list[str] | None, typer.Option("--pin", help="REGEX=BITS for matrices that match; 16 leaves them dense.")]
+Pins = Annotated[
+    list[str] | None, typer.Option("--pin", help="REGEX=BITS for matrices that match; 16 leaves them dense.")
+]
 Settings = Annotated[list[str] | None, typer.Option("--option", help="KEY=VALUE for the method; repeat for several.")]
 
 
@@ -117,7 +123,9 @@ def score(
     source = open_model(model)
     windows = None
     if any("calibration" in method.needs for method in methods.values()):
-        windows = calibration_windows(load_tokenizer(source.path), calibration, samples=samples, length=length, seed=seed)
+        windows = calibration_windows(
+            load_tokenizer(source.path), calibration, samples=samples, length=length, seed=seed
+        )
     results = {}
     with Progress(quiet=quiet).stage("score", len(methods)) as step:
         for name in methods:
@@ -125,7 +133,9 @@ def score(
             results[name].write(out / f"{name}.json")
             step(name)
     write_scores_figure(results, out / "scores.png")
-    _table(["block", *results], [[unit, *(f"{s.values[unit]:.6g}" for s in results.values())] for unit in _units(results)])
+    _table(
+        ["block", *results], [[unit, *(f"{s.values[unit]:.6g}" for s in results.values())] for unit in _units(results)]
+    )
     print(f"wrote {', '.join(str(out / f'{name}.json') for name in results)} and {out / 'scores.png'}")
 
 
@@ -142,7 +152,9 @@ def allocate(
     pin: Pins = None,
     embedding_bits: Annotated[int, typer.Option(help="1 to 8, or 16 for dense.")] = 16,
     head_bits: Annotated[int, typer.Option(help="Of an untied head; 1 to 8, or 16 for dense.")] = 16,
-    count: Annotated[str, typer.Option(help="What the average is over: blocks, or all (embedding and head too).")] = "blocks",
+    count: Annotated[
+        str, typer.Option(help="What the average is over: blocks, or all (embedding and head too).")
+    ] = "blocks",
     reverse: Annotated[bool, typer.Option("--reverse", help="The control: least important first.")] = False,
     out: Annotated[Path, typer.Option(help="The plan.")] = Path("plan.json"),
 ) -> None:
@@ -153,7 +165,16 @@ def allocate(
     read = Scores.read(scores)
     spec = _spec(group_size, symmetric, scale_dtype)
     plan = _plan(
-        reversed_scores(read) if reverse else read, spec, bpw, bytes_, bits, method, pin, embedding_bits, head_bits, count
+        reversed_scores(read) if reverse else read,
+        spec,
+        bpw,
+        bytes_,
+        bits,
+        method,
+        pin,
+        embedding_bits,
+        head_bits,
+        count,
     )
     plan.write(out)
     _describe_plan(plan)
@@ -194,7 +215,9 @@ def quantize(
             raise UserError(f"{plan}: a plan of another model; make one from the scores of {model}")
     else:
         scores = _score_here(source, metric, calibration)
-        chosen = _plan(scores, _spec(group_size, symmetric, "bfloat16"), bpw, None, bits, "rank", None, 16, 16, "blocks")
+        chosen = _plan(
+            scores, _spec(group_size, symmetric, "bfloat16"), bpw, None, bits, "rank", None, 16, 16, "blocks"
+        )
     _write(source, chosen, out, method, options, resume, quiet)
 
 
@@ -280,9 +303,8 @@ def list_(kind: Annotated[Kind, typer.Argument(help="What to list.", show_defaul
 @command
 def version() -> None:
     """Versions, devices, and which matmul backends this installation has."""
-    from lq_kernels import BACKENDS
-
     from lq.runs.environment import device_name, versions
+    from lq_kernels import BACKENDS
 
     for name, number in versions().items():
         print(f"{name:13} {number}")

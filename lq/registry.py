@@ -47,7 +47,7 @@ class Registry(Mapping[str, Method]):
         return len(self._methods)
 
     def options(self, name: str, given: Mapping[str, Any]):
-        """The options dataclass of `name` with the `given` fields set. Unknown fields and wrong types are `UserError`s."""
+        """The options of `name` with the `given` fields set. An unknown field or a wrong type is a `UserError`."""
         cls = self[name].options
         fields = {f.name: f for f in dataclasses.fields(cls)}
         hints = typing.get_type_hints(cls)

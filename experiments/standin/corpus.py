@@ -1,9 +1,9 @@
 """The text the stand-in model is trained on: Python sources and their docstrings, from what every installation has.
 
-The standard library of the running interpreter, and the installed packages in `PACKAGES`, all under licences that permit
-redistribution of the excerpts shipped with the model. Tests, generated tables and very long files are left out; byte-equal
-files are kept once. Files are split by a hash of their name, so that a file is in one split only and stays there when others
-come or go.
+The standard library of the running interpreter, and the installed packages in `PACKAGES`, all under licences that
+permit redistribution of the excerpts shipped with the model. Tests, generated tables and very long files are left out;
+byte-equal files are kept once. Files are split by a hash of their name, so that a file is in one split only and stays
+there when others come or go.
 """
 
 import dataclasses

@@ -1,6 +1,6 @@
 """Writes the trained stand-in as lq ships it: model in Hugging Face layout, held-out texts, sources and licences.
 
-    python -m experiments.standin.export --run DIR [--assets lq/assets] [--step N]
+python -m experiments.standin.export --run DIR [--assets lq/assets] [--step N]
 """
 
 import argparse

@@ -2,11 +2,13 @@
 
     python -m experiments.standin.train --out DIR [--steps 3000]
 
-Claims: validation perplexity below a third of the unigram perplexity. Costs one to two hours on two CPU cores. Interrupt it at
-any time; the same command resumes from the last checkpoint, and the batches are a function of the step alone, so the run is the
-same as an uninterrupted one. `python -m experiments.standin.export --run DIR` then writes the model in Hugging Face layout.
+Claims: validation perplexity below a third of the unigram perplexity. Costs one to two hours on two CPU cores.
+Interrupt it at any time; the same command resumes from the last checkpoint, and the batches are a function of the step
+alone, so the run is the same as an uninterrupted one. `python -m experiments.standin.export --run DIR` then writes the
+model in Hugging Face layout.
 
-The schedule is warm-up, constant, linear decay over the last fifth (WSD): a longer run shares all but its tail with a shorter one.
+The schedule is warm-up, constant, linear decay over the last fifth (WSD): a longer run shares all but its tail with a
+shorter one.
 """
 
 import argparse
@@ -59,7 +61,9 @@ def train_tokenizer(texts: list[str], path: Path):
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=VOCAB, special_tokens=[END], initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.save(str(path))
     return tokenizer
@@ -79,7 +83,10 @@ def prepare(out: Path) -> tuple[np.ndarray, np.ndarray]:
         for split, file in files.items():
             encoded = tokenizer.encode_batch(texts[split])
             stream = np.concatenate([np.asarray([0, *e.ids], np.uint16) for e in encoded])
-            print(f"{split}: {len(encoded)} files, {sum(map(len, texts[split])) / 1e6:.1f} MB, {stream.size} tokens", flush=True)
+            print(
+                f"{split}: {len(encoded)} files, {sum(map(len, texts[split])) / 1e6:.1f} MB, {stream.size} tokens",
+                flush=True,
+            )
             np.save(file, stream)
     return np.load(files["train"], mmap_mode="r"), np.load(files["evaluation"], mmap_mode="r")
 

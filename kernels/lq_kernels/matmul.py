@@ -1,22 +1,22 @@
 """`quantized_matmul`: x @ w for a packed w. One public function, one registry of backends behind it.
 
-A backend is a function `(x, w, out_dtype) -> y` that raises `NotImplementedError` with its reason when it cannot serve a case.
-The dispatcher takes the first that can; `explain` says which that was and why the others refused. The XLA backend, last in
-the list, serves everything.
+A backend is a function `(x, w, out_dtype) -> y` that raises `NotImplementedError` with its reason when it cannot serve
+a case. The dispatcher takes the first that can; `explain` says which that was and why the others refused. The XLA
+backend, last in the list, serves everything.
 """
 
 import math
 from collections.abc import Callable
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jax import Array
 
 from lq_kernels.packed import PackedMatrix
 
 Backend = Callable[[Array, PackedMatrix, jnp.dtype], Array]
 
 
-def xla_matmul(x: Float[Array, "... K"], w: PackedMatrix, out_dtype) -> Float[Array, "... N"]:
+def xla_matmul(x: Array, w: PackedMatrix, out_dtype) -> Array:
     """Unpacks to x's dtype, then one dot; XLA decides what is fused. The reference for every other backend."""
     return jnp.matmul(x, w.dequantize(x.dtype), preferred_element_type=out_dtype)
 
@@ -24,9 +24,7 @@ def xla_matmul(x: Float[Array, "... K"], w: PackedMatrix, out_dtype) -> Float[Ar
 BACKENDS: dict[str, Backend] = {"xla": xla_matmul}
 
 
-def quantized_matmul(
-    x: Float[Array, "... K"], w: PackedMatrix, *, backend: str | None = None, out_dtype=None
-) -> Float[Array, "... N"]:
+def quantized_matmul(x: Array, w: PackedMatrix, *, backend: str | None = None, out_dtype=None) -> Array:
     """y = x @ dequantize(w), without storing the dequantized matrix where a backend can avoid it.
 
     Args:
@@ -61,4 +59,6 @@ def _check(x: Array, w: PackedMatrix) -> None:
         raise ValueError(f"x has {x.shape[-1]} channels, the matrix takes {w.in_features}")
     groups = math.ceil(w.in_features / w.group_size)
     if w.scales.shape[0] != groups:
-        raise ValueError(f"{w.in_features} channels in groups of {w.group_size} need {groups} scales, got {w.scales.shape[0]}")
+        raise ValueError(
+            f"{w.in_features} channels in groups of {w.group_size} need {groups} scales, got {w.scales.shape[0]}"
+        )

@@ -1,7 +1,7 @@
 """`PackedMatrix`: what every matmul backend takes. A pytree of arrays with static metadata.
 
-Terms: a *group* is the run of input channels that shares one scale; a *plane* is one word array of `packing`. The matrix stands
-for the float array `[K, N]`
+Terms: a *group* is the run of input channels that shares one scale; a *plane* is one word array of `packing`. The
+matrix stands for the float array `[K, N]`
 
     w[k, n] = (code[k, n] - zero[k // group_size, n]) * scale[k // group_size, n]
 
@@ -12,7 +12,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jax import Array
 
 from lq_kernels.packing import unpack
 
@@ -33,7 +33,7 @@ class PackedMatrix:
     def out_features(self) -> int:
         return self.scales.shape[-1]
 
-    def dequantize(self, dtype=jnp.float32) -> Float[Array, "... K N"]:
+    def dequantize(self, dtype=jnp.float32) -> Array:
         """The float matrix, computed in float32 and rounded once to `dtype`."""
         codes = unpack(self.planes, self.bits, self.in_features).astype(jnp.float32)
         zeros = self.zero_point if self.zeros is None else self._per_channel(self.zeros.astype(jnp.float32))

@@ -1,20 +1,21 @@
 """Packing of small integer codes into uint32 words: the canonical layout, one for all backends and for files.
 
-A matrix of codes is `[K, N]`: K input channels (the axis the product sums over), N output channels. A *plane* of width p in
-{1, 2, 4, 8} holds p bits of every code, 32/p codes to a word, little-endian along K:
+A matrix of codes is `[K, N]`: K input channels (the axis the product sums over), N output channels. A *plane* of width
+p in {1, 2, 4, 8} holds p bits of every code, 32/p codes to a word, little-endian along K:
 
     word[r, n] bits [p*i, p*(i+1))  =  code[r * 32/p + i, n] bits of this plane,      i = 0 .. 32/p - 1
 
-Widths 1, 2, 4 and 8 are one plane, which is GPTQ's order. The others are sums of planes, lowest bits first in the widest
+Widths 1, 2, 4 and 8 are one plane, which is GPTQ's order. The others are sums of planes, lowest bits first in the
+widest
 plane: 3 = 2+1, 5 = 4+1, 6 = 4+2, 7 = 4+2+1. So 3 bits cost 3 bits, unpacking is shifts and masks by constants, no code
 straddles two words, and a matrix cut along K at multiples of 32 is cut between words in every plane.
 
-When K is no multiple of 32/p the last word of a plane is padded with zero bits; the padding is counted by `packed_bits`.
-Leading axes before K (a stack of experts) are carried along.
+When K is no multiple of 32/p the last word of a plane is padded with zero bits; the padding is counted by
+`packed_bits`. Leading axes before K (a stack of experts) are carried along.
 """
 
 import jax.numpy as jnp
-from jaxtyping import Array, UInt32
+from jax import Array
 
 PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
 
@@ -40,7 +41,7 @@ def packed_bits(shape: tuple[int, ...], bits: int) -> int:
     return 32 * count * sum(words_along(K, width) for width in plane_widths(bits))
 
 
-def pack(codes: Array, bits: int) -> tuple[UInt32[Array, "..."], ...]:
+def pack(codes: Array, bits: int) -> tuple[Array, ...]:
     """Packs unsigned codes `[..., K, N]` (any integer dtype, values in [0, 2**bits)) into planes `[..., words, N]`."""
     codes = codes.astype(jnp.uint32)
     planes, shift = [], 0
@@ -50,7 +51,7 @@ def pack(codes: Array, bits: int) -> tuple[UInt32[Array, "..."], ...]:
     return tuple(planes)
 
 
-def unpack(planes: tuple[UInt32[Array, "..."], ...], bits: int, length: int) -> UInt32[Array, "... K N"]:
+def unpack(planes: tuple[Array, ...], bits: int, length: int) -> Array:
     """The codes `[..., length, N]` as uint32."""
     codes, shift = None, 0
     for words, width in zip(planes, plane_widths(bits), strict=True):
@@ -60,7 +61,7 @@ def unpack(planes: tuple[UInt32[Array, "..."], ...], bits: int, length: int) -> 
     return codes
 
 
-def _pack_plane(fields: UInt32[Array, "... K N"], width: int) -> UInt32[Array, "... words N"]:
+def _pack_plane(fields: Array, width: int) -> Array:
     *lead, K, N = fields.shape
     per_word = 32 // width
     words = words_along(K, width)
@@ -70,7 +71,7 @@ def _pack_plane(fields: UInt32[Array, "... K N"], width: int) -> UInt32[Array, "
     return jnp.sum(fields << shifts, axis=-2, dtype=jnp.uint32)  # fields do not overlap: the sum is the bitwise or
 
 
-def _unpack_plane(words: UInt32[Array, "... words N"], width: int, length: int) -> UInt32[Array, "... K N"]:
+def _unpack_plane(words: Array, width: int, length: int) -> Array:
     *lead, rows, N = words.shape
     per_word = 32 // width
     shifts = (width * jnp.arange(per_word, dtype=jnp.uint32))[:, None]

@@ -50,10 +50,12 @@ def allocate(
 
     Args:
       scores: one number per block (or per matrix), larger deserves more bits; they carry the model's shapes.
-      bpw: target bits per counted weight, metadata included. The plan's is never above it, and within one smallest step below.
+      bpw: target bits per counted weight, metadata included. The plan's is never above it, and within one smallest step
+        below.
       nbytes: the target as bytes of the counted matrices instead; exactly one of the two is given.
       bits: widths to choose from.
-      spec: group size, symmetry and scale dtype of every matrix; its own `bits` is ignored. `QuantSpec(bits=4)` when None.
+      spec: group size, symmetry and scale dtype of every matrix; its own `bits` is ignored. `QuantSpec(bits=4)` when
+        None.
       method: a name in `ALLOCATORS`.
       options: fields of the allocator's options.
       pins: rules, the first that matches a matrix decides; one that matches none is listed in the plan's provenance.
@@ -61,7 +63,8 @@ def allocate(
       count: whether the average is over the blocks' matrices or over embedding and head too.
 
     Raises:
-      UserError: a target out of reach (the message says the range), scores of another model, a width that does not exist.
+      UserError: a target out of reach (the message says the range), scores of another model, a width that does not
+        exist.
     """
     spec = spec or QuantSpec(bits=4)
     shapes = scores.shapes
@@ -78,7 +81,9 @@ def allocate(
         return chosen.size_bits(shapes[path]) if chosen else 16 * math.prod(shapes[path])
 
     fixed_bits = sum(size(p, fixed[p]) for p in counted if p in fixed)
-    sizes = {u: {b: sum(size(p, c) for p in paths) for b, c in candidates.items()} for u, paths in free.items() if paths}
+    sizes = {
+        u: {b: sum(size(p, c) for p in paths) for b, c in candidates.items()} for u, paths in free.items() if paths
+    }
     total = sum(math.prod(shapes[p]) for p in counted)
     budget = _budget_bits(bpw, nbytes, total)
     _check_reachable(budget, fixed_bits, sizes, widths, total, nbytes is not None)
@@ -125,7 +130,9 @@ def _units(scores: Scores, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, l
         units[unit].append(path)
     for unit, paths in units.items():
         if not paths:
-            raise UserError(f"scores {scores.metric}: unit {unit} is not in this model; score this very model with `lq score`")
+            raise UserError(
+                f"scores {scores.metric}: unit {unit} is not in this model; score this very model with `lq score`"
+            )
     return units
 
 
@@ -163,5 +170,5 @@ def _check_reachable(budget: int, fixed_bits: int, sizes, widths, total: int, in
         # Rounded inwards, so that either end can be copied into the next command.
         least, most = math.ceil(low / total * 1e4) / 1e4, math.floor(high / total * 1e4) / 1e4
         wanted, reach = f"{budget / total:.4g} bits per weight", f"{least:.4f} to {most:.4f}"
-    among = ", ".join(map(str, widths))
+    among = ", ".join(map(str, widths)) + (" and what is pinned or dense" if fixed_bits else "")
     raise UserError(f"budget: {wanted} cannot be met; widths {among} (scales and zero points included) reach {reach}")

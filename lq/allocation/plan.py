@@ -1,8 +1,9 @@
 """`Plan`: a spec for every matrix that is quantized, and where the plan came from. One JSON file.
 
-Two sizes are kept apart everywhere. *Code bits* are the mean width of the codes, what papers call average bits. *bpw*, bits per
-weight, is the true cost with scales and zero points; budgets are in bpw. Both are means over the *counted* weights: the linear
-matrices of the blocks, and the embedding and head as well when `count` is "all" (in 16 bits where they are not quantized).
+Two sizes are kept apart everywhere. *Code bits* are the mean width of the codes, what papers call average bits. *bpw*,
+bits per weight, is the true cost with scales and zero points; budgets are in bpw. Both are means over the *counted*
+weights: the linear matrices of the blocks, and the embedding and head as well when `count` is "all" (in 16 bits where
+they are not quantized).
 """
 
 import dataclasses
@@ -29,7 +30,9 @@ class Plan:
 
     specs: dict[str, QuantSpec]  # matrix path -> spec; matrices without one stay dense
     shapes: dict[str, tuple[int, ...]]  # of every matrix of the model, embedding and head included
-    other_weights: int = 0  # norms, biases, learned positions, routers: always in 16 bits, never counted in the averages
+    other_weights: int = (
+        0  # norms, biases, learned positions, routers: always in 16 bits, never counted in the averages
+    )
     count: Count = "blocks"  # what the averages and the budget are taken over
     model: str = ""  # fingerprint of the model the plan was made for
     provenance: dict = dataclasses.field(default_factory=dict)  # metric, allocator, target, seed ...
@@ -117,7 +120,9 @@ class Plan:
         try:
             return cls.from_dict(json.loads(Path(path).read_text()))
         except FileNotFoundError:
-            raise UserError(f"{path}: no such plan; make one with `lq allocate SCORES --bpw 3.0 --out {path}`") from None
+            raise UserError(
+                f"{path}: no such plan; make one with `lq allocate SCORES --bpw 3.0 --out {path}`"
+            ) from None
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, IndexError, AttributeError) as error:
             raise UserError(f"{path}: not a plan ({error!r}); make one with `lq allocate`") from None
 

@@ -3,9 +3,10 @@
 Named corpora follow the protocols of the GPTQ paper's code, which nearly every published table uses:
 
 - `wikitext2`: wikitext-2-raw-v1, all lines of the split joined with a blank line, tokenized once.
-- `c4`: allenai/c4 `en`. Evaluation: the first 1,100 documents of validation shard 00000-of-00008 joined by a space, tokenized once,
-  the first 256 windows. Calibration: documents of train shard 00000-of-01024 drawn at random until one is longer than a window,
-  a random window of it; repeated.
+- `c4`: allenai/c4 `en`. Evaluation: the first 1,100 documents of validation shard 00000-of-00008 joined by a space,
+tokenized once,
+  the first 256 windows. Calibration: documents of train shard 00000-of-01024 drawn at random until one is longer than a
+  window, a random window of it; repeated.
 
 Anything else is a text file, or a directory whose `.txt` files are joined in name order.
 """
@@ -56,8 +57,11 @@ def encode(tokenizer, text: str) -> np.ndarray:
     return np.asarray(tokenizer(text, verbose=False)["input_ids"], np.int32)
 
 
-def evaluation_windows(tokenizer, data: str, length: int, *, stride: int | None = None, limit: int | None = None) -> Windows:
-    """Consecutive windows of `length` tokens, `stride` apart (`length` when None: not overlapping); the remainder is dropped.
+def evaluation_windows(
+    tokenizer, data: str, length: int, *, stride: int | None = None, limit: int | None = None
+) -> Windows:
+    """Consecutive windows of `length` tokens, `stride` apart (`length` when None: not overlapping); the remainder is
+    dropped.
 
     Raises UserError when the text is shorter than one window.
     """
@@ -65,7 +69,7 @@ def evaluation_windows(tokenizer, data: str, length: int, *, stride: int | None 
     if not 0 < stride <= length:
         raise UserError(f"stride: {stride} is not between 1 and the window of {length} tokens")
     if data == "wikitext2":
-        text = "\n\n".join(_load_dataset("wikitext", "wikitext-2-raw-v1", "test")["text"])
+        text = "\n\n".join(_load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", "test")["text"])
     elif data == "c4":
         text = " ".join(_c4("validation", "en/c4-validation.00000-of-00008.json.gz")[:1100]["text"])
         limit = min(limit or 256, 256)
@@ -73,26 +77,33 @@ def evaluation_windows(tokenizer, data: str, length: int, *, stride: int | None 
         text = read_text(data)
     stream = encode(tokenizer, text)
     if stream.size < length:
-        raise UserError(f"{data}: {stream.size} tokens, fewer than one window of {length}; give more text or a shorter window")
+        raise UserError(
+            f"{data}: {stream.size} tokens, fewer than one window of {length}; give more text or a shorter window"
+        )
     starts = np.arange(0, stream.size - length + 1, stride)[:limit]
     how = f"{length}-token windows, stride {stride}, tokenized once"
     return Windows(np.stack([stream[s : s + length] for s in starts]), str(data), how)
 
 
 def calibration_windows(tokenizer, data: str, samples: int, length: int, seed: int = 0) -> Windows:
-    """`samples` windows of `length` tokens at random places, decided by `seed` alone. Raises UserError for too short a text."""
+    """`samples` windows of `length` tokens at random places, decided by `seed` alone.
+
+    Raises UserError when the text is shorter than one window.
+    """
     generator = np.random.default_rng(seed)
     how = f"{samples} random windows of {length} tokens, seed {seed}"
     if data == "c4":
         documents = _c4("train", "en/c4-train.00000-of-01024.json.gz")
         return Windows(_windows_of_documents(tokenizer, documents, samples, length, generator), data, how)
     if data == "wikitext2":
-        text = "\n\n".join(_load_dataset("wikitext", "wikitext-2-raw-v1", "train")["text"])
+        text = "\n\n".join(_load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", "train")["text"])
     else:
         text = read_text(data)
     stream = encode(tokenizer, text)
     if stream.size < length:
-        raise UserError(f"{data}: {stream.size} tokens, fewer than one window of {length}; give more text or a shorter length")
+        raise UserError(
+            f"{data}: {stream.size} tokens, fewer than one window of {length}; give more text or a shorter length"
+        )
     starts = generator.integers(0, stream.size - length + 1, samples)
     return Windows(np.stack([stream[s : s + length] for s in starts]), str(data), how)
 

@@ -1,7 +1,8 @@
 """The loop that carries hidden states through a model block by block, holding one block's weights at a time.
 
-Hidden states of all windows live on the host between blocks, one batch after another goes through the device. Memory is one
-block plus the hidden states, whatever the depth. What is wanted of a block is computed inside the jitted step and comes out
+Hidden states of all windows live on the host between blocks, one batch after another goes through the device. Memory is
+one block plus the hidden states, whatever the depth. What is wanted of a block is computed inside the jitted step and
+comes out
 reduced: activations never leave the device but as the next block's input.
 """
 
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lq.errors import UserError
 from lq.models.config import BlockKind, ModelConfig
 from lq.models.context import context_for
 from lq.models.decoder import apply_block, embed
@@ -37,7 +39,20 @@ def _step(config: ModelConfig, kind: BlockKind, block_params, tokens, h, measure
 
 
 def embed_batches(source: ParameterSource, tokens: np.ndarray, batch_size: int, dtype=jnp.float32) -> list[np.ndarray]:
-    """The first hidden state of every batch, on the host."""
+    """The first hidden state of every batch, on the host.
+
+    Raises UserError for tokens the model has no embedding for, and for windows beyond its learned positions.
+    """
+    config = source.config
+    if int(tokens.max()) >= config.vocab_size:
+        raise UserError(
+            f"token {int(tokens.max())}: the model's vocabulary ends at {config.vocab_size - 1}; "
+            "the tokenizer is of another model"
+        )
+    if config.learned_position_offset is not None and tokens.shape[1] > config.max_positions:
+        raise UserError(
+            f"window of {tokens.shape[1]} tokens: the model has {config.max_positions} positions; shorten it"
+        )
     params = source.embed()
     return [np.asarray(_embed(source.config, params, b, jnp.dtype(dtype))) for b in batches(tokens, batch_size)]
 

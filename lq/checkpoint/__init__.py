@@ -1,4 +1,4 @@
-"""Quantized models on disk: one safetensors shard per part, a manifest, and what the original's directory holds besides weights."""
+"""Quantized models on disk: one safetensors shard per part, a manifest, the original's config and tokenizer."""
 
 from lq.checkpoint.quantized import QuantizedCheckpoint, is_quantized, open_quantized
 from lq.checkpoint.write import write_quantized

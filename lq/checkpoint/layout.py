@@ -10,7 +10,8 @@ A shard holds one part of the parameter tree. A dense leaf is stored under its p
     mlp/up_proj/kernel:scales    [..., groups, N]
     mlp/up_proj/kernel:zeros     uint32 [..., groups, words], the planes side by side; absent when symmetric
 
-The manifest is written last: a directory without one is an interrupted write, which `shards.json` lets the writer resume.
+The manifest is written last: a directory without one is an interrupted write, which `shards.json` lets the writer
+resume.
 """
 
 from pathlib import Path
@@ -19,11 +20,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from lq_kernels import plane_widths, words_along
 
 from lq.models.source import Params
 from lq.numerics.qtensor import QTensor
 from lq.numerics.spec import QuantSpec
+from lq_kernels import plane_widths, words_along
 
 FORMAT = 1
 MANIFEST, PROGRESS = "lq.json", "shards.json"
@@ -56,7 +57,9 @@ def from_tensors(tensors: dict[str, np.ndarray], specs: dict[str, tuple[QuantSpe
         leaves[path] = QTensor(
             planes=_split(codes, [words_along(shape[-2], width) for width in plane_widths(spec.bits)], -2),
             scales=jnp.asarray(scales),
-            zeros=None if zeros is None else _split(zeros, [words_along(shape[-1], w) for w in plane_widths(spec.bits)], -1),
+            zeros=None
+            if zeros is None
+            else _split(zeros, [words_along(shape[-1], w) for w in plane_widths(spec.bits)], -1),
             spec=spec,
             shape=shape,
         )
@@ -67,7 +70,7 @@ def from_tensors(tensors: dict[str, np.ndarray], specs: dict[str, tuple[QuantSpe
 
 
 def expected_tensors(shapes: dict[str, tuple[int, ...]], specs: dict[str, tuple[QuantSpec, tuple[int, ...]]]):
-    """Name -> shape of every tensor of a shard whose dense leaves are `shapes`; what the reader checks headers against."""
+    """Name -> shape of every tensor of a shard whose dense leaves are `shapes`; headers are checked against it."""
     expected = dict(shapes)
     for path, (spec, shape) in specs.items():
         *lead, K, N = shape

@@ -31,8 +31,8 @@ def write_quantized(
 ) -> None:
     """Writes a quantized model into the directory `out`, holding one part at a time.
 
-    Every shard is written atomically and recorded with its checksum; the manifest comes last. With `resume`, shards that are
-    recorded and whole are kept, and the result is the same to the bit.
+    Every shard is written atomically and recorded with its checksum; the manifest comes last. With `resume`, shards
+    that are recorded and whole are kept, and the result is the same to the bit.
 
     Args:
       source: the packed parts, usually a `PlannedSource`, which quantizes as it is read.
@@ -94,6 +94,8 @@ def _recorded(out: Path, identity: str, resume: bool) -> dict:
         same, shards = record["identity"] == identity, record["shards"]
     except (json.JSONDecodeError, KeyError, TypeError):
         raise UserError(f"{out / PROGRESS}: damaged; remove {out} and start again") from None
+    for stale in out.glob(".*.safetensors.*"):  # a shard that was being written when the process was killed
+        stale.unlink()
     if not same:
         raise UserError(f"{out}: an interrupted write of another plan or model; give another --out or remove it")
     if not resume:

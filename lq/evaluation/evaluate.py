@@ -2,8 +2,9 @@
 
     perplexity = exp( sum of -ln p(token | those before it in its window) / number of scored tokens )
 
-The first token of a window is never scored. With overlapping windows (stride < window) a token is scored once, in the first
-window that contains it. Logits, their softmax and all sums over a window are float32; sums over windows are float64.
+The first token of a window is never scored. With overlapping windows (stride < window) a token is scored once, in the
+first window that contains it. Logits, their softmax and all sums over a window are float32; sums over windows are
+float64.
 
     KL    = mean over scored positions of  sum_v p(v) (ln p(v) - ln q(v)),   p the original, q the model judged, in nats
     top-1 = share of scored positions where both put the same token first

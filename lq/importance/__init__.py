@@ -1,4 +1,4 @@
-"""Importance scores: how many bits each part of a model deserves, larger = more. `METRICS` is the registry, `score` runs one."""
+"""Importance scores: how many bits each part of a model deserves, larger = more. `METRICS` is the registry."""
 
 import dataclasses
 from collections.abc import Mapping

@@ -1,7 +1,7 @@
 """Orders that know nothing of the model's weights: what a score must beat before it may claim anything.
 
-In published comparisons a good part of an ordering's gain is reached by protecting the ends, and some of it by any change of
-order at all; a table without these rows cannot tell.
+In published comparisons a good part of an ordering's gain is reached by protecting the ends, and some of it by any
+change of order at all; a table without these rows cannot tell.
 """
 
 import dataclasses
@@ -10,8 +10,8 @@ import math
 import numpy as np
 
 from lq.importance.scores import Scores
-from lq.models.source import ParameterSource
 from lq.models.matrices import block_matrices
+from lq.models.source import ParameterSource
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -2,13 +2,14 @@
 
     LIM_l = - cos(h_l, h_{l+1})
 
-with h_l the residual stream entering block l and h_{l+1} the one leaving it, before any final norm. Larger (less alike) is more
-important, so the score is canonical as it stands. The paper's text leaves the aggregation open; both found in the literature
-are here: the cosine per token, averaged over tokens (`token`, the default, equal to ShortGPT's Block Influence minus one), and
-one cosine per window over all its tokens flattened (`flat`), which a single token of large norm can decide.
+with h_l the residual stream entering block l and h_{l+1} the one leaving it, before any final norm. Larger (less alike)
+is more important, so the score is canonical as it stands. The paper's text leaves the aggregation open; both found in
+the literature
+are here: the cosine per token, averaged over tokens (`token`, the default, equal to ShortGPT's Block Influence minus
+one), and one cosine per window over all its tokens flattened (`flat`), which a single token of large norm can decide.
 
-The first position of a window often carries a norm hundreds of times the others' (an attention sink), so the mean without it
-is measured as well, in `extra["without_position_0"]`.
+The first position of a window often carries a norm hundreds of times the others' (an attention sink), so the mean
+without it is measured as well, in `extra["without_position_0"]`.
 """
 
 import dataclasses
@@ -32,7 +33,7 @@ class LIMOptions:
     batch_size: int = 8  # windows per device step
 
 
-def cosines(h: Float[Array, "B S D"], out: Float[Array, "B S D"]) -> dict[str, Float[Array, "B"]]:
+def cosines(h: Float[Array, "B S D"], out: Float[Array, "B S D"]) -> dict[str, Float[Array, " B"]]:
     """Per window, in float32: the mean token cosine and the flattened cosine, with and without position 0."""
     h, out = h.astype(jnp.float32), out.astype(jnp.float32)
     dot, hh, oo = (h * out).sum(-1), (h * h).sum(-1), (out * out).sum(-1)  # [B, S]
@@ -48,7 +49,8 @@ def cosines(h: Float[Array, "B S D"], out: Float[Array, "B S D"]) -> dict[str, F
 def lim(source: ParameterSource, windows: Windows, options: LIMOptions) -> dict:
     """How much a block changes its input: minus the cosine of input and output.
 
-    Returns scores per block, and under `extra` the same aggregation with position 0 left out (or kept, when the score skips it).
+    Returns scores per block, and under `extra` the same aggregation with position 0 left out (or kept, when the score
+    skips it).
     """
     suffix, other = ("_1", "") if options.skip_position_0 else ("", "_1")
     values, extra = {}, {}
@@ -58,4 +60,3 @@ def lim(source: ParameterSource, windows: Windows, options: LIMOptions) -> dict:
         extra[f"block_{index}"] = -mean[options.aggregation + other]
     name = "with_position_0" if options.skip_position_0 else "without_position_0"
     return {"values": values, "extra": {name: extra}}
-

@@ -1,5 +1,5 @@
-"""`Scores`: one number per unit of a model, larger = deserves more bits. The canonical direction is made where a score is computed
-and nowhere else; published code has been found to sort ZD the wrong way round for want of this."""
+"""`Scores`: one number per unit of a model, larger = deserves more bits. The canonical direction is made where a score
+is computed and nowhere else; published code has been found to sort ZD the wrong way round for want of this."""
 
 import dataclasses
 import json
@@ -26,7 +26,9 @@ class Scores:
     def __post_init__(self):
         for unit, value in self.values.items():
             if not math.isfinite(value):
-                raise UserError(f"score {self.metric}: {unit} is {value}; the weights or the calibration text are damaged")
+                raise UserError(
+                    f"score {self.metric}: {unit} is {value}; the weights or the calibration text are damaged"
+                )
 
     def ranking(self) -> list[str]:
         """Units, most important first. Ties keep the earlier unit first."""

@@ -2,12 +2,13 @@
 
     ZD_l = |{ w in block l : z(w) > 1 }| / N_l,      z(w) = (w - mean_l) / std_l
 
-over all linear weights of the block; norms and biases do not count. In the paper a SMALLER ZD is more important (few outliers
-carry the block), so the canonical score is -ZD. Known values: 0.15866 for Gaussian weights (one-sided), 0.12156 for Laplace,
-0.21132 for uniform: heavier tails give a smaller ZD.
+over all linear weights of the block; norms and biases do not count. In the paper a SMALLER ZD is more important (few
+outliers carry the block), so the canonical score is -ZD. Known values: 0.15866 for Gaussian weights (one-sided),
+0.12156 for Laplace, 0.21132 for uniform: heavier tails give a smaller ZD.
 
-What the paper leaves open is an option: `sides` (z > 1 as worded, or |z| > 1 as other implementations), and `pooling` (one mean and
-deviation over the block, or one per matrix and the unweighted mean of the fractions). No calibration data.
+What the paper leaves open is an option: `sides` (z > 1 as worded, or |z| > 1 as other implementations), and `pooling`
+(one mean and deviation over the block, or one per matrix and the unweighted mean of the fractions). No calibration
+data.
 """
 
 import dataclasses
@@ -19,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from lq.models.source import ParameterSource
 from lq.models.matrices import block_matrices
+from lq.models.source import ParameterSource
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

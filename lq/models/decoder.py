@@ -61,8 +61,7 @@ class Embed(nn.Module):
 
     def __call__(self, tokens: Int[Array, "B S"], context: Context) -> Float[Array, "B S D"]:
         config = self.config
-        h = self.tokens(tokens)
-        h = h.astype(self.dtype or h.dtype)
+        h = jnp.asarray(self.tokens(tokens), self.dtype)
         if config.embedding_scale != 1.0:
             h *= jnp.asarray(config.embedding_scale, h.dtype)  # rounded to the compute dtype, as Gemma was trained
         if config.learned_position_offset is not None:

@@ -17,7 +17,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from lq.errors import UserError
-from lq.models.config import BlockKind, Experts, ModelConfig, Rope
+from lq.models.config import Activation, BlockKind, Experts, ModelConfig, Rope
 from lq.models.decoder import abstract_params
 from lq.models.names import (
     Rule,
@@ -30,6 +30,7 @@ from lq.models.names import (
     stored_tensors,
     tensors_from,
 )
+from lq.numerics.qtensor import QTensor
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,14 +66,21 @@ def to_hf(config: ModelConfig, params) -> Iterator[tuple[str, np.ndarray]]:
 
     Args:
       config: the model's description; `config.family` picks the name table.
-      params: dense parameters. A packed leaf must be dequantized first; it raises AttributeError or TypeError here.
+      params: its parameters, all dense, on the host or a device.
+
+    Raises:
+      ValueError: a leaf is packed, which this layout has no room for.
     """
-    return tensors_from(tensors_of(config), flatten_dict(params, sep="/"))
+    leaves = flatten_dict(params, sep="/")
+    for path, leaf in leaves.items():
+        if isinstance(leaf, QTensor):
+            raise ValueError(f"{path} is packed; dequantize it first")
+    return tensors_from(tensors_of(config), leaves)
 
 
 # Configs. In these functions `c` is a transformers config object of the family.
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Activation] = {
     "gelu": "gelu",
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
@@ -88,7 +96,7 @@ def _only(c, key: str, *allowed) -> None:
         raise UserError(f"{key}: {value!r} is not supported; lq runs such models with {allowed[0]!r} only")
 
 
-def _activation(c, key: str) -> str:
+def _activation(c, key: str) -> Activation:
     name = getattr(c, key)
     if name not in ACTIVATIONS:
         raise UserError(f"{key}: {name!r} is not supported; known: {', '.join(ACTIVATIONS)}")
@@ -112,7 +120,8 @@ def _rope(c, layer_type: str) -> Rope:
     rotary_dim = int(_head_dim(c) * (given.get("partial_rotary_factor") or 1.0))
     if rotary_dim % 2:
         raise UserError(f"partial_rotary_factor: rotates {rotary_dim} channels of a head; it must be an even number")
-    kind, scaling = given["rope_type"], {}
+    kind = given["rope_type"]
+    scaling: dict[str, Any] = {}
     if kind == "linear":
         scaling = {"factor": float(given["factor"])}
     elif kind == "llama3":
@@ -124,12 +133,13 @@ def _rope(c, layer_type: str) -> Rope:
         attention_factor = given.get("attention_factor")
         if attention_factor is None:
             attention_factor = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
-        scaling = {
-            "original_max_positions": original,
-            "attention_factor": attention_factor,
-            "short_factor": tuple(map(float, given["short_factor"])),
-            "long_factor": tuple(map(float, given["long_factor"])),
-        }
+        scaling = {"original_max_positions": original, "attention_factor": attention_factor}
+        for key in ("short_factor", "long_factor"):
+            if len(given[key]) != rotary_dim // 2:
+                raise UserError(
+                    f"{key}: {len(given[key])} numbers; {rotary_dim} rotated channels need {rotary_dim // 2}"
+                )
+            scaling[key] = tuple(map(float, given[key]))
     elif kind != "default":
         raise UserError(
             f"rope_parameters.rope_type (rope_scaling.type in older files): {kind!r} is not supported; "
@@ -154,7 +164,7 @@ def _same_everywhere(c) -> list[str]:
     return ["full_attention" if c.sliding_window is None else "sliding_attention"] * c.num_hidden_layers
 
 
-def _sizes(c) -> dict:
+def _sizes(c) -> dict[str, Any]:
     """The fields that every family spells alike."""
     return {
         "vocab_size": c.vocab_size,
@@ -181,7 +191,7 @@ def _llama_like(
     **fields,
 ) -> ModelConfig:
     """Rotary positions, RMSNorm, gated feed-forward; `fields` says what the family does otherwise."""
-    common = {
+    common: dict[str, Any] = {
         "kinds": _rotary_blocks(c, layer_types, routed),
         "intermediate_size": c.intermediate_size,
         "activation": _activation(c, activation_key),
@@ -190,7 +200,7 @@ def _llama_like(
     return ModelConfig(family=family, **(_sizes(c) | common | fields))
 
 
-def _attention_biases(c) -> dict:
+def _attention_biases(c) -> dict[str, Any]:
     return {"qkv_bias": c.attention_bias, "attention_out_bias": c.attention_bias}
 
 

@@ -9,7 +9,8 @@ from lq.models.source import ParameterSource
 
 
 def fingerprint(source: ParameterSource) -> str:
-    """16 hexadecimal digits from the config and from the first row of every leaf of four parts: embed, both end blocks, head.
+    """16 hexadecimal digits from the config and from the first row of every leaf of four parts: embed, both end blocks,
+    head.
 
     Two fine-tunes of one base differ in it; the same weights in one file or in shards do not.
     """

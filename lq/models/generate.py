@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from lq.errors import UserError
@@ -25,9 +26,9 @@ STEP = 32
 class Sampling(NamedTuple):
     """How a token is drawn; traced, so that changing it compiles nothing."""
 
-    temperature: Float[Array, ""]
-    top_k: Int[Array, ""]
-    top_p: Float[Array, ""]
+    temperature: ArrayLike  # divides the logits; positive
+    top_k: ArrayLike  # at most the vocabulary
+    top_p: ArrayLike  # at most 1
 
 
 def generate(
@@ -45,13 +46,16 @@ def generate(
     """The continuation of each prompt, without the prompt.
 
     Args:
-      model: the decoder. params: its parameters, dense or packed. prompts: token ids, one sequence a row; lengths may
-      differ. max_new_tokens: where a row ends if it did not stop before. temperature: divides the logits; 0 takes the
-      likeliest token. top_k: draw from the k likeliest tokens only; all when None. top_p: then from the likeliest of
-      these that together reach this probability; all when None. seed: of the draws. A row's draws depend on the seed,
-      the row's number and the step alone. stop_ids: a row ends with the first of these it produces, which is kept;
-      `config.eos_token_ids` when None, never when
-        empty.
+      model: the decoder.
+      params: its parameters, dense or packed.
+      prompts: token ids, one sequence a row; lengths may differ.
+      max_new_tokens: where a row ends if it did not stop before.
+      temperature: divides the logits; 0 takes the likeliest token.
+      top_k: draw from the k likeliest tokens only; all when None.
+      top_p: then from the likeliest of these that together reach this probability; all when None.
+      seed: of the draws. A row's draws depend on the seed, the row's number and the step alone.
+      stop_ids: a row ends with the first of these it produces, which is kept. `config.eos_token_ids` when None; when
+        empty, no row stops early.
 
     Returns:
       New token ids, one list a row, each of 1 to `max_new_tokens`.
@@ -85,10 +89,10 @@ def generate(
         np.asarray(stop_ids or (-1,), np.int32),  # no token is -1
         Sampling(
             temperature=np.float32(temperature),
-            top_k=np.int32(top_k or config.vocab_size),
+            top_k=np.int32(min(top_k or config.vocab_size, config.vocab_size)),
             top_p=np.float32(1.0 if top_p is None else top_p),
         ),
-        seed,
+        np.uint32(seed % 2**32),
         room=_round_up(max_new_tokens),
         greedy=temperature == 0,
     )

@@ -165,9 +165,9 @@ def _headers(directory: Path, name: str) -> list[Header]:
     headers = []
     for file in _weight_files(directory, name):
         opened = _open(file)
-        for name in opened.keys():  # noqa: SIM118 (it is no mapping)
-            tensor = opened.get_slice(name)
-            headers.append(Header(file, name, tensor.get_dtype(), tuple(tensor.get_shape())))
+        for tensor in opened.keys():  # noqa: SIM118 (it is no mapping)
+            stored = opened.get_slice(tensor)
+            headers.append(Header(file, tensor, stored.get_dtype(), tuple(stored.get_shape())))
     return headers
 
 
@@ -199,7 +199,11 @@ def _match(
 ) -> dict[str, Header]:
     """Where each tensor is stored. Raises UserError unless the files hold these tensors, all of them and no others."""
     family = FAMILIES[config.family]
-    stored = {family.bare(header.name): header for header in headers}
+    stored: dict[str, Header] = {}
+    for header in headers:
+        twin = stored.setdefault(family.bare(header.name), header)
+        if twin is not header:
+            raise UserError(f"{header.file}: tensor {header.name} is also {twin.name} in {twin.file}; remove one")
     where, missing = {}, []
     for tensor in tensors:
         header = stored.pop(family.bare(tensor.name), None)

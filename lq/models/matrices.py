@@ -1,9 +1,9 @@
 """Which weights of a model are matrices that can be quantized, and their shapes, known without loading any.
 
-A matrix is named by its path in the parameter tree without the trailing `kernel`: `block_3/attention/q_proj`. The logical shape
-is `[in, out]`; a routed block's are stacks `[experts, in, out]`. Routers, norms and biases are never quantized: they are few, and
-a router's error sends tokens to the wrong expert. The embedding is `embed/tokens`, seen as its head's matrix
-`[channels, vocabulary]`; an untied head is `head`.
+A matrix is named by its path in the parameter tree without the trailing `kernel`: `block_3/attention/q_proj`. The
+logical shape is `[in, out]`; a routed block's are stacks `[experts, in, out]`. Routers, norms and biases are never
+quantized: they are few, and a router's error sends tokens to the wrong expert. The embedding is `embed/tokens`, seen as
+its head's matrix `[channels, vocabulary]`; an untied head is `head`.
 """
 
 import functools
@@ -39,7 +39,7 @@ def block_matrices(config: ModelConfig, kind: BlockKind) -> dict[str, tuple[int,
 
 
 def matrices(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of every quantizable matrix of every block, first block first. The embedding and head are not among them."""
+    """Shape of every quantizable matrix of every block, first block first; not the embedding and head."""
     found = {}
     for index, kind in enumerate(config.kinds):
         for path, shape in block_matrices(config, kind).items():

@@ -3,9 +3,9 @@
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
-from lq_kernels import PackedMatrix, quantized_matmul
 
 from lq.numerics.qtensor import QTensor
+from lq_kernels import PackedMatrix, quantized_matmul
 
 
 def matmul(x: Float[Array, "... in"], w: Array | QTensor) -> Float[Array, "... out"]:
@@ -16,7 +16,8 @@ def matmul(x: Float[Array, "... in"], w: Array | QTensor) -> Float[Array, "... o
 
 
 def lookup(table: Array | QTensor, rows: Int[Array, "..."]) -> Float[Array, "... channels"]:
-    """Rows of an embedding table. A dense table is `[rows, channels]`, a packed one `[channels, rows]`: its head's layout.
+    """Rows of an embedding table. A dense table is `[rows, channels]`, a packed one `[channels, rows]`: its head's
+    layout.
 
     Groups run along the channels, so one token's vector is unpacked from its own columns alone.
     """

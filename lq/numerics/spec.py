@@ -1,13 +1,14 @@
 """`QuantSpec`: how the weights of one matrix are stored, and what that costs to the bit.
 
-A weight `[K, N]` (input, output channels) is cut along K into groups; each group of each output channel has one scale and, when
+A weight `[K, N]` (input, output channels) is cut along K into groups; each group of each output channel has one scale
+and, when
 asymmetric, one zero point:
 
     w[k, n] ~ (code[k, n] - zero[g, n]) * scale[g, n],     g = k // group_size
 
-Sizes counted here are sizes on disk and on the device: codes in whole uint32 words (`lq_kernels.packing`), scales in their
-dtype, zero points as codes of the same width packed along the output axis. Nothing is rounded or left out, so that a plan's bits
-per weight equal what the finished checkpoint measures.
+Sizes counted here are sizes on disk and on the device: codes in whole uint32 words (`lq_kernels.packing`), scales in
+their dtype, zero points as codes of the same width packed along the output axis. Nothing is rounded or left out, so
+that a plan's bits per weight equal what the finished checkpoint measures.
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
 """Quantizers: how to choose codes for a given width. `QUANTIZERS` is the registry.
 
-A quantizer is a pure function `(weight [..., K, N], stats, spec, options) -> (codes, scales, zeros)`, jitted with `spec` and
-`options` static. What statistics of the layer's input it needs, it declares.
+A quantizer is a pure function `(weight [..., K, N], stats, spec, options) -> (codes, scales, zeros)`, jitted with
+`spec` and `options` static. What statistics of the layer's input it needs, it declares.
 """
 
 from lq.quantizers.apply import quantize_matrix, quantize_part

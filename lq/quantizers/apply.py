@@ -30,7 +30,9 @@ def quantize_part(params: Params, part: str, specs: Mapping[str, QuantSpec], met
         if path == part or path.startswith(f"{part}/"):
             keys = path.split("/")[1:]
             if path == EMBEDDING:
-                params = _replace(params, [*keys, "embedding"], lambda w, s=spec: quantize_matrix(w.T, s, method, options))
+                params = _replace(
+                    params, [*keys, "embedding"], lambda w, s=spec: quantize_matrix(w.T, s, method, options)
+                )
             else:
                 params = _replace(params, [*keys, "kernel"], lambda w, s=spec: quantize_matrix(w, s, method, options))
     return params

@@ -20,7 +20,8 @@ class PlannedSource(ParameterSource):
       source: the original.
       specs: matrix path -> spec.
       method, options: the quantizer, by name, and its options.
-      cache: keeps packed parts between sources that share it, by part and specs; for comparing many plans of a model that
+      cache: keeps packed parts between sources that share it, by part and specs; for comparing many plans of a model
+        that
         fits in memory. None: every read quantizes again.
     """
 

@@ -10,11 +10,12 @@ For one group x (the weights that share a scale), with q_max = 2^b - 1 and A = m
     symf        -x_ext / 2^(b-1), x_ext the signed     middle code     absmax, signed   AutoRound, llama.cpp
                 element of largest magnitude                           scale
 
-The code of x is clip(round(x / s) + z, 0, q_max) and stands for s (q - z). Rounding is half to even. At one bit the symmetric
+The code of x is clip(round(x / s) + z, 0, q_max) and stands for s (q - z). Rounding is half to even. At one bit the
+symmetric
 conventions coincide: the two codes stand for -A and +A, scale 2A, zero 1/2.
 
-`clip="mse"` searches the range: both ends are shrunk by p = 1, 0.99, ... 0.21 and the p with the least sum of |error|^2.4 is kept,
-per group (GPTQ's `find_params(mse=True)`: Frantar et al., arXiv 2210.17323, reference code).
+`clip="mse"` searches the range: both ends are shrunk by p = 1, 0.99, ... 0.21 and the p with the least sum of
+|error|^2.4 is kept, per group (GPTQ's `find_params(mse=True)`: Frantar et al., arXiv 2210.17323, reference code).
 
 Scales are rounded to the stored dtype first and codes are chosen with the rounded ones.
 """
@@ -48,15 +49,17 @@ class RTNOptions:
             return "symf" if spec.symmetric else "asym0"
         if (self.convention in SYMMETRIC) != spec.symmetric:
             kind, fitting = ("symmetric", SYMMETRIC) if spec.symmetric else ("asymmetric", ASYMMETRIC)
-            raise UserError(f"rtn: convention {self.convention!r} does not fit {kind} codes; write {' or '.join(fitting)}")
+            raise UserError(
+                f"rtn: convention {self.convention!r} does not fit {kind} codes; write {' or '.join(fitting)}"
+            )
         return self.convention
 
 
 def rtn(weight: Float[Array, "... K N"], stats: None, spec: QuantSpec, options: RTNOptions):
     """Round to nearest within a range chosen per group.
 
-    Returns codes uint32 `[..., K, N]`, scales float32 `[..., groups, N]` and zeros uint32 of the same shape (None: symmetric). Pure
-    and jittable; `spec` and `options` are static. Needs no calibration: `stats` is ignored.
+    Returns codes uint32 `[..., K, N]`, scales float32 `[..., groups, N]` and zeros uint32 of the same shape (None:
+    symmetric). Pure and jittable; `spec` and `options` are static. Needs no calibration: `stats` is ignored.
     """
     del stats
     if weight.ndim > 2:

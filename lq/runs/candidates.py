@@ -5,8 +5,9 @@ from collections.abc import Iterator, Mapping
 
 from lq.allocation import Plan, allocate, uniform_plan
 from lq.allocation.allocate import Pin
-from lq.importance.scores import Scores
+from lq.importance import METRICS, Scores
 from lq.models.config import ModelConfig
+from lq.models.matrices import model_shapes, other_weights
 from lq.numerics.spec import QuantSpec
 from lq.runs.config import Experiment, Order
 from lq.runs.results import Group
@@ -29,7 +30,7 @@ class Candidate:
 def candidates(x: Experiment, config: ModelConfig, model: str, scores: AllScores) -> Iterator[Candidate]:
     """Every model of the experiment `x`, the original first. `model` is the fingerprint the plans carry.
 
-    Raises UserError for a budget out of reach, before anything is evaluated when the iterator is exhausted first.
+    Raises UserError for a budget out of reach.
     """
     yield Candidate(name="original", group="original", plan=None)
     yield from _uniform(x, config, model)
@@ -51,6 +52,27 @@ def candidates(x: Experiment, config: ModelConfig, model: str, scores: AllScores
 def orders_of(x: Experiment) -> list[Order]:
     """Every order the experiment needs scores for."""
     return [*x.allocation.orders, *(x.moves.orders if x.moves else [])]
+
+
+def check_orders_and_budgets(x: Experiment, config: ModelConfig) -> None:
+    """Raises UserError for an unknown metric or option and for a budget out of reach, before anything is computed.
+
+    What can be reached does not depend on the scores, so any do.
+    """
+    placeholder = Scores(
+        metric="none",
+        values={f"block_{i}": 0.0 for i in range(config.num_blocks)},
+        model="",
+        shapes=model_shapes(config),
+        other_weights=other_weights(config),
+    )
+    scores = {}
+    for order in orders_of(x):
+        for seed in order.each_seed():
+            METRICS.options(order.metric, order.options if seed is None else {**order.options, "seed": seed})
+            scores[order.name, seed] = placeholder
+    for _ in candidates(x, config, "", scores):
+        pass
 
 
 def base_spec(x: Experiment) -> QuantSpec:

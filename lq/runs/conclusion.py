@@ -1,9 +1,10 @@
 """The one sentence a run ends with, computed from its rows: did importance help here?
 
-At every budget each order that comes from a score of the model (not a control, not reversed) is compared with the random
-orders at the same bits per weight. It beats chance there when its perplexity is below every random seed's, and it is worse
-than chance when above every one's; in between it is not told apart. The best control (first/last, parameter count) is named
-where it does as well, because an order that loses to "protect the ends" has not shown that it looked at the model.
+At every budget each order that comes from a score of the model (not a control, not reversed) is compared with the
+random orders at the same bits per weight. It beats chance there when its perplexity is below every random seed's, and
+it is worse than chance when above every one's; in between it is not told apart. The best control (first/last, parameter
+count) is named where it does as well, because an order that loses to "protect the ends" has not shown that it looked at
+the model.
 """
 
 import math
@@ -40,7 +41,9 @@ def conclude(rows: Sequence[Row]) -> str:
     parts = [f"{_label(order)} {_tell(*counts)}" for order, counts in verdicts.items()]
     sentence = f"Against {seeds} random orders at {compared} budgets, {'; '.join(parts)}"
     if any(row.order in CONTROLS for row in rows):
-        sentence += f"; protecting the first and last blocks did better than every score at {control_wins} of {compared}"
+        sentence += (
+            f"; protecting the first and last blocks did better than every score at {control_wins} of {compared}"
+        )
     helped = any(better > worse for better, _, worse in verdicts.values())
     clearly = any(better == compared for better, _, _ in verdicts.values())
     verdict = "importance helped here" if clearly else "importance helped a little here" if helped else None

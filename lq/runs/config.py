@@ -12,7 +12,8 @@
     baselines: {uniform: [8, 4, 3, 2]}
     moves: {high: 4, low: 2, orders: [lim, zd]}
 
-Orders times budgets is the sweep. An unknown key, a wrong type or an impossible value is one line that says where it stands.
+Orders times budgets is the sweep. An unknown key, a wrong type or an impossible value is one line that says where it
+stands.
 """
 
 import re
@@ -20,7 +21,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
 from lq.errors import UserError
 
@@ -73,7 +83,9 @@ class Order(Section):
 
     @property
     def name(self) -> str:
-        return f"reverse {self.metric}" if self.reverse else self.metric
+        """Tells orders apart: `lim`, `reverse lim`, `zd sides=two`."""
+        options = "".join(f" {key}={value}" for key, value in sorted(self.options.items()))
+        return ("reverse " if self.reverse else "") + self.metric + options
 
     def each_seed(self) -> list[int | None]:
         """The seeds of a random order; `[None]` for any other."""
@@ -86,18 +98,27 @@ class Order(Section):
         return self
 
 
+def _different(orders: list[Order]) -> list[Order]:
+    names = [order.name for order in orders]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"the order {name!r} is listed twice")
+    return orders
+
+
 def _order(value):
     return {"metric": value} if isinstance(value, str) else value
 
 
 OrderField = Annotated[Order, BeforeValidator(_order)]
+Orders = Annotated[list[OrderField], AfterValidator(_different)]
 
 
 class AllocationSection(Section):
     method: str = "rank"
     bits: Annotated[list[Bits], Field(min_length=1)] = Field(default_factory=lambda: [2, 4])
     budgets: list[Annotated[float, Field(gt=0)]] = Field(default_factory=list)  # bits per weight
-    orders: list[OrderField] = Field(default_factory=list)
+    orders: Orders = Field(default_factory=list)
     pins: list[PinSection] = Field(default_factory=list)
     embedding_bits: TableBits = 16
     head_bits: TableBits = 16
@@ -114,7 +135,7 @@ class MoveSection(Section):
 
     high: Bits = 4
     low: Bits = 2
-    orders: Annotated[list[OrderField], Field(min_length=1)]
+    orders: Annotated[Orders, Field(min_length=1)]
     every: PositiveInt = 1  # evaluate after every so many blocks
 
     @model_validator(mode="after")

@@ -31,7 +31,7 @@ from lq.models.matrices import parameter_count
 from lq.models.source import ParameterSource
 from lq.progress import Progress
 from lq.quantizers import QUANTIZERS, PlannedSource
-from lq.runs.candidates import Candidate, candidates, orders_of
+from lq.runs.candidates import Candidate, candidates, check_orders_and_budgets, orders_of
 from lq.runs.conclusion import conclude, is_score
 from lq.runs.config import Experiment, Order, dump_experiment
 from lq.runs.environment import describe_environment
@@ -84,6 +84,7 @@ class Run:
         self.windows = evaluation_windows(tokenizer, data, e.window, stride=e.stride, limit=e.windows)
         self.options = QUANTIZERS.options(q.method, q.options)
         self.packed = {} if 2 * parameter_count(self.source.config) < CACHE_LIMIT else None
+        check_orders_and_budgets(experiment, self.source.config)
 
     def claim_directory(self, resume: bool, overwrite: bool) -> None:
         """Makes the run directory this experiment's, or says why it cannot be."""
@@ -91,7 +92,7 @@ class Run:
         text = json.dumps([config, self.fingerprint, self.calibration.fingerprint, self.windows.fingerprint])
         identity = {"experiment": hashlib.sha256(text.encode()).hexdigest()[:16], "model": self.fingerprint}
         record = self.directory / "run.json"
-        if record.exists():
+        if (self.directory / "rows.jsonl").exists() and record.exists():
             try:
                 found = json.loads(record.read_text())
             except json.JSONDecodeError:
@@ -101,10 +102,12 @@ class Run:
             if not overwrite and found.get("experiment") != identity["experiment"]:
                 raise UserError(f"{self.directory}: a run of another config; give another output or remove it")
             if not overwrite and not resume:
-                raise UserError(f"{self.directory}: already holds this run; add --resume to go on, or give another output")
-        elif self.directory.exists() and any(self.directory.iterdir()):
+                raise UserError(
+                    f"{self.directory}: already holds this run; add --resume to go on, or give another output"
+                )
+        elif not record.exists() and self.directory.exists() and any(self.directory.iterdir()):
             raise UserError(f"{self.directory}: not empty, and no run of lq; give another output")
-        if overwrite or not record.exists():
+        if overwrite:
             (self.directory / "rows.jsonl").unlink(missing_ok=True)
         write_text(record, json.dumps(identity))
         write_text(self.directory / "config.yaml", dump_experiment(self.experiment))
@@ -125,8 +128,8 @@ class Run:
 
     def _score(self, order: Order, seed: int | None, found: dict) -> Scores:
         options = order.options if seed is None else {**order.options, "seed": seed}
-        straight = found.get((order.metric, seed)) if order.reverse else None
-        if straight is None or straight.options.items() < options.items():
+        straight = found.get((order.name.removeprefix("reverse "), seed))
+        if straight is None:
             straight = score(self.source, order.metric, self.calibration, options)
         return reverse(straight) if order.reverse else straight
 
@@ -134,13 +137,20 @@ class Run:
         """A row for every candidate, in order; those that `rows.jsonl` holds are not measured again."""
         file = self.directory / "rows.jsonl"
         done = {row.name: row for row in _read_rows(file)}
+        same: dict[tuple, Row] = {}  # two candidates of equal specs are one model, measured once
         reference = None
         with self.progress.stage("evaluate", len(todo)) as step:
             for candidate in todo:
+                specs = None if candidate.plan is None else tuple(candidate.plan.specs.items())
                 if candidate.name not in done:
-                    reference = reference or self._reference()
-                    done[candidate.name] = self._measure(candidate, reference)
-                    _append(file, json.dumps(dataclasses.asdict(done[candidate.name])))
+                    if specs in same:
+                        row = _renamed(same[specs], candidate)
+                    else:
+                        reference = reference or self._reference()
+                        row = self._measure(candidate, reference)
+                    done[candidate.name] = row
+                    _append(file, json.dumps(dataclasses.asdict(row)))
+                same.setdefault(specs, done[candidate.name])
                 step(f"{candidate.name}: perplexity {done[candidate.name].perplexity:.4g}")
         return [done[candidate.name] for candidate in todo]
 
@@ -189,7 +199,10 @@ class Run:
         a, q = x.allocation, x.quantization
         counted = "the blocks' matrices" if a.count == "blocks" else "the blocks' matrices, embedding and head"
         tables = f"embedding {a.embedding_bits} bits, head {a.head_bits} bits"
-        seeds = {"calibration": x.calibration.seed, "random orders": sorted({r.seed for r in rows if r.seed is not None})}
+        seeds = {
+            "calibration": x.calibration.seed,
+            "random orders": sorted({r.seed for r in rows if r.seed is not None}),
+        }
         return Results(
             title=x.title,
             model={
@@ -223,6 +236,18 @@ class Run:
             rows=tuple(rows),
             conclusion=conclude(rows),
         )
+
+
+def _renamed(row: Row, candidate: Candidate) -> Row:
+    """The measurement of a model under the name of another candidate that is the same model."""
+    return dataclasses.replace(
+        row,
+        name=candidate.name,
+        group=candidate.group,
+        order=candidate.order,
+        seed=candidate.seed,
+        target_bpw=candidate.target_bpw,
+    )
 
 
 def _dtype(name: str) -> np.dtype:

@@ -1,7 +1,7 @@
 """What a run measured: one `Row` per evaluated model, written as `results.json` and read back by the report.
 
-Perplexity at equal bits per weight is the only comparison between methods, so every row carries both numbers of its size, and
-every file carries the protocol the perplexity was measured by.
+Perplexity at equal bits per weight is the only comparison between methods, so every row carries both numbers of its
+size, and every file carries the protocol the perplexity was measured by.
 """
 
 import dataclasses
@@ -65,7 +65,11 @@ class Results:
         except FileNotFoundError:
             raise UserError(f"{path}: no such file; run `lq run` first, then `lq report` on its directory") from None
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path}: not a results file of this version of lq ({error}); run the experiment again") from None
+            raise UserError(
+                f"{path}: not a results file of this version of lq ({error}); run the experiment again"
+            ) from None
         if results.format != FORMAT:
-            raise UserError(f"{path}: results format {results.format}, this lq reads {FORMAT}; run the experiment again")
+            raise UserError(
+                f"{path}: results format {results.format}, this lq reads {FORMAT}; run the experiment again"
+            )
         return results

@@ -26,7 +26,7 @@ def evaluate_one(
     batch_size: int,
     dtype: str,
 ) -> dict:
-    """Perplexity and its protocol, sizes, and KL and top-1 agreement when `original` is given; values ready for JSON."""
+    """Perplexity, its protocol and sizes; with `original` KL and top-1 agreement too. Values are ready for JSON."""
     if dtype not in DTYPES:
         raise UserError(f"--dtype {dtype}: write {', '.join(DTYPES)}")
     started = time.perf_counter()

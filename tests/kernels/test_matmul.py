@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from lq_kernels import PackedMatrix, pack, quantized_matmul
 
 
@@ -37,7 +38,8 @@ def test_product_equals_float64(bits, symmetric, K, group):
     x = np.random.default_rng(1).standard_normal((3, 5, K)).astype(np.float32)
     got = np.asarray(jax.jit(quantized_matmul)(x, w), np.float64)
     want = x.astype(np.float64) @ dense
-    # A float32 dot of length K: at most K roundings of 2^-24 relative to sum |x||w|, one more for each dequantized weight.
+    # A float32 dot of length K: at most K roundings of 2^-24 relative to sum |x||w|, one more for each dequantized
+    # weight.
     bound = (K + 2) * 2.0**-24 * (np.abs(x).astype(np.float64) @ np.abs(dense))
     assert (np.abs(got - want) <= bound).all()
 

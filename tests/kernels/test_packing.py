@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from lq_kernels import pack, packed_bits, plane_widths, unpack, words_along
 
 WIDTHS = range(1, 9)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
@@ -10,10 +11,15 @@ from safetensors.numpy import load_file
 
 from lq.errors import UserError
 from lq.models.decoder import abstract_params
-from lq.models.families import FAMILIES, tensors_of, to_hf
+from lq.models.families import tensors_of, to_hf
 from lq.models.loading import open_checkpoint, read_config
+from lq.numerics.qtensor import QTensor
+from lq.numerics.spec import QuantSpec
 
-CASES = ("gemma2 gemma3_text gpt2 llama llama_linear mistral mixtral opt phi3 phi3_short qwen2 qwen3 qwen3_moe").split()
+CASES = [
+    *["gemma2", "gemma3_text", "gpt2", "llama", "llama_linear", "mistral", "mixtral", "opt"],
+    *["phi3", "phi3_short", "qwen2", "qwen3", "qwen3_moe"],
+]
 
 
 def config_of(tmp_path, **raw):
@@ -62,6 +68,15 @@ def test_export_gives_back_the_checkpoint(recorded, case):
     for name, array in written.items():
         assert array.dtype == stored[name].dtype
         np.testing.assert_array_equal(array, stored[name])
+
+
+def test_packed_leaves_are_not_exported(recorded):
+    checkpoint = open_checkpoint(recorded / "llama")
+    params = checkpoint.params()
+    spec = QuantSpec(bits=4, group_size=None, symmetric=True)
+    params["head"]["kernel"] = QTensor.from_codes(jnp.zeros((32, 97), jnp.uint32), jnp.ones((1, 97)), None, spec)
+    with pytest.raises(ValueError, match="head/kernel is packed"):
+        to_hf(checkpoint.config, params)
 
 
 RENAMED = {
@@ -176,6 +191,11 @@ def test_blocks_of_equal_kind_are_equal(recorded):
 REFUSED = {
     "yarn": ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type"),
     "dynamic": ("qwen2", {"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "rope_type"),
+    "longrope": (
+        "llama",
+        {"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [1.0]}},
+        "long_factor",
+    ),
     "odd rotary width": ("phi3", {"partial_rotary_factor": 0.4}, "partial_rotary_factor"),
     "chunked attention": ("qwen3", {"layer_types": ["chunked_attention"] * 3}, "layer_types"),
     "activation": ("llama", {"hidden_act": "gelu_fast"}, "hidden_act"),
@@ -200,9 +220,3 @@ def test_what_the_decoder_cannot_do_is_refused_by_its_key(tmp_path, what):
         config_of(tmp_path, **(sizes(model_type) | changes))
     assert "\n" not in str(caught.value)
     assert "config.json" in str(caught.value)
-
-
-def test_families_are_listed_by_model_type():
-    assert set(FAMILIES) == {
-        *"gemma2 gemma3 gemma3_text gpt2 llama mistral mixtral opt phi3 qwen2 qwen3 qwen3_moe".split()
-    }

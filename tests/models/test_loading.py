@@ -267,6 +267,13 @@ def test_extra_tensor(copy_of, edit_weights):
     assert "model.safetensors" in text
 
 
+def test_tensor_under_two_spellings(copy_of, edit_weights):
+    directory = copy_of("llama")
+    edit_weights(directory, lambda tensors: tensors | {"norm.weight": tensors["model.norm.weight"]})
+    text = message(open_checkpoint, directory)
+    assert "tensor norm.weight is also model.norm.weight" in text or "model.norm.weight is also norm.weight" in text
+
+
 def test_wrong_shape_tells_both(copy_of, edit_weights):
     directory = copy_of("llama")
     name = "model.layers.0.mlp.up_proj.weight"

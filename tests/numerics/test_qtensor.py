@@ -29,9 +29,13 @@ def random_qtensor(spec, shape, seed=0):
     *lead, K, N = shape
     groups = (*lead, spec.num_groups(K), N)
     codes = rng.integers(0, spec.max_code + 1, shape)
-    scales = rng.uniform(0.5, 2.0, groups).astype(ml_dtypes.bfloat16 if spec.scale_dtype == "bfloat16" else spec.scale_dtype)
+    scales = rng.uniform(0.5, 2.0, groups).astype(
+        ml_dtypes.bfloat16 if spec.scale_dtype == "bfloat16" else spec.scale_dtype
+    )
     zeros = None if spec.symmetric else rng.integers(0, spec.max_code + 1, groups)
-    return QTensor.from_codes(jnp.asarray(codes), jnp.asarray(scales), zeros if zeros is None else jnp.asarray(zeros), spec), (
+    return QTensor.from_codes(
+        jnp.asarray(codes), jnp.asarray(scales), zeros if zeros is None else jnp.asarray(zeros), spec
+    ), (
         codes,
         scales,
         zeros,
@@ -40,7 +44,7 @@ def random_qtensor(spec, shape, seed=0):
 
 def dequantize_by_definition(codes, scales, zeros, spec):
     """(code - zero) * scale in float64, weight by weight."""
-    *lead, K, N = codes.shape
+    *lead, K, _ = codes.shape
     g = spec.group_size or K
     out = np.empty(codes.shape, np.float64)
     constant = 2 ** (spec.bits - 1) if spec.bits > 1 else 0.5
@@ -58,7 +62,8 @@ def test_codes_zeros_and_values_come_back(spec, shape):
     np.testing.assert_array_equal(np.asarray(tensor.codes()), codes)
     if zeros is not None:
         np.testing.assert_array_equal(np.asarray(tensor.zero_codes()), zeros)
-    # A code difference of at most 9 bits times a scale of at most 24 bits: one float32 rounding, none for 16-bit scales.
+    # A code difference of at most 9 bits times a scale of at most 24 bits: one float32 rounding, none for 16-bit
+    # scales.
     got = np.asarray(tensor.dequantize(), np.float64)
     np.testing.assert_allclose(got, dequantize_by_definition(codes, scales, zeros, spec), rtol=2.0**-24, atol=0)
 
@@ -80,7 +85,9 @@ def test_size_in_closed_form():
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.integers(1, 8), st.integers(1, 300), st.integers(1, 40), st.sampled_from([32, 64, 128, 256, None]), st.booleans())
+@given(
+    st.integers(1, 8), st.integers(1, 300), st.integers(1, 40), st.sampled_from([32, 64, 128, 256, None]), st.booleans()
+)
 def test_accounting_for_any_shape(bits, K, N, group, symmetric):
     spec = QuantSpec(bits=bits, group_size=group, symmetric=symmetric)
     tensor, _ = random_qtensor(spec, (K, N))
@@ -139,7 +146,10 @@ def test_zero_points_must_fit_the_spec():
     [
         ({"bits": 9}, "bits: 9 is not a width lq can store; write a whole number from 1 to 8"),
         ({"bits": 2.5}, "bits: 2.5 is not a width"),
-        ({"bits": 4, "group_size": 100}, "group_size: 100; write one of 32, 64, 128, 256, or null for the whole column"),
+        (
+            {"bits": 4, "group_size": 100},
+            "group_size: 100; write one of 32, 64, 128, 256, or null for the whole column",
+        ),
         ({"bits": 4, "scale_dtype": "int8"}, "scale_dtype: 'int8'; write one of bfloat16, float16, float32"),
     ],
 )

@@ -30,8 +30,9 @@ def test_equals_the_original_gptq_quantizer(bits, group, symmetric, mse):
     spec = QuantSpec(bits=bits, group_size=None if group < 0 else group, symmetric=symmetric, scale_dtype="float32")
     convention = "symu" if symmetric else "asym0"
     got = dequantized(golden["W"].T, spec, convention=convention, clip="mse" if mse else "none").T
-    # float32 scales computed in another order differ in the last bits, which moves a weight only when it lies on a tie: a tie
-    # between two candidate ranges of the search moves one group, and the extreme element of a symmetric group always is one.
+    # float32 scales computed in another order differ in the last bits, which moves a weight only when it lies on a tie:
+    # a tie between two candidate ranges of the search moves one group, and the extreme element of a symmetric group
+    # always is one.
     different = np.abs(got - want) > 1e-5 * np.abs(want).max()
     extremes = 1 / (256 if group < 0 else group) if symmetric else 0
     assert different.mean() <= 0.004 + extremes

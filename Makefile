@@ -1,0 +1,55 @@
+# `make demo` and `make test` set up what they need in .venv and go on from there.
+# The interpreter is the newest tested one found (tools/find_python.sh); PYTHON=... overrides it.
+
+PYTHON ?= $(shell sh tools/find_python.sh newest)
+PYTHON_FLOOR ?= $(shell sh tools/find_python.sh floor)
+VENV := .venv
+FLOOR := .venv-floor
+PIP := -m pip install --quiet --disable-pip-version-check
+TESTS ?= tests
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-floor lint standin clean
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+demo: $(VENV)/.installed ## the whole pipeline on the shipped model, a few minutes
+	$(VENV)/bin/lq demo
+
+test: $(VENV)/.installed-dev ## the tests on the newest tested Python found
+	$(VENV)/bin/python -m pytest -n 2 $(TESTS)
+
+test-floor: $(FLOOR)/.installed-dev ## the tests on Python 3.11 and the oldest JAX, with torch as the oracle
+	$(FLOOR)/bin/python -m pytest -n 2 $(TESTS)
+
+lint: $(VENV)/.installed-dev ## ruff and pyrefly
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/pyrefly check
+
+standin: $(VENV)/.installed-dev ## trains the shipped model again: hours on two cores; resumes when repeated
+	$(VENV)/bin/python -m experiments.standin.train --out runs/standin
+	$(VENV)/bin/python -m experiments.standin.export --run runs/standin
+
+clean: ## removes both environments
+	rm -rf $(VENV) $(FLOOR)
+
+$(VENV)/bin/python:
+	@test -n "$(PYTHON)" || { echo "lq needs Python 3.11 or newer; none was found. Install one, or: make $(MAKECMDGOALS) PYTHON=/path/to/python" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
+	$(VENV)/bin/python $(PIP) --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml | $(VENV)/bin/python
+	$(VENV)/bin/python $(PIP) --editable '.[dev]'
+	@touch $@ $(VENV)/.installed
+
+$(FLOOR)/.installed-dev: pyproject.toml
+	@test -n "$(PYTHON_FLOOR)" || { echo "make test-floor needs Python 3.11; none was found. Give one: make test-floor PYTHON_FLOOR=/path/to/python3.11" >&2; exit 2; }
+	$(PYTHON_FLOOR) -m venv $(FLOOR)
+	$(FLOOR)/bin/python $(PIP) 'torch==2.13.0'
+	$(FLOOR)/bin/python $(PIP) --editable '.[dev]' --constraint tools/floor.txt
+	@touch $@

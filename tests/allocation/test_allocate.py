@@ -1,0 +1,206 @@
+"""Plans: the budget is met to the step, never exceeded, and the order of the scores decides."""
+
+import dataclasses
+import itertools
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_models import llama_config
+
+from lq.allocation import Plan, allocate, uniform_plan
+from lq.allocation.allocate import Pin
+from lq.errors import UserError
+from lq.importance.scores import Scores
+from lq.models.matrices import model_shapes, other_weights
+from lq.numerics.spec import QuantSpec
+
+L = 10
+CONFIG = llama_config(L)
+
+
+def scores_of(values, config=CONFIG):
+    return Scores(
+        metric="given",
+        values={f"block_{i}": float(v) for i, v in enumerate(values)},
+        model="m",
+        shapes=model_shapes(config),
+        other_weights=other_weights(config),
+    )
+
+
+SCORES = scores_of([3, 9, 1, 7, 5, 0, 8, 2, 6, 4])
+
+
+def widths(plan):
+    return plan.bits_per_block()
+
+
+def test_the_papers_rule_for_two_widths():
+    """40 blocks at 3.5 code bits: 30 at four bits and 10 at two, the least important ones."""
+    config = llama_config(40)
+    scores = scores_of(np.random.default_rng(0).permutation(40), config)
+    plan = allocate(scores, bpw=mean_bpw(scores, {4: 30, 2: 10}), bits=(2, 4), spec=QuantSpec(bits=4, symmetric=True))
+    assert plan.code_bits == 3.5
+    low = {i for i, bits in enumerate(widths(plan)) if bits == 2}
+    assert low == {int(unit.removeprefix("block_")) for unit in scores.ranking()[30:]}
+
+
+def mean_bpw(scores, counts):
+    """bpw of a plan with so many equal blocks at each width, symmetric, groups of 128."""
+    shapes = [s for p, s in scores.shapes.items() if p.startswith("block_0/")]
+    total = sum(map(math.prod, shapes))
+    size = {b: sum(QuantSpec(bits=b, symmetric=True).size_bits(s) for s in shapes) for b in counts}
+    return sum(n * size[b] for b, n in counts.items()) / (sum(counts.values()) * total)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.permutations(range(L)),
+    st.sets(st.integers(1, 8), min_size=2, max_size=5),
+    st.floats(0, 1),
+    st.sampled_from([32, 64, None]),
+    st.booleans(),
+)
+def test_the_budget_is_met_within_one_step_and_never_exceeded(order, bits, fraction, group_size, symmetric):
+    spec = QuantSpec(bits=4, group_size=group_size, symmetric=symmetric)
+    ends = [uniform_plan(CONFIG, dataclasses.replace(spec, bits=b)).bpw for b in (min(bits), max(bits))]
+    target = ends[0] + fraction * (ends[1] - ends[0])
+    scores = scores_of(order)
+    plan = allocate(scores, bpw=target, bits=tuple(bits), spec=spec)
+    assert plan.bpw <= target + 1e-9
+    total = sum(math.prod(s) for p, s in plan.shapes.items() if p.startswith("block_"))
+    block = [s for p, s in plan.shapes.items() if p.startswith("block_0/")]
+    cost = {b: sum(dataclasses.replace(spec, bits=b).size_bits(s) for s in block) for b in bits}
+    steps = [cost[b] - cost[a] for a, b in zip(sorted(bits), sorted(bits)[1:], strict=False)]
+    raisable = [s for a, s in zip(sorted(bits), steps, strict=False) if a in widths(plan)]
+    if raisable:
+        assert (target - plan.bpw) * total < max(raisable) + 1
+        assert (target - plan.bpw) * total < min(raisable) + 1
+    ranked = [widths(plan)[int(unit.removeprefix("block_"))] for unit in scores.ranking()]
+    assert ranked == sorted(ranked, reverse=True), "a more important block never gets fewer bits"
+
+
+def test_only_the_order_of_scores_matters():
+    stretched = scores_of(np.exp(list(SCORES.values.values())))
+    for target in (2.4, 3.0, 3.7):
+        assert allocate(stretched, bpw=target).specs == allocate(SCORES, bpw=target).specs
+
+
+def test_a_larger_budget_never_takes_bits_from_anyone():
+    plans = [allocate(SCORES, bpw=b, bits=(2, 3, 4, 8)) for b in np.linspace(2.5, 7, 19)]
+    for smaller, larger in itertools.pairwise(plans):
+        assert larger.bpw >= smaller.bpw
+
+
+def test_a_budget_that_equals_a_width_gives_that_width_to_all():
+    for bits in (2, 3, 4):
+        target = uniform_plan(CONFIG, QuantSpec(bits=bits)).bpw
+        top = allocate(SCORES, bpw=target, bits=(bits,))
+        assert set(widths(top)) == {bits}
+    ends = [uniform_plan(CONFIG, QuantSpec(bits=b)).bpw for b in (2, 4)]
+    assert set(widths(allocate(SCORES, bpw=ends[0]))) == {2}
+    assert set(widths(allocate(SCORES, bpw=ends[1]))) == {4}
+
+
+def test_bytes_are_a_budget_too():
+    in_bits = allocate(SCORES, bpw=3.0)
+    total = sum(math.prod(s) for p, s in in_bits.shapes.items() if p.startswith("block_"))
+    in_bytes = allocate(SCORES, nbytes=3 * total // 8)
+    assert in_bytes.specs == in_bits.specs
+
+
+def test_ties_keep_the_deeper_block_low():
+    assert widths(allocate(scores_of([1] * L), bpw=3.0)) == tuple(
+        sorted(widths(allocate(SCORES, bpw=3.0)), reverse=True)
+    )
+
+
+@pytest.mark.parametrize("target", [0.5, 2.0, 9.0])
+def test_a_target_out_of_reach_says_the_range(target):
+    with pytest.raises(UserError) as error:
+        allocate(SCORES, bpw=target)
+    low, high = (uniform_plan(CONFIG, QuantSpec(bits=b)).bpw for b in (2, 4))
+    message = str(error.value)
+    assert message.startswith(f"budget: {target:.4g} bits per weight cannot be met; widths 2, 4")
+    reach = [float(word) for word in message.split("reach ")[1].split(" to ")]
+    assert reach == pytest.approx([low, high], abs=1e-4)
+    for end in reach:
+        allocate(SCORES, bpw=end)  # either end can be copied into the next command
+
+
+@pytest.mark.parametrize("budget", [{}, {"bpw": 3.0, "nbytes": 10}, {"bpw": -1.0}, {"bpw": float("nan")}])
+def test_a_budget_is_one_positive_number(budget):
+    with pytest.raises(UserError, match="budget: "):
+        allocate(SCORES, **budget)
+
+
+def test_pins_hold_and_unused_ones_are_reported():
+    pins = [
+        Pin(pattern=r"block_5/.*down_proj", bits=8),
+        Pin(pattern="v_proj$", bits=16),
+        Pin(pattern="nowhere", bits=3),
+    ]
+    plan = allocate(SCORES, bpw=4.5, pins=pins)
+    assert plan.specs["block_5/mlp/down_proj"].bits == 8
+    assert "block_2/attention/v_proj" not in plan.specs
+    assert plan.provenance["unused_pins"] == ["nowhere"]
+    assert plan.bpw <= 4.5
+
+
+def test_the_first_pin_that_matches_decides():
+    plan = allocate(SCORES, bpw=2.8, pins=[Pin(pattern="block_0/mlp", bits=3), Pin(pattern="mlp", bits=2)])
+    assert plan.specs["block_0/mlp/up_proj"].bits == 3
+    assert plan.specs["block_1/mlp/up_proj"].bits == 2
+
+
+@pytest.mark.parametrize(("pattern", "bits"), [("(", 4), ("x", 9), ("x", 0), ("x", 12)])
+def test_a_bad_pin_is_refused(pattern, bits):
+    with pytest.raises(UserError, match="pin "):
+        Pin(pattern=pattern, bits=bits)
+
+
+def test_embedding_counts_only_when_asked():
+    blocks = allocate(SCORES, bpw=3.0)
+    assert "embed/tokens" not in blocks.specs
+    with_table = allocate(SCORES, bpw=3.0, embedding_bits=4)
+    assert with_table.specs["embed/tokens"].bits == 4
+    assert with_table.bpw == blocks.bpw  # over the blocks, as stated
+    assert with_table.nbytes < blocks.nbytes
+    counted = allocate(SCORES, bpw=4.0, embedding_bits=4, count="all")
+    assert counted.bpw <= 4.0
+    assert counted.count == "all"
+    total = sum(math.prod(s) for s in counted.shapes.values())
+    assert counted.bpw == sum(counted.size_bits(p) for p in counted.shapes) / total
+
+
+def test_matrices_can_be_units():
+    paths = [p for p in SCORES.shapes if p.startswith("block_")]
+    values = {p: float(i) for i, p in enumerate(paths)}
+    plan = allocate(dataclasses.replace(SCORES, values=values), bpw=3.0)
+    assert plan.bpw <= 3.0
+    assert len({s.bits for p, s in plan.specs.items() if p.startswith("block_5/")}) >= 1
+    assert plan.specs[paths[-1]].bits == 4
+    assert plan.specs[paths[0]].bits == 2
+
+
+def test_scores_must_fit_the_model():
+    with pytest.raises(UserError, match="no value for block_9"):
+        allocate(dataclasses.replace(SCORES, values={f"block_{i}": 1.0 for i in range(9)}), bpw=3.0)
+    with pytest.raises(UserError, match="unit block_10 is not in this model"):
+        allocate(dataclasses.replace(SCORES, values={f"block_{i}": 1.0 for i in range(11)}), bpw=3.0)
+
+
+def test_a_plan_survives_json(tmp_path):
+    plan = allocate(SCORES, bpw=4.1, bits=(2, 3, 4), pins=[Pin(pattern="o_proj", bits=16)])
+    plan.write(tmp_path / "plan.json")
+    assert Plan.read(tmp_path / "plan.json") == plan
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"specs": []}'])
+def test_other_files_are_no_plans(tmp_path, text):
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(UserError, match="not a plan"):
+        Plan.read(tmp_path / "x.json")

@@ -1,0 +1,33 @@
+"""Fixtures for all tests."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from small_models import llama_config, random_params, write_directory
+
+from lq.assets import ASSETS
+from lq.models.config import ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class SmallModel:
+    path: Path
+    config: ModelConfig
+    params: dict
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory) -> SmallModel:
+    """Three random blocks of width 64, bfloat16, tied embeddings."""
+    config = llama_config()
+    params = random_params(config)
+    return SmallModel(write_directory(tmp_path_factory.mktemp("small") / "model", config, params), config, params)
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory) -> Path:
+    """A few thousand tokens of the shipped evaluation text."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text((ASSETS / "texts" / "evaluation.txt").read_text(encoding="utf-8")[:20_000], encoding="utf-8")
+    return path

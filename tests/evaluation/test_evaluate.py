@@ -1,0 +1,102 @@
+"""Perplexity, KL and agreement against float64 NumPy on the logits of the whole model."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small_models import llama_config, random_params
+
+from lq.calibration.data import Windows
+from lq.errors import UserError
+from lq.evaluation import evaluate, make_reference
+from lq.models.decoder import Decoder
+from lq.models.source import InMemory
+from lq.numerics.spec import QuantSpec
+from lq.quantizers import QUANTIZERS, PlannedSource
+
+
+def make_windows(count=5, length=24, seed=0):
+    tokens = np.random.default_rng(seed).integers(1, 4096, (count, length)).astype(np.int32)
+    return Windows(tokens, "random", "random")
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def original(request):
+    config = llama_config(2, tied=request.param)
+    return InMemory(config, random_params(config, dtype=jnp.float32))
+
+
+@pytest.fixture(scope="module")
+def changed(original):
+    return InMemory(original.config, random_params(original.config, seed=1, dtype=jnp.float32))
+
+
+def log_probabilities(source, tokens):
+    logits = np.asarray(Decoder(source.config).apply({"params": source.params()}, tokens), np.float64)
+    logits -= logits.max(-1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
+@pytest.mark.parametrize("batch_size", [2, 8])
+def test_measures_equal_float64(original, changed, batch_size):
+    windows = make_windows()
+    reference = make_reference(original, windows, batch_size=batch_size)
+    got = evaluate(changed, windows, reference=reference, batch_size=batch_size)
+    p, q = (log_probabilities(s, windows.tokens)[:, :-1] for s in (original, changed))
+    nll = -np.take_along_axis(q, windows.tokens[:, 1:, None], -1).mean()
+    # Logits agree to about 1e-6 of their size (3), and each enters a mean.
+    assert got.nll == pytest.approx(nll, abs=2e-5)
+    assert got.perplexity == pytest.approx(np.exp(nll), rel=2e-5)
+    assert got.kl == pytest.approx((np.exp(p) * (p - q)).sum(-1).mean(), rel=1e-4)
+    assert got.top1 == (p.argmax(-1) == q.argmax(-1)).mean()
+    assert got.tokens == windows.tokens[:, 1:].size
+
+
+def test_the_original_against_itself(original):
+    windows = make_windows()
+    got = evaluate(original, windows, reference=make_reference(original, windows))
+    assert got.kl == pytest.approx(0, abs=1e-6)
+    assert got.top1 == 1
+
+
+@pytest.mark.parametrize("stride", [1, 5, 23, 24])
+def test_overlapping_windows_score_every_token_once(original, stride):
+    length, stream = 24, np.random.default_rng(3).integers(1, 4096, 100).astype(np.int32)
+    starts = range(0, 100 - length + 1, stride)
+    windows = Windows(np.stack([stream[s : s + length] for s in starts]), "random", "overlapping")
+    got = evaluate(original, windows, stride=stride)
+    scores, seen = [], set()
+    for s in starts:
+        logs = log_probabilities(original, windows.tokens[s // stride][None])[0]
+        for t in range(1, length):
+            if s + t not in seen and (stride < length or t > 0):
+                seen.add(s + t)
+                scores.append(-logs[t - 1, stream[s + t]])
+    assert got.tokens == len(scores)
+    assert got.nll == pytest.approx(np.mean(scores), abs=2e-5)
+
+
+def test_a_packed_model_is_measured_like_its_dequantized_twin(original):
+    specs = {"block_0/mlp/up_proj": QuantSpec(bits=3, group_size=32), "embed/tokens": QuantSpec(bits=4, group_size=32)}
+    packed = PlannedSource(original, specs, "rtn", QUANTIZERS.options("rtn", {}))
+    params = packed.params(jnp.float32)
+    up = params["block_0"]["mlp"]["up_proj"]["kernel"]
+    params["block_0"]["mlp"]["up_proj"]["kernel"] = up.dequantize()
+    params["embed"]["tokens"]["embedding"] = params["embed"]["tokens"]["embedding"].dequantize().T
+    dense = InMemory(original.config, params)
+    windows = make_windows()
+    assert evaluate(packed, windows).nll == pytest.approx(evaluate(dense, windows).nll, rel=1e-6)
+
+
+def test_a_reference_over_other_tokens_is_refused(original):
+    reference = make_reference(original, make_windows(seed=1))
+    with pytest.raises(UserError, match="reference: made over other windows"):
+        evaluate(original, make_windows(), reference=reference)
+
+
+def test_a_reference_with_another_vocabulary_is_refused(original):
+    import dataclasses
+
+    reference = make_reference(original, make_windows())
+    other = dataclasses.replace(reference, config=dataclasses.replace(original.config, vocab_size=5000))
+    with pytest.raises(UserError, match="reference: another vocabulary"):
+        evaluate(original, make_windows(), reference=other)

@@ -1,0 +1,65 @@
+"""The shipped model: its size, that it learned something, and that transformers opens it."""
+
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lq.assets import ASSETS
+from lq.calibration.data import evaluation_windows
+from lq.evaluation import evaluate
+from lq.models.decoder import Decoder
+from lq.models.loading import load_tokenizer, open_checkpoint
+
+ROOT = Path(__file__).parents[2]
+CURVE = json.loads((ROOT / "experiments" / "standin" / "curve.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def checkpoint():
+    return open_checkpoint(ASSETS / "standin")
+
+
+def test_size_and_shape(checkpoint):
+    config = checkpoint.config
+    assert (ASSETS / "standin" / "model.safetensors").stat().st_size <= 25_000_000
+    assert 12 <= config.num_blocks <= 24
+    assert 4096 <= config.vocab_size <= 8192
+    assert config.hidden_size % 128 == config.intermediate_size % 128 == 0
+
+
+def test_it_is_worth_quantizing(checkpoint):
+    """Measured here on shipped text, against the unigram perplexity recorded when it was trained."""
+    text = str(ASSETS / "texts" / "evaluation.txt")
+    windows = evaluation_windows(load_tokenizer(checkpoint.path), text, 512, limit=8)
+    assert evaluate(checkpoint, windows).perplexity <= CURVE["unigram_perplexity"] / 3
+    assert CURVE["curve"][-1]["validation_perplexity"] <= CURVE["unigram_perplexity"] / 3
+
+
+def test_the_curve_was_still_falling():
+    last = [row["validation_perplexity"] for row in CURVE["curve"][-3:]]
+    assert last == sorted(last, reverse=True)
+
+
+def test_calibration_and_evaluation_text_are_different_files():
+    sources = json.loads((ASSETS / "texts" / "sources.json").read_text())
+    calibration, evaluation = (set(sources["files"][split]) for split in ("calibration", "evaluation"))
+    assert calibration
+    assert evaluation
+    assert not calibration & evaluation
+    for row in sources["sources"]:
+        assert (ASSETS / "texts" / "licences" / f"{row['source']}.txt").is_file(), f"no licence for {row['source']}"
+
+
+def test_transformers_opens_it_and_gives_the_same_logits(checkpoint):
+    torch = pytest.importorskip("torch", reason="needs torch; every family is compared with recorded logits as well")
+    from transformers import AutoModelForCausalLM
+
+    tokens = np.random.default_rng(0).integers(1, 4096, (2, 100))
+    theirs = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float32, attn_implementation="eager")
+    with torch.no_grad():
+        expected = theirs(torch.as_tensor(tokens)).logits.numpy()
+    got = np.asarray(Decoder(checkpoint.config, jnp.float32).apply({"params": checkpoint.params()}, tokens))
+    assert np.abs(got - expected).max() <= 1e-5 * np.abs(expected).max()

@@ -1,0 +1,92 @@
+"""Experiment configs: what is wrong is said in one line with the path of the key."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lq.errors import UserError
+from lq.runs.config import Experiment, dump_experiment, load_experiment
+
+ROOT = Path(__file__).parent.parent.parent
+SHIPPED = sorted(
+    [*ROOT.glob("configs/*.yaml"), *ROOT.glob("experiments/*/*.yaml"), ROOT / "lq" / "assets" / "demo.yaml"]
+)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.name)
+def test_shipped_configs_are_valid(path):
+    experiment = load_experiment(path)
+    assert isinstance(experiment, Experiment)
+    assert path.read_text().startswith("#"), "a config says in its header what it claims and costs"
+
+
+@pytest.fixture
+def config(tmp_path):
+    def write(text):
+        path = tmp_path / "x.yaml"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+GOOD = "model: standin\noutput: out\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("modle: x\noutput: y\n", "model: required, not given; and 1 more"),
+        (GOOD + "calibration: {sample: 3}\n", "calibration.sample: unknown key"),
+        (GOOD + "calibration: {samples: many}\n", "calibration.samples: Input should be a valid integer (got 'many')"),
+        (GOOD + "calibration: {samples: 0}\n", "calibration.samples: Input should be greater than 0 (got 0)"),
+        (GOOD + "quantization: {group_size: 100}\n", "quantization.group_size: Input should be 32, 64, 128 or 256"),
+        (GOOD + "allocation: {bits: [2, 9]}\n", "allocation.bits.1: Input should be less than or equal to 8 (got 9)"),
+        (GOOD + "allocation: {budgets: [-1]}\n", "allocation.budgets.0: Input should be greater than 0 (got -1)"),
+        (GOOD + "allocation: {orders: [{metric: lim, seeds: 3}]}\n", "seeds belongs to the metric random, not to lim"),
+        (GOOD + "allocation: {orders: [lim, lim]}\n", "allocation.orders: the order 'lim' is listed twice"),
+        (GOOD + "moves: {high: 2, low: 4, orders: [lim]}\n", "moves: low (4) must be below high (2)"),
+        ("just text\n", "expected keys such as model: and output:, found str"),
+        ("a: [1\n", ":2: not valid YAML"),
+    ],
+)
+def test_a_mistake_is_one_line(config, text, message):
+    path = config(text)
+    with pytest.raises(UserError) as error:
+        load_experiment(path)
+    assert message in str(error.value)
+    assert str(error.value).startswith(str(path))
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_file_is_one_line(tmp_path):
+    with pytest.raises(UserError, match="no such config; see configs/ for examples"):
+        load_experiment(tmp_path / "none.yaml")
+    with pytest.raises(UserError, match="a directory; give a YAML file"):
+        load_experiment(tmp_path)
+
+
+def test_overrides_are_yaml_values(config):
+    path = config(GOOD)
+    x = load_experiment(path, ["allocation.budgets=[3, 2.5]", "title=A b", "evaluation.windows=3"])
+    assert x.allocation.budgets == [3, 2.5]
+    assert x.title == "A b"
+    assert x.evaluation.windows == 3
+
+
+@pytest.mark.parametrize("item", ["noequals", "=3", "a..b=1", "model.x=1", "title=[1"])
+def test_a_bad_override_is_refused(config, item):
+    with pytest.raises(UserError):
+        load_experiment(config(GOOD), [item])
+
+
+def test_orders_with_different_options_are_different_orders(config):
+    text = GOOD + "allocation: {orders: [zd, {metric: zd, options: {sides: two}}, {metric: zd, reverse: true}]}\n"
+    x = load_experiment(config(text))
+    assert [order.name for order in x.allocation.orders] == ["zd", "zd sides=two", "reverse zd"]
+
+
+def test_the_written_config_reads_back_the_same(config):
+    x = load_experiment(config(GOOD + "allocation: {orders: [lim, {metric: random, seeds: 2}], budgets: [3.0]}\n"))
+    assert Experiment.model_validate(yaml.safe_load(dump_experiment(x))) == x

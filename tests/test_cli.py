@@ -1,0 +1,230 @@
+"""The command: what it prints, what it exits with, and that nothing is left behind by a mistake."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+from small_models import llama_config, random_params, write_directory
+from typer.testing import CliRunner
+
+from lq.cli import app
+
+
+def lq(*args):
+    """Exit status, standard output and standard error of a command, run in this process."""
+    result = CliRunner().invoke(app, [str(a) for a in args])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+def refused(*args):
+    """The one line a mistake is answered with."""
+    status, _, error = lq(*args)
+    assert status == 2, error
+    assert error.startswith("lq: ")
+    assert error.count("\n") == 1, error
+    return error
+
+
+@pytest.fixture(scope="module")
+def scores(small_model, text_file, tmp_path_factory):
+    out = tmp_path_factory.mktemp("scores")
+    status, printed, _ = lq(
+        "score", small_model.path, "--metric", "lim", "--metric", "zd", "--out", out, "--calibration", text_file,
+        "--samples", 4, "--length", 32, "--quiet",
+    )  # fmt: skip
+    assert status == 0
+    assert "block_2" in printed
+    return out
+
+
+@pytest.fixture(scope="module")
+def plan(scores, tmp_path_factory):
+    out = tmp_path_factory.mktemp("plan") / "plan.json"
+    budget = ("--bpw", 3.2, "--bits", "2,3,4", "--group-size", 64)
+    status, printed, _ = lq("allocate", scores / "lim.json", *budget, "--out", out)
+    assert status == 0
+    assert "bits per weight" in printed
+    assert "code bits" in printed
+    return out
+
+
+@pytest.fixture(scope="module")
+def quantized(small_model, plan, tmp_path_factory):
+    out = tmp_path_factory.mktemp("q") / "q"
+    status, printed, _ = lq("quantize", small_model.path, "--plan", plan, "--out", out, "--quiet")
+    assert status == 0
+    assert "of them headers" in printed
+    return out
+
+
+def test_scores_are_files_and_a_picture(scores):
+    assert {f.name for f in scores.iterdir()} == {"lim.json", "zd.json", "scores.png"}
+    assert (scores / "scores.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_eval_from_another_process(small_model, quantized, text_file, tmp_path):
+    command = [
+        sys.executable, "-m", "lq.cli", "eval", quantized, "--original", small_model.path, "--data", text_file,
+        "--window", "32", "--windows", "4", "--json", tmp_path / "eval.json",
+    ]  # fmt: skip
+    out = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=True).stdout
+    facts = json.loads((tmp_path / "eval.json").read_text())
+    for key in ("bits per weight", "code bits", "bytes on disk", "bytes on device", "perplexity", "protocol", "device"):
+        assert key in out
+    assert facts["bits per weight"] <= 3.2
+    assert facts["tokens scored"] == 4 * 31
+    assert facts["KL to the original, nats per token"] > 0
+    assert 0 <= facts["top-1 agreement"] <= 1
+
+
+def test_generate_continues_each_prompt(quantized):
+    status, printed, _ = lq("generate", quantized, "--prompt", "def main(", "--prompt", "import", "--max-new-tokens", 5)
+    assert status == 0
+    assert printed.startswith("def main(")
+    assert "\nimport" in printed
+
+
+def test_quantize_can_score_and_allocate_itself(small_model, text_file, tmp_path):
+    status, printed, _ = lq(
+        "quantize", small_model.path, "--bpw", 2.85, "--metric", "lim", "--calibration", text_file, "--group-size", 64,
+        "--out", tmp_path / "q", "--quiet",
+    )  # fmt: skip
+    assert status == 0
+    assert float(printed.split()[0]) <= 2.85
+
+
+def test_a_run_and_its_report(small_model, text_file, tmp_path):
+    config = tmp_path / "x.yaml"
+    config.write_text(
+        f"model: {small_model.path}\noutput: {tmp_path / 'r'}\n"
+        f"calibration: {{data: {text_file}, samples: 2, length: 32}}\n"
+        f"evaluation: {{data: {text_file}, window: 32, windows: 2}}\n"
+        "allocation: {budgets: [3.2], orders: [zd, {metric: random, seeds: 2}]}\n"
+    )
+    status, printed, _ = lq("run", config, "--set", "quantization.group_size=64", "--quiet")
+    assert status == 0
+    assert "Against 2 random orders at 1 budgets, ZD" in printed.splitlines()[-1]
+    assert "already holds this run; add --resume" in refused("run", config, "--set", "quantization.group_size=64")
+    status, printed, _ = lq("run", config, "--set", "quantization.group_size=64", "--resume", "--quiet")
+    assert status == 0
+    status, printed, _ = lq("report", tmp_path / "r", "--out", tmp_path / "report")
+    assert status == 0
+    assert (tmp_path / "report" / "report.html").exists()
+
+
+@pytest.mark.parametrize("kind", ["importance", "allocators", "quantizers", "formats", "transforms", "models"])
+def test_list(kind):
+    status, printed, _ = lq("list", kind)
+    assert status == 0
+    assert printed
+
+
+def test_version():
+    status, printed, _ = lq("version")
+    assert status == 0
+    assert "jax" in printed
+    assert "xla" in printed
+
+
+# Mistakes.
+
+
+@pytest.fixture
+def broken(small_model, tmp_path):
+    shutil.copytree(small_model.path, tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_missing_model():
+    assert "no such directory" in refused("eval", "/no/such/model")
+
+
+def test_corrupt_header(broken):
+    (broken / "model.safetensors").write_bytes(b"\xff" * 64)
+    assert "model.safetensors: damaged or incomplete" in refused("eval", broken)
+
+
+def test_truncated_weights(broken):
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    assert "model.safetensors: damaged or incomplete" in refused("eval", broken)
+
+
+def test_nan_weights(tmp_path, text_file):
+    import jax
+
+    config = llama_config(2)
+    params = random_params(config)
+    params = jax.tree.map(lambda leaf: leaf, params)
+    kernel = params["block_1"]["mlp"]["up_proj"]["kernel"]
+    params["block_1"]["mlp"]["up_proj"]["kernel"] = kernel.at[3, 4].set(float("nan"))
+    path = write_directory(tmp_path / "nan", config, params)
+    error = refused("eval", path, "--data", text_file, "--window", 32)
+    assert "up_proj" in error
+    assert "NaN" in error
+
+
+def test_unknown_key(tmp_path):
+    (tmp_path / "x.yaml").write_text("model: standin\noutput: o\nallocation: {budget: [3]}\n")
+    assert "allocation.budget: unknown key" in refused("run", tmp_path / "x.yaml")
+
+
+def test_impossible_budget(scores, tmp_path):
+    out = tmp_path / "plan.json"
+    assert "cannot be met; widths 2, 4" in refused("allocate", scores / "zd.json", "--bpw", 0.5, "--out", out)
+    assert not out.exists()
+
+
+def test_unknown_metric(small_model, tmp_path):
+    error = refused("score", small_model.path, "--metric", "limm", "--out", tmp_path / "s")
+    assert "did you mean lim?" in error
+    assert not (tmp_path / "s").exists()
+
+
+def test_missing_tokenizer(broken):
+    (broken / "tokenizer.json").unlink()
+    assert "no tokenizer" in refused("eval", broken)
+
+
+def test_text_shorter_than_a_window(small_model, tmp_path):
+    (tmp_path / "short.txt").write_text("def f(): pass")
+    assert "fewer than one window of 512" in refused("eval", small_model.path, "--data", tmp_path / "short.txt")
+
+
+def test_a_plan_of_another_model(plan, tmp_path):
+    config = llama_config(3)
+    other = write_directory(tmp_path / "other", config, random_params(config, seed=7))
+    error = refused("quantize", other, "--plan", plan, "--out", tmp_path / "q")
+    assert "a plan of another model" in error
+    assert not (tmp_path / "q").exists()
+
+
+def test_a_reference_that_does_not_fit(small_model, quantized, tmp_path, text_file):
+    error = refused("eval", quantized, "--original", tmp_path, "--data", text_file, "--window", 32)
+    assert "no config.json" in error
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("allocate", "SCORES", "--bpw", "3", "--bits", "2;4"), "--bits 2;4: write widths like 2,3,4"),
+        (("allocate", "SCORES", "--bpw", "3", "--pin", "x"), "--pin x: write REGEX=BITS"),
+        (("allocate", "SCORES"), "budget: give bits per weight"),
+        (("allocate", "SCORES", "--bpw", "3", "--group-size", "7"), "group_size: 7"),
+        (("allocate", "SCORES", "--bpw", "3", "--method", "greed"), "unknown allocator 'greed'"),
+        (("allocate", "nowhere.json", "--bpw", "3"), "no such scores file"),
+        (("quantize", "MODEL", "--out", "q"), "give --plan plan.json, or --bpw 3.0"),
+        (("quantize", "MODEL", "--out", "q", "--plan", "p", "--method", "gptq"), "unknown quantizer 'gptq'"),
+        (("quantize", "MODEL", "--out", "q", "--plan", "p", "--option", "clip=never"), "clip: 'never' is not one of"),
+        (("report", "nowhere"), "no such file"),
+        (("eval", "MODEL", "--dtype", "int8"), "--dtype int8: write float32"),
+        (("generate", "MODEL", "--prompt", ""), "prompt"),
+    ],
+)
+def test_other_mistakes(args, message, scores, small_model):
+    places = {"SCORES": scores / "zd.json", "MODEL": small_model.path}
+    assert message in refused(*(places.get(a, a) for a in args))
