@@ -26,7 +26,7 @@ test-floor: $(FLOOR)/.installed-dev ## the tests on Python 3.11 and the oldest J
 lint: $(VENV)/.installed-dev ## ruff and pyrefly
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/pyrefly check
+	$(VENV)/bin/pyrefly check --python-interpreter-path $(VENV)/bin/python
 
 standin: $(VENV)/.installed-dev ## trains the shipped model again: hours on two cores; resumes when repeated
 	$(VENV)/bin/python -m experiments.standin.train --out runs/standin

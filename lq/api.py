@@ -14,6 +14,7 @@ These hold a whole model in memory. For one that does not fit, use the streaming
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -22,13 +23,13 @@ from lq.allocation import Plan, allocate, uniform_plan
 from lq.assets import resolve_data, resolve_model
 from lq.calibration import data as calibration_data
 from lq.calibration.data import Windows
-from lq.checkpoint import is_quantized, open_quantized, write_quantized
+from lq.checkpoint import QuantizedCheckpoint, is_quantized, open_quantized, write_quantized
 from lq.evaluation import Evaluation, Reference
 from lq.evaluation import evaluate as evaluate_source
 from lq.importance import Scores
 from lq.models.decoder import Decoder
-from lq.models.loading import load_tokenizer, open_checkpoint
-from lq.models.source import InMemory, ParameterSource, Params
+from lq.models.loading import Checkpoint, load_tokenizer, open_checkpoint
+from lq.models.source import InMemory, Params
 from lq.quantizers import QUANTIZERS, PlannedSource
 
 __all__ = [
@@ -45,13 +46,13 @@ __all__ = [
 ]
 
 
-def open_model(name_or_path: str | Path) -> ParameterSource:
+def open_model(name_or_path: str | Path) -> Checkpoint | QuantizedCheckpoint:
     """Opens a Hugging Face directory or hub name, a quantized checkpoint, or "standin"; reads no weights yet."""
     path = resolve_model(str(name_or_path))
     return open_quantized(path) if is_quantized(path) else open_checkpoint(path)
 
 
-def load(name_or_path: str | Path, dtype=None) -> tuple[Decoder, Params, object]:
+def load(name_or_path: str | Path, dtype=None) -> tuple[Decoder, Params, Any]:
     """Loads a model into memory, dense or quantized.
 
     Args:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 
-def write_file(path: Path, write: Callable[[Path], None]) -> None:
+def write_file(path: Path, write: Callable[[Path], object]) -> None:
     """Lets `write` fill a temporary file in the same directory, then moves it to `path`. On error nothing is left."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

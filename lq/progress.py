@@ -12,6 +12,11 @@ class Progress:
     def __init__(self, *, quiet: bool = False):
         self.quiet = quiet
 
+    def note(self, text: str) -> None:
+        """A line the user should see whatever stage it is."""
+        if not self.quiet:
+            print(text, file=sys.stderr, flush=True)
+
     @contextlib.contextmanager
     def stage(self, name: str, total: int) -> Iterator[Callable[[str], None]]:
         """Yields a function to call after each of `total` steps with a word on what was done."""

@@ -14,6 +14,9 @@ When K is no multiple of 32/p the last word of a plane is padded with zero bits;
 `packed_bits`. Leading axes before K (a stack of experts) are carried along.
 """
 
+import functools
+import operator
+
 import jax.numpy as jnp
 from jax import Array
 
@@ -53,12 +56,11 @@ def pack(codes: Array, bits: int) -> tuple[Array, ...]:
 
 def unpack(planes: tuple[Array, ...], bits: int, length: int) -> Array:
     """The codes `[..., length, N]` as uint32."""
-    codes, shift = None, 0
+    fields, shift = [], 0
     for words, width in zip(planes, plane_widths(bits), strict=True):
-        part = _unpack_plane(words, width, length) << shift
-        codes = part if codes is None else codes | part
+        fields.append(_unpack_plane(words, width, length) << shift)
         shift += width
-    return codes
+    return functools.reduce(operator.or_, fields)
 
 
 def _pack_plane(fields: Array, width: int) -> Array:

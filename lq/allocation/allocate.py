@@ -151,12 +151,14 @@ def _fixed(shapes, spec: QuantSpec, pins: Sequence[Pin], embedding_bits: int, he
 
 
 def _budget_bits(bpw: float | None, nbytes: int | None, total: int) -> int:
-    if (bpw is None) == (nbytes is None):
+    if nbytes is not None and bpw is None:
+        return 8 * nbytes
+    if bpw is None or nbytes is not None:
         raise UserError("budget: give bits per weight (--bpw 3.0) or bytes (--bytes 4000000), one of the two")
-    if bpw is not None and not (math.isfinite(bpw) and bpw > 0):
+    if not (math.isfinite(bpw) and bpw > 0):
         raise UserError(f"budget: {bpw} bits per weight; write a positive number such as 3.0")
     # A target such as 3.1 is not a binary fraction: a plan that meets it exactly must not fail by a rounding error.
-    return math.floor(bpw * total + 1e-6) if bpw is not None else 8 * nbytes
+    return math.floor(bpw * total + 1e-6)
 
 
 def _check_reachable(budget: int, fixed_bits: int, sizes, widths, total: int, in_bytes: bool) -> None:

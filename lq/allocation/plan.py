@@ -95,7 +95,9 @@ class Plan:
             "code_bits": self.code_bits,
             "provenance": self.provenance,
             "specs": [spec.to_dict() for spec in distinct],
-            "matrices": {p: [number.get(self.specs.get(p)), list(self.shapes[p])] for p in self.shapes},
+            "matrices": {
+                p: [number[self.specs[p]] if p in self.specs else None, list(s)] for p, s in self.shapes.items()
+            },
         }
 
     @classmethod

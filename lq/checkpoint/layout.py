@@ -15,6 +15,7 @@ resume.
 """
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +51,7 @@ def to_tensors(params: Params) -> dict[str, np.ndarray]:
 
 def from_tensors(tensors: dict[str, np.ndarray], specs: dict[str, tuple[QuantSpec, tuple[int, ...]]], dtype) -> Params:
     """The part's parameters; `specs` gives spec and logical shape of every packed leaf, by path within the part."""
-    leaves = {}
+    leaves: dict[str, Any] = {}
     for path, (spec, shape) in specs.items():
         codes, scales = tensors[f"{path}:codes"], tensors[f"{path}:scales"]
         zeros = tensors.get(f"{path}:zeros")

@@ -3,7 +3,9 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
+from flax.traverse_util import flatten_dict
 from safetensors import SafetensorError, safe_open
 
 from lq.allocation.plan import Plan
@@ -101,9 +103,7 @@ class QuantizedCheckpoint(ParameterSource):
         return {leaf_path(p): (self.plan.specs[p], self.plan.shapes[p]) for p in mine}
 
     def _dense_shapes(self, part: str, packed) -> dict[str, tuple[int, ...]]:
-        from flax.traverse_util import flatten_dict
-
-        leaves = flatten_dict(self._abstract[part], sep="/")
+        leaves: dict[str, Any] = flatten_dict(self._abstract[part], sep="/")
         return {path: tuple(leaf.shape) for path, leaf in leaves.items() if path not in packed}
 
 

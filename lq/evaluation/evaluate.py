@@ -141,7 +141,7 @@ def _judge(config: ModelConfig, original_config: ModelConfig | None, head_params
         nll = -jnp.take_along_axis(log_q, row[1:, None], axis=-1)[:, 0]
         values = [nll, jnp.zeros_like(nll), jnp.zeros_like(nll)]
         if original is not None:
-            original_logits = head(original_config, original[0], original_h[None, :-1])[0]
+            original_logits = head(original_config or config, original[0], original_h[None, :-1])[0]
             log_p = jax.nn.log_softmax(original_logits)
             values[1] = jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
             values[2] = (original_logits.argmax(-1) == logits.argmax(-1)).astype(jnp.float32)

@@ -44,7 +44,8 @@ def score(
     if "calibration" in method.needs and windows is None:
         raise UserError(f"metric {metric} needs calibration text; give --calibration FILE, or wikitext2 or c4")
     chosen = METRICS.options(metric, options or {})
-    result = method.function(source, windows if "calibration" in method.needs else None, chosen)
+    used = windows if "calibration" in method.needs else None
+    result = method.function(source, used, chosen)
     return Scores(
         metric=metric,
         values=result["values"],
@@ -52,7 +53,7 @@ def score(
         shapes=model_shapes(source.config),
         other_weights=other_weights(source.config),
         options=dataclasses.asdict(chosen),
-        calibration=windows.fingerprint if "calibration" in method.needs else None,
+        calibration=used.fingerprint if used else None,
         extra=result.get("extra", {}),
     )
 

@@ -5,6 +5,8 @@ and attends to every slot written so far. Positions count real tokens only, so p
 not shift them; a slot's number and its token's position differ by the padding before it.
 """
 
+import dataclasses
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -82,5 +84,5 @@ class DecodeState:
         at = (0, self.filled)
         all_positions = jax.lax.dynamic_update_slice(self.positions, positions.astype(jnp.int32), at)
         all_valid = jax.lax.dynamic_update_slice(self.valid, valid.astype(bool), at)
-        state = self.replace(positions=all_positions, valid=all_valid, filled=self.filled + valid.shape[1])
+        state = dataclasses.replace(self, positions=all_positions, valid=all_valid, filled=self.filled + valid.shape[1])
         return state, Context(positions, all_positions, all_valid, self.filled, self.length)

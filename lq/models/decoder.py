@@ -18,9 +18,13 @@ not fit in memory:
 The compute dtype is the dtype of the embedding's output; pass `dtype` to fix it.
 """
 
+import dataclasses
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from lq.models.config import BlockKind, ModelConfig
@@ -37,7 +41,7 @@ class Table(nn.Module):
     channels: int
 
     @nn.compact
-    def __call__(self, indices: Int[Array, "B S"] | None = None):
+    def __call__(self, indices: Int[Array, "B S"] | None = None) -> Any:
         """The rows at `indices`, or the whole table as a head's `[channels, rows]` kernel when `indices` is None."""
         init = nn.initializers.normal(0.02)
         table = read_or_init(self, "embedding", init, (self.rows, self.channels))
@@ -50,7 +54,7 @@ class Embed(nn.Module):
     """Token embedding, scaled, plus learned positions where the family has them."""
 
     config: ModelConfig
-    dtype: jnp.dtype | None = None
+    dtype: DTypeLike | None = None
 
     def setup(self):
         config = self.config
@@ -117,7 +121,7 @@ class Decoder(nn.Module):
     """The whole model. `dtype` is the compute dtype; the embedding's own when None."""
 
     config: ModelConfig
-    dtype: jnp.dtype | None = None
+    dtype: DTypeLike | None = None
 
     def setup(self):
         self.embed = Embed(self.config, self.dtype)
@@ -147,13 +151,13 @@ class Decoder(nn.Module):
         valid = jnp.ones(tokens.shape, bool) if valid is None else valid.astype(bool)
         state, context = state.extend(valid)
         h = self.embed(tokens, context)
-        caches = []
+        caches: list[Any] = []
         for block, cache in zip(self.block, state.caches, strict=True):
             h, cache = block(h, context, cache)
             caches.append(cache)
         if logits_to_keep is not None:
             h = h[:, -logits_to_keep:]
-        return self._logits(h), state.replace(caches=tuple(caches))
+        return self._logits(h), dataclasses.replace(state, caches=tuple(caches))
 
     def _logits(self, h):
         return self.head(h, self.embed.as_head() if self.config.tie_embeddings else None)
@@ -166,10 +170,11 @@ def abstract_params(config: ModelConfig):
 
 
 def embed(
-    config: ModelConfig, params, tokens: Int[Array, "B S"], context: Context, dtype: jnp.dtype | None = None
+    config: ModelConfig, params, tokens: Int[Array, "B S"], context: Context, dtype: DTypeLike | None = None
 ) -> Float[Array, "B S D"]:
     """The first hidden state. Reads `params["embed"]` only."""
-    return Embed(config, dtype).apply({"params": params["embed"]}, tokens, context)
+    h: Any = Embed(config, dtype).apply({"params": params["embed"]}, tokens, context)
+    return h
 
 
 def apply_block(
@@ -184,4 +189,5 @@ def head(config: ModelConfig, params, h: Float[Array, "B S D"]) -> Float[Array, 
     kernel = None
     if config.tie_embeddings:
         kernel = Embed(config).apply({"params": params["embed"]}, method="as_head")
-    return Head(config).apply({"params": params["head"]}, h, kernel)
+    logits: Any = Head(config).apply({"params": params["head"]}, h, kernel)
+    return logits

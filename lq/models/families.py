@@ -56,7 +56,7 @@ class Family:
 
 def tensors_of(config: ModelConfig) -> tuple[StoredTensor, ...]:
     """Every tensor a checkpoint of this model holds: name, stored shape, and the leaves it fills."""
-    leaves = flatten_dict(abstract_params(config), sep="/")
+    leaves: dict[str, Any] = flatten_dict(abstract_params(config), sep="/")
     shapes = {path: leaf.shape for path, leaf in leaves.items()}
     return stored_tensors(FAMILIES[config.family].names, shapes, config.num_blocks)
 
@@ -71,7 +71,7 @@ def to_hf(config: ModelConfig, params) -> Iterator[tuple[str, np.ndarray]]:
     Raises:
       ValueError: a leaf is packed, which this layout has no room for.
     """
-    leaves = flatten_dict(params, sep="/")
+    leaves: Any = flatten_dict(params, sep="/")
     for path, leaf in leaves.items():
         if isinstance(leaf, QTensor):
             raise ValueError(f"{path} is packed; dequantize it first")

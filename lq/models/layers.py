@@ -197,6 +197,8 @@ class MixtureOfExperts(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         config, experts = self.config, self.config.experts
+        if experts is None:
+            raise ValueError("a routed block needs config.experts")
         tokens = x.reshape(-1, x.shape[-1])
         logits = Linear(experts.count, name="router")(tokens)
         probability = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)

@@ -17,6 +17,7 @@ stands.
 """
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -157,7 +158,7 @@ class Experiment(Section):
     moves: MoveSection | None = None
 
 
-def load_experiment(path: Path, overrides: list[str] = ()) -> Experiment:
+def load_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
     """Reads and checks a config; `overrides` are `a.b=value` with a YAML value.
 
     Raises UserError, one line with the path of the offending key.

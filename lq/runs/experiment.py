@@ -59,6 +59,8 @@ def run_experiment(
     run.claim_directory(resume, overwrite)
     scores = run.scores()
     todo = list(candidates(experiment, run.source.config, run.fingerprint, scores))
+    for pattern in dict.fromkeys(p for c in todo if c.plan for p in c.plan.provenance.get("unused_pins", [])):
+        run.progress.note(f"pin {pattern!r} matches no matrix")
     rows = run.measure_all(todo)
     results = run.results(scores, rows, time.perf_counter() - started)
     results.write(run.directory / "results.json")
@@ -137,7 +139,7 @@ class Run:
         """A row for every candidate, in order; those that `rows.jsonl` holds are not measured again."""
         file = self.directory / "rows.jsonl"
         done = {row.name: row for row in _read_rows(file)}
-        same: dict[tuple, Row] = {}  # two candidates of equal specs are one model, measured once
+        same: dict[tuple | None, Row] = {}  # two candidates of equal specs are one model, measured once
         reference = None
         with self.progress.stage("evaluate", len(todo)) as step:
             for candidate in todo:
@@ -266,7 +268,7 @@ def _read_rows(file: Path) -> list[Row]:
             fields = json.loads(line)
         except json.JSONDecodeError:
             break
-        rows.append(Row(**{**fields, "bits_per_block": tuple(fields["bits_per_block"])}))
+        rows.append(Row.from_dict(fields))
     write_text(file, "".join(json.dumps(dataclasses.asdict(row)) + "\n" for row in rows))
     return rows
 

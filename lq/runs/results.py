@@ -7,7 +7,7 @@ size, and every file carries the protocol the perplexity was measured by.
 import dataclasses
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from lq.errors import UserError
 
@@ -35,6 +35,12 @@ class Row:
     bits_per_block: tuple[float, ...] = ()  # mean code width of each block, first to last; empty for the original
     seconds: float  # wall time of quantizing and evaluating
 
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> "Row":
+        """From JSON, where tuples are lists."""
+        bits = tuple(fields["bits_per_block"])
+        return cls(bits_per_block=bits, **{name: fields[name] for name in fields if name != "bits_per_block"})
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Results:
@@ -60,8 +66,9 @@ class Results:
         """Raises UserError when `path` is no results file of this format."""
         try:
             data = json.loads(Path(path).read_text())
-            rows = tuple(Row(**{**r, "bits_per_block": tuple(r["bits_per_block"])}) for r in data.pop("rows"))
-            results = cls(rows=rows, **data)
+            rows = tuple(Row.from_dict(fields) for fields in data.pop("rows"))
+            scores = {metric: tuple(values) for metric, values in data.pop("scores").items()}
+            results = cls(rows=rows, scores=scores, **data)
         except FileNotFoundError:
             raise UserError(f"{path}: no such file; run `lq run` first, then `lq report` on its directory") from None
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:

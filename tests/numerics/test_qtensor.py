@@ -1,6 +1,10 @@
 """`QTensor` and `QuantSpec`: what a code means, and what it costs."""
 
 import math
+import os
+import subprocess
+import sys
+import textwrap
 
 import jax
 import jax.numpy as jnp
@@ -163,3 +167,42 @@ def test_spec_survives_json():
     assert QuantSpec.from_dict(spec.to_dict()) == spec
     with pytest.raises(UserError, match="unknown field 'width'"):
         QuantSpec.from_dict({"width": 3})
+
+
+def test_goes_through_orbax(tmp_path):
+    import orbax.checkpoint as ocp
+
+    params = {
+        "up_proj": {"kernel": random_qtensor(QuantSpec(bits=3), (256, 64))[0]},
+        "scale": jnp.ones(8, jnp.bfloat16),
+    }
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "c", params)
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "c", jax.eval_shape(lambda: params))
+    assert jax.tree.structure(restored) == jax.tree.structure(params)
+    for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(restored), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+def test_sharded_over_outputs_it_gives_the_same_product():
+    """On two devices, in a process of its own: the number of CPU devices is fixed when JAX starts."""
+    script = """
+        import jax, jax.numpy as jnp, numpy as np
+        from jax.sharding import Mesh, NamedSharding, PartitionSpec
+        from lq.numerics.matmul import matmul
+        from lq.numerics.spec import QuantSpec
+        from lq.quantizers import QUANTIZERS, quantize_matrix
+
+        weight = jax.random.normal(jax.random.key(0), (96, 128))
+        tensor = quantize_matrix(weight, QuantSpec(bits=3, group_size=32), "rtn", QUANTIZERS.options("rtn", {}))
+        x = jax.random.normal(jax.random.key(1), (4, 96))
+        mesh = Mesh(np.asarray(jax.devices()), ("outputs",))
+        sharded = jax.device_put(tensor, NamedSharding(mesh, PartitionSpec(None, "outputs")))
+        y = jax.jit(matmul)(x, sharded)
+        assert len(sharded.planes[0].sharding.device_set) == 2
+        np.testing.assert_allclose(np.asarray(y), np.asarray(jax.jit(matmul)(x, tensor)), rtol=1e-6, atol=1e-5)
+    """
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True, env=environment)
