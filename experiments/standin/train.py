@@ -1,8 +1,8 @@
 """Trains the stand-in model: a 16-block Llama of 10.5 million parameters, on Python sources.
 
-    python -m experiments.standin.train --out DIR [--steps 3000]
+    python -m experiments.standin.train --out DIR [--steps 1500]
 
-Claims: validation perplexity below a third of the unigram perplexity. Costs one to two hours on two CPU cores.
+Claims: validation perplexity below a third of the unigram perplexity. Costs about an hour on two CPU cores.
 Interrupt it at any time; the same command resumes from the last checkpoint, and the batches are a function of the step
 alone, so the run is the same as an uninterrupted one. `python -m experiments.standin.export --run DIR` then writes the
 model in Hugging Face layout.
@@ -196,7 +196,7 @@ def train(out: Path, steps: int, evaluate_every: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="run directory: token streams, checkpoints, curve")
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--evaluate-every", type=int, default=100)
     args = parser.parse_args()
     train(args.out, args.steps, args.evaluate_every)
