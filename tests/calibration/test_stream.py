@@ -74,7 +74,10 @@ def test_tokens_and_windows_the_model_cannot_take_are_refused():
 
 
 def test_peak_memory_does_not_grow_with_the_number_of_blocks(tmp_path):
-    """Quantizing 24 random blocks peaks at most one block above quantizing 12 of the same width."""
+    """Twelve blocks more of the same width do not show: keeping them would cost twelve blocks.
+
+    The bound is three, not one: peaks of equal runs were seen to differ by one block, the allocator's doing.
+    """
     peaks = {}
     for blocks in (12, 24):
         config = llama_config(blocks, hidden=512)
@@ -95,4 +98,4 @@ def test_peak_memory_does_not_grow_with_the_number_of_blocks(tmp_path):
         run = [sys.executable, "-c", textwrap.dedent(script)]
         peaks[blocks] = int(subprocess.run(run, capture_output=True, text=True, check=True).stdout)
     block = sum(leaf.nbytes for leaf in jax.tree.leaves(random_params(llama_config(1, hidden=512))["block_0"]))
-    assert peaks[24] - peaks[12] <= block, peaks
+    assert peaks[24] - peaks[12] <= 3 * block, peaks
