@@ -65,6 +65,9 @@ def command(function):
         except UserError as error:
             print(f"lq: {' '.join(str(error).split())}", file=sys.stderr)
             raise typer.Exit(2) from None
+        except OSError as error:  # a path of the user's that cannot be read or written
+            print(f"lq: {error.filename or error}: {error.strerror or 'cannot be used'}", file=sys.stderr)
+            raise typer.Exit(2) from None
         except KeyboardInterrupt:
             again = " ".join(["lq", *sys.argv[1:]])
             resumable = function.__name__ in ("run", "quantize") and "--resume" not in sys.argv
@@ -85,7 +88,7 @@ def demo(
     """The whole pipeline on the shipped model: a few minutes on two CPU cores."""
     from lq.assets import DEMO_CONFIG
 
-    _experiment(DEMO_CONFIG, [f"output={out}"], resume=False, overwrite=True, quiet=quiet)
+    _experiment(DEMO_CONFIG, [], resume=False, overwrite=True, quiet=quiet, output=out)
 
 
 @command
@@ -312,13 +315,17 @@ def version() -> None:
     print(f"{'backends':13} {', '.join(BACKENDS)}")
 
 
-def _experiment(config: Path, overrides: list[str], *, resume: bool, overwrite: bool, quiet: bool) -> None:
+def _experiment(
+    config: Path, overrides: list[str], *, resume: bool, overwrite: bool, quiet: bool, output: Path | None = None
+) -> None:
     from lq.progress import Progress
     from lq.runs.config import load_experiment
     from lq.runs.experiment import run_experiment
     from lq.runs.tables import format_table
 
     experiment = load_experiment(config, overrides)
+    if output is not None:
+        experiment = experiment.model_copy(update={"output": str(output)})
     results = run_experiment(experiment, resume=resume, overwrite=overwrite, progress=Progress(quiet=quiet))
     print(format_table([(experiment.title, results)], width=_width()))
     print(f"report: {Path(experiment.output) / 'report.html'}")

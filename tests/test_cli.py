@@ -228,3 +228,8 @@ def test_a_reference_that_does_not_fit(small_model, quantized, tmp_path, text_fi
 def test_other_mistakes(args, message, scores, small_model):
     places = {"SCORES": scores / "zd.json", "MODEL": small_model.path}
     assert message in refused(*(places.get(a, a) for a in args))
+
+
+def test_a_path_that_cannot_be_used_is_one_line(scores, tmp_path):
+    assert "directory" in refused("allocate", scores / "zd.json", "--bpw", 3, "--group-size", 64, "--out", tmp_path)
+    assert "directory" in refused("allocate", tmp_path, "--bpw", 3)

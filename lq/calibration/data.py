@@ -110,12 +110,14 @@ def calibration_windows(tokenizer, data: str, samples: int, length: int, seed: i
 
 def _windows_of_documents(tokenizer, documents, samples: int, length: int, generator) -> np.ndarray:
     windows = []
-    while len(windows) < samples:
+    for _ in range(1000 * samples):
+        if len(windows) == samples:
+            return np.stack(windows)
         stream = encode(tokenizer, documents[int(generator.integers(len(documents)))]["text"])
         if stream.size > length:
             start = int(generator.integers(0, stream.size - length))
             windows.append(stream[start : start + length])
-    return np.stack(windows)
+    raise UserError(f"c4: hardly a document is longer than {length} tokens; give a shorter calibration length")
 
 
 def _load_dataset(*args, **kwargs):

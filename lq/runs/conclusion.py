@@ -33,14 +33,14 @@ def conclude(rows: Sequence[Row]) -> str:
         for row in scored:
             value = _value(row)
             verdicts[row.order][0 if value < min(chance) else 2 if value > max(chance) else 1] += 1
-        controls = [_value(row) for row in mixed if row.order in CONTROLS]
+        controls = [_value(row) for row in mixed if row.order == "first_last"]
         control_wins += bool(controls) and min(controls) < min(_value(row) for row in scored)
     if not compared:
         return "No order was compared with random orders, so this run does not say whether importance helps."
     seeds = len({row.seed for row in rows if row.order == "random" and row.group == "plan"})
     parts = [f"{_label(order)} {_tell(*counts)}" for order, counts in verdicts.items()]
     sentence = f"Against {seeds} random orders at {compared} budgets, {'; '.join(parts)}"
-    if any(row.order in CONTROLS for row in rows):
+    if any(row.order == "first_last" for row in rows):
         sentence += (
             f"; protecting the first and last blocks did better than every score at {control_wins} of {compared}"
         )
@@ -56,7 +56,7 @@ def _value(row: Row) -> float:
 
 def is_score(order: str | None) -> bool:
     """Whether an order looks at the model: no control, and not reversed."""
-    return order is not None and order not in (*CONTROLS, "random") and not order.startswith("reverse ")
+    return order is not None and order.split()[0] not in (*CONTROLS, "random", "reverse")
 
 
 def _label(order: str) -> str:

@@ -48,7 +48,7 @@ def run_experiment(
     Args:
       experiment: the checked config.
       resume: go on with what the run directory already holds; it must be of the same config, model and tokens.
-      overwrite: measure again what the directory holds.
+      overwrite: measure again what the directory holds; it must be of an experiment of the same title.
       progress: where to show how far it is; nowhere when None.
 
     Raises:
@@ -92,13 +92,17 @@ class Run:
         """Makes the run directory this experiment's, or says why it cannot be."""
         config = self.experiment.model_dump(exclude={"output", "title"})
         text = json.dumps([config, self.fingerprint, self.calibration.fingerprint, self.windows.fingerprint])
-        identity = {"experiment": hashlib.sha256(text.encode()).hexdigest()[:16], "model": self.fingerprint}
+        title = self.experiment.title
+        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+        identity = {"experiment": digest, "model": self.fingerprint, "title": title}
         record = self.directory / "run.json"
         if (self.directory / "rows.jsonl").exists() and record.exists():
             try:
                 found = json.loads(record.read_text())
             except json.JSONDecodeError:
                 raise UserError(f"{record}: damaged; remove {self.directory} or give another output") from None
+            if overwrite and found.get("title") != title:
+                raise UserError(f"{self.directory}: a run of another experiment; give another output or remove it")
             if not overwrite and found.get("model") != identity["model"]:
                 raise UserError(f"{self.directory}: a run of another model; give another output or remove it")
             if not overwrite and found.get("experiment") != identity["experiment"]:

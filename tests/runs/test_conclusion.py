@@ -49,3 +49,9 @@ def test_a_control_that_beats_every_score_is_named():
 def test_without_random_orders_nothing_is_claimed():
     assert conclude([row("lim", 9.0)]).startswith("No order was compared with random orders")
     assert conclude([]).startswith("No order was compared")
+
+
+def test_other_controls_and_seeded_random_orders_are_no_scores():
+    rows = [*CHANCE, row("lim", 13.0), row("parameter_count", 1.0), row("random seed=7", 1.0)]
+    assert conclude(rows).endswith("importance did not help here.")
+    assert "first and last" not in conclude(rows)

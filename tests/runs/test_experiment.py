@@ -127,3 +127,11 @@ def test_an_impossible_budget_stops_before_anything_is_evaluated(small_model, te
     with pytest.raises(UserError, match=r"budget: 0.5 bits per weight cannot be met"):
         run_experiment(experiment)
     assert not (tmp_path / "r").exists()
+
+
+def test_overwriting_needs_an_experiment_of_the_same_title(finished):
+    out, experiment, _ = finished
+    before = (out / "rows.jsonl").read_bytes()
+    with pytest.raises(UserError, match="a run of another experiment"):
+        run_experiment(experiment.model_copy(update={"title": "another"}), overwrite=True)
+    assert (out / "rows.jsonl").read_bytes() == before
