@@ -110,7 +110,7 @@ def score(
     calibration: Data = "standin",
     samples: Annotated[int, typer.Option(min=1)] = 32,
     length: Annotated[int, typer.Option(min=2, help="Tokens per sample.")] = 512,
-    seed: int = 0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
     option: Settings = None,
     quiet: Quiet = False,
 ) -> None:
@@ -211,12 +211,16 @@ def quantize(
         raise UserError("quantize: give --plan plan.json, or --bpw 3.0 to score and allocate here, one of the two")
     from lq.assets import resolve_model
 
+    check = QUANTIZERS[method].check or (lambda options, spec: None)
     source = open_checkpoint(resolve_model(model))
     if plan is not None:
         chosen = Plan.read(plan)
+        for spec in set(chosen.specs.values()):
+            check(options, spec)
         if chosen.model != fingerprint(source):
             raise UserError(f"{plan}: a plan of another model; make one from the scores of {model}")
     else:
+        check(options, _spec(group_size, symmetric, "bfloat16"))
         scores = _score_here(source, metric, calibration)
         chosen = _plan(
             scores, _spec(group_size, symmetric, "bfloat16"), bpw, None, bits, "rank", None, 16, 16, "blocks"

@@ -17,6 +17,7 @@ class Method:
     function: Callable
     options: type  # a frozen dataclass, every field with a default
     needs: frozenset[str] = frozenset()  # what must be supplied, e.g. "calibration"
+    check: Callable | None = None  # raises UserError when options do not fit what they are used with, before any work
 
     @property
     def summary(self) -> str:

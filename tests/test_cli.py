@@ -233,3 +233,10 @@ def test_other_mistakes(args, message, scores, small_model):
 def test_a_path_that_cannot_be_used_is_one_line(scores, tmp_path):
     assert "directory" in refused("allocate", scores / "zd.json", "--bpw", 3, "--group-size", 64, "--out", tmp_path)
     assert "directory" in refused("allocate", tmp_path, "--bpw", 3)
+
+
+def test_options_that_do_not_fit_the_codes_are_refused_before_any_work(small_model, plan, tmp_path):
+    out = tmp_path / "q"
+    error = refused("quantize", small_model.path, "--plan", plan, "--out", out, "--option", "convention=symu")
+    assert "convention 'symu' does not fit asymmetric codes" in error
+    assert not out.exists()

@@ -24,6 +24,7 @@ from lq.errors import UserError
 from lq.models.config import ModelConfig
 from lq.models.decoder import abstract_params
 from lq.models.loading import read_config
+from lq.models.matrices import model_shapes
 from lq.models.source import ParameterSource, Params
 
 __all__ = ["QuantizedCheckpoint", "is_quantized", "open_quantized"]
@@ -48,7 +49,12 @@ def open_quantized(path: str | Path) -> "QuantizedCheckpoint":
         raise UserError(f"{path / MANIFEST}: damaged ({error!r}); quantize again") from None
     if version != FORMAT:
         raise UserError(f"{path / MANIFEST}: format {version}, this lq reads {FORMAT}; quantize again")
-    checkpoint = QuantizedCheckpoint(path, read_config(path), plan, quantizer, shards)
+    config = read_config(path)
+    if plan.shapes != model_shapes(config):
+        raise UserError(
+            f"{path / 'config.json'}: of another model than {MANIFEST}; copy the original's or quantize again"
+        )
+    checkpoint = QuantizedCheckpoint(path, config, plan, quantizer, shards)
     for part in part_names(checkpoint):
         checkpoint.check(part)
     return checkpoint

@@ -3,4 +3,4 @@
 from lq.quantizers.rtn import RTNOptions, rtn
 from lq.registry import Method, Registry
 
-QUANTIZERS = Registry("quantizer", {"rtn": Method(function=rtn, options=RTNOptions)})
+QUANTIZERS = Registry("quantizer", {"rtn": Method(function=rtn, options=RTNOptions, check=RTNOptions.resolve)})

@@ -49,7 +49,7 @@ class CalibrationSection(Section):
     data: str = "standin"  # a text file or directory, wikitext2, c4, or the text shipped with lq
     samples: PositiveInt = 32
     length: Annotated[int, Field(ge=2)] = 512  # tokens per sample
-    seed: int = 0
+    seed: NonNegativeInt = 0
 
 
 class EvaluationSection(Section):

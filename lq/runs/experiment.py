@@ -31,7 +31,7 @@ from lq.models.matrices import parameter_count
 from lq.models.source import ParameterSource
 from lq.progress import Progress
 from lq.quantizers import QUANTIZERS, PlannedSource
-from lq.runs.candidates import Candidate, candidates, check_orders_and_budgets, orders_of
+from lq.runs.candidates import Candidate, base_spec, candidates, check_orders_and_budgets, orders_of
 from lq.runs.conclusion import conclude, is_score
 from lq.runs.config import Experiment, Order, dump_experiment
 from lq.runs.environment import describe_environment
@@ -85,6 +85,8 @@ class Run:
         data = resolve_data(e.data, "evaluation")
         self.windows = evaluation_windows(tokenizer, data, e.window, stride=e.stride, limit=e.windows)
         self.options = QUANTIZERS.options(q.method, q.options)
+        if check := QUANTIZERS[q.method].check:
+            check(self.options, base_spec(experiment))
         self.packed = {} if 2 * parameter_count(self.source.config) < CACHE_LIMIT else None
         check_orders_and_budgets(experiment, self.source.config)
 

@@ -217,3 +217,10 @@ def test_a_later_format_is_refused(copy):
     (copy / "lq.json").write_text(json.dumps({**manifest, "format": 99}))
     with pytest.raises(UserError, match="format 99, this lq reads 1"):
         open_quantized(copy)
+
+
+def test_a_config_of_another_model_is_refused(copy):
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2}))
+    with pytest.raises(UserError, match=r"config\.json: of another model than lq\.json"):
+        open_quantized(copy)
