@@ -1,8 +1,8 @@
 """`quantized_matmul`: x @ w for a packed w. One public function, one registry of backends behind it.
 
 A backend is a function `(x, w, out_dtype) -> y` that raises `NotImplementedError` with its reason when it cannot serve
-a case. The dispatcher takes the first that can; `explain` says which that was and why the others refused. The XLA
-backend, last in the list, serves everything.
+a case. The dispatcher takes the first that can; when none can, the error carries every reason. The XLA backend, last in
+the list, serves everything.
 """
 
 import math

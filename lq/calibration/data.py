@@ -4,9 +4,8 @@ Named corpora follow the protocols of the GPTQ paper's code, which nearly every 
 
 - `wikitext2`: wikitext-2-raw-v1, all lines of the split joined with a blank line, tokenized once.
 - `c4`: allenai/c4 `en`. Evaluation: the first 1,100 documents of validation shard 00000-of-00008 joined by a space,
-tokenized once,
-  the first 256 windows. Calibration: documents of train shard 00000-of-01024 drawn at random until one is longer than a
-  window, a random window of it; repeated.
+  tokenized once, the first 256 windows. Calibration: documents of train shard 00000-of-01024 drawn at random until one
+  is longer than a window, a random window of it; repeated.
 
 Anything else is a text file, or a directory whose `.txt` files are joined in name order.
 """

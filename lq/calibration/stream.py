@@ -2,8 +2,7 @@
 
 Hidden states of all windows live on the host between blocks, one batch after another goes through the device. Memory is
 one block plus the hidden states, whatever the depth. What is wanted of a block is computed inside the jitted step and
-comes out
-reduced: activations never leave the device but as the next block's input.
+comes out reduced: activations never leave the device but as the next block's input.
 """
 
 import functools

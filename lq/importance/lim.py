@@ -4,9 +4,9 @@
 
 with h_l the residual stream entering block l and h_{l+1} the one leaving it, before any final norm. Larger (less alike)
 is more important, so the score is canonical as it stands. The paper's text leaves the aggregation open; both found in
-the literature
-are here: the cosine per token, averaged over tokens (`token`, the default, equal to ShortGPT's Block Influence minus
-one), and one cosine per window over all its tokens flattened (`flat`), which a single token of large norm can decide.
+the literature are here: the cosine per token, averaged over tokens (`token`, the default, equal to ShortGPT's Block
+Influence minus one), and one cosine per window over all its tokens flattened (`flat`), which a single token of large
+norm can decide.
 
 The first position of a window often carries a norm hundreds of times the others' (an attention sink), so the mean
 without it is measured as well, in `extra["without_position_0"]`.

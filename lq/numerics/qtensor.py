@@ -3,10 +3,9 @@
 Invariants, for a logical shape `[..., K, N]` (leading axes: a stack of experts):
 - `planes` are uint32 `[..., words, N]`, the canonical layout of `lq_kernels.packing`;
 - `scales` are `[..., groups, N]` in `spec.scale_dtype`; groups run along K, the last may be short;
-- `zeros` are uint32 planes of `spec.bits`-bit codes `[..., groups, words]`, packed along N; None when the spec is
-symmetric; - `spec` and `shape` are static: two tensors of equal spec and shape have equal tree structure, and a jitted
-function that
-  takes one compiles once for both.
+- `zeros` are uint32 planes `[..., groups, words]` of `spec.bits`-bit codes packed along N; None when symmetric;
+- `spec` and `shape` are static: two tensors of equal spec and shape have equal tree structure, and a jitted function
+  that takes one compiles once for both.
 
 It is a plain pytree of arrays: it goes through jit, eval_shape, tree maps, device_put with shardings, orbax. Codes are
 not differentiable; gradients flow to the inputs of a product with it.

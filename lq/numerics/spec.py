@@ -1,8 +1,7 @@
 """`QuantSpec`: how the weights of one matrix are stored, and what that costs to the bit.
 
 A weight `[K, N]` (input, output channels) is cut along K into groups; each group of each output channel has one scale
-and, when
-asymmetric, one zero point:
+and, when asymmetric, one zero point:
 
     w[k, n] ~ (code[k, n] - zero[g, n]) * scale[g, n],     g = k // group_size
 

@@ -21,8 +21,7 @@ class PlannedSource(ParameterSource):
       specs: matrix path -> spec.
       method, options: the quantizer, by name, and its options.
       cache: keeps packed parts between sources that share it, by part and specs; for comparing many plans of a model
-        that
-        fits in memory. None: every read quantizes again.
+        that fits in memory. None: every read quantizes again.
     """
 
     def __init__(

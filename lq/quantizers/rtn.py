@@ -11,8 +11,7 @@ For one group x (the weights that share a scale), with q_max = 2^b - 1 and A = m
                 element of largest magnitude                           scale
 
 The code of x is clip(round(x / s) + z, 0, q_max) and stands for s (q - z). Rounding is half to even. At one bit the
-symmetric
-conventions coincide: the two codes stand for -A and +A, scale 2A, zero 1/2.
+symmetric conventions coincide: the two codes stand for -A and +A, scale 2A, zero 1/2.
 
 `clip="mse"` searches the range: both ends are shrunk by p = 1, 0.99, ... 0.21 and the p with the least sum of
 |error|^2.4 is kept, per group (GPTQ's `find_params(mse=True)`: Frantar et al., arXiv 2210.17323, reference code).
