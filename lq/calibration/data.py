@@ -74,11 +74,7 @@ def evaluation_windows(
         limit = min(limit or 256, 256)
     else:
         text = read_text(data)
-    stream = encode(tokenizer, text)
-    if stream.size < length:
-        raise UserError(
-            f"{data}: {stream.size} tokens, fewer than one window of {length}; give more text or a shorter window"
-        )
+    stream = _encode_at_least(tokenizer, text, length, data)
     starts = np.arange(0, stream.size - length + 1, stride)[:limit]
     how = f"{length}-token windows, stride {stride}, tokenized once"
     return Windows(np.stack([stream[s : s + length] for s in starts]), str(data), how)
@@ -98,13 +94,18 @@ def calibration_windows(tokenizer, data: str, samples: int, length: int, seed: i
         text = "\n\n".join(_load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", "train")["text"])
     else:
         text = read_text(data)
+    stream = _encode_at_least(tokenizer, text, length, data)
+    starts = generator.integers(0, stream.size - length + 1, samples)
+    return Windows(np.stack([stream[s : s + length] for s in starts]), str(data), how)
+
+
+def _encode_at_least(tokenizer, text: str, length: int, source: str) -> np.ndarray:
     stream = encode(tokenizer, text)
     if stream.size < length:
         raise UserError(
-            f"{data}: {stream.size} tokens, fewer than one window of {length}; give more text or a shorter length"
+            f"{source}: {stream.size} tokens, fewer than one window of {length}; give more text or a shorter window"
         )
-    starts = generator.integers(0, stream.size - length + 1, samples)
-    return Windows(np.stack([stream[s : s + length] for s in starts]), str(data), how)
+    return stream
 
 
 def _windows_of_documents(tokenizer, documents, samples: int, length: int, generator) -> np.ndarray:
