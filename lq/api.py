@@ -24,11 +24,13 @@ from lq.assets import resolve_data, resolve_model
 from lq.calibration import data as calibration_data
 from lq.calibration.data import Windows
 from lq.checkpoint import QuantizedCheckpoint, is_quantized, open_quantized, write_quantized
+from lq.errors import UserError
 from lq.evaluation import Evaluation, Reference
 from lq.evaluation import evaluate as evaluate_source
 from lq.importance import Scores
 from lq.models.decoder import Decoder
 from lq.models.loading import Checkpoint, load_tokenizer, open_checkpoint
+from lq.models.matrices import model_shapes
 from lq.models.source import InMemory, Params
 from lq.quantizers import QUANTIZERS, PlannedSource
 
@@ -91,7 +93,12 @@ def score(model: Decoder, params: Params, calibration: Windows | None = None, *,
 def quantize(
     model: Decoder, params: Params, plan: Plan, *, method: str = "rtn", options: Mapping[str, object] | None = None
 ) -> Params:
-    """The parameters with every matrix of the plan packed; what stays dense is in 16 bits. `params` is left alone."""
+    """The parameters with every matrix of the plan packed; what stays dense is in 16 bits. `params` is left alone.
+
+    Raises:
+      UserError: a plan for matrices of other shapes, an unknown method or option, weights that are not finite.
+    """
+    _check_fits(plan, model)
     chosen = QUANTIZERS.options(method, options or {})
     return PlannedSource(InMemory(model.config, params), plan.specs, method, chosen).params()
 
@@ -130,8 +137,17 @@ def save(
       method, options: the quantizer that was used, for the record.
 
     Raises:
-      UserError: `out` is not empty.
+      UserError: `out` is not empty, or the plan is for matrices of other shapes.
     """
+    _check_fits(plan, model)
     description = open_checkpoint(resolve_model(str(original))).path
     quantizer = {"method": method, "options": dict(options or {})}
     write_quantized(InMemory(model.config, qparams), plan, Path(out), quantizer=quantizer, description=description)
+
+
+def _check_fits(plan: Plan, model: Decoder) -> None:
+    """Shapes and not the fingerprint: parameters may have been loaded in another dtype than they were scored in."""
+    shapes = model_shapes(model.config)
+    if plan.shapes != shapes:
+        other = next(path for path in {**plan.shapes, **shapes} if plan.shapes.get(path) != shapes.get(path))
+        raise UserError(f"plan: made for another model (they differ in {other}); make it from this model's scores")

@@ -21,7 +21,6 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 app = typer.Typer(
     help="Layer-wise low-bit quantization of language models in JAX.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -36,6 +35,8 @@ AnyModel = Annotated[
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 Data = Annotated[str, typer.Option(help="Text file or directory, wikitext2, c4, or 'standin' (the shipped text).")]
 Metrics = Annotated[list[str], typer.Option("--metric", help="Repeat for several; see lq list importance.")]
+Bpw = Annotated[float | None, typer.Option(help="Bits per weight, scales and zero points included.")]
+Bytes = Annotated[int | None, typer.Option("--bytes", help="Bytes of the counted matrices instead.")]
 BitsList = Annotated[str, typer.Option("--bits", help="Widths to choose from, comma-separated.")]
 GroupSize = Annotated[str, typer.Option(help="Input channels per scale: 32, 64, 128, 256 or column.")]
 Symmetric = Annotated[bool, typer.Option("--symmetric", help="No zero points.")]
@@ -43,6 +44,9 @@ ScaleDtype = Annotated[str, typer.Option(help="bfloat16, float16 or float32.")]
 Pins = Annotated[
     list[str] | None, typer.Option("--pin", help="REGEX=BITS for matrices that match; 16 leaves them dense.")
 ]
+EmbeddingBits = Annotated[int, typer.Option(help="1 to 8, or 16 for dense.")]
+HeadBits = Annotated[int, typer.Option(help="Of an untied head; 1 to 8, or 16 for dense.")]
+Count = Annotated[str, typer.Option(help="What the average is over: blocks, or all (embedding and head too).")]
 Settings = Annotated[list[str] | None, typer.Option("--option", help="KEY=VALUE for the method; repeat for several.")]
 
 
@@ -65,6 +69,9 @@ def command(function):
         except UserError as error:
             print(f"lq: {' '.join(str(error).split())}", file=sys.stderr)
             raise typer.Exit(2) from None
+        except BrokenPipeError:  # whoever read our output has stopped reading, as `head` does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(1) from None
         except OSError as error:  # a path of the user's that cannot be read or written
             print(f"lq: {error.filename or error}: {error.strerror or 'cannot be used'}", file=sys.stderr)
             raise typer.Exit(2) from None
@@ -115,26 +122,26 @@ def score(
     quiet: Quiet = False,
 ) -> None:
     """Importance of every block, larger deserves more bits."""
-    from lq.api import calibration_windows, open_model
+    from lq import arguments
+    from lq.assets import resolve_model
     from lq.importance import METRICS
     from lq.importance import score as score_source
-    from lq.models.loading import load_tokenizer
+    from lq.models.loading import open_checkpoint
     from lq.progress import Progress
     from lq.runs.figures.scores import write_scores_figure
 
-    methods = {name: METRICS[name] for name in metric}  # unknown names are refused before any work
-    source = open_model(model)
-    windows = None
-    if any("calibration" in method.needs for method in methods.values()):
-        windows = calibration_windows(
-            load_tokenizer(source.path), calibration, samples=samples, length=length, seed=seed
-        )
+    options = arguments.settings(option)
+    for name in metric:  # what cannot be is refused before any work
+        METRICS.options(name, options)
+    source = open_checkpoint(resolve_model(model))
+    windows = _calibration(source, metric, calibration, samples, length, seed)
     results = {}
-    with Progress(quiet=quiet).stage("score", len(methods)) as step:
-        for name in methods:
-            results[name] = score_source(source, name, windows, _settings(option))
-            results[name].write(out / f"{name}.json")
+    with Progress(quiet=quiet).stage("score", len(metric)) as step:
+        for name in metric:
+            results[name] = score_source(source, name, windows, options)
             step(name)
+    for name, scores in results.items():
+        scores.write(out / f"{name}.json")
     write_scores_figure(results, out / "scores.png")
     _table(
         ["block", *results], [[unit, *(f"{s.values[unit]:.6g}" for s in results.values())] for unit in _units(results)]
@@ -145,40 +152,40 @@ def score(
 @command
 def allocate(
     scores: Annotated[Path, typer.Argument(help="A file made by lq score.", show_default=False)],
-    bpw: Annotated[float | None, typer.Option(help="Bits per weight, scales and zero points included.")] = None,
-    bytes_: Annotated[int | None, typer.Option("--bytes", help="Bytes of the counted matrices instead.")] = None,
+    bpw: Bpw = None,
+    bytes_: Bytes = None,
     bits: BitsList = "2,4",
     method: Annotated[str, typer.Option(help="See lq list allocators.")] = "rank",
     group_size: GroupSize = "128",
     symmetric: Symmetric = False,
     scale_dtype: ScaleDtype = "bfloat16",
     pin: Pins = None,
-    embedding_bits: Annotated[int, typer.Option(help="1 to 8, or 16 for dense.")] = 16,
-    head_bits: Annotated[int, typer.Option(help="Of an untied head; 1 to 8, or 16 for dense.")] = 16,
-    count: Annotated[
-        str, typer.Option(help="What the average is over: blocks, or all (embedding and head too).")
-    ] = "blocks",
+    embedding_bits: EmbeddingBits = 16,
+    head_bits: HeadBits = 16,
+    count: Count = "blocks",
     reverse: Annotated[bool, typer.Option("--reverse", help="The control: least important first.")] = False,
     out: Annotated[Path, typer.Option(help="The plan.")] = Path("plan.json"),
 ) -> None:
     """A width for every matrix so that a budget is met, from scores."""
+    from lq.arguments import Allocation
     from lq.importance import Scores
     from lq.importance import reverse as reversed_scores
 
-    read = Scores.read(scores)
-    spec = _spec(group_size, symmetric, scale_dtype)
-    plan = _plan(
-        reversed_scores(read) if reverse else read,
-        spec,
-        bpw,
-        bytes_,
-        bits,
-        method,
-        pin,
-        embedding_bits,
-        head_bits,
-        count,
+    allocation = Allocation(
+        bpw=bpw,
+        nbytes=bytes_,
+        bits=bits,
+        method=method,
+        group_size=group_size,
+        symmetric=symmetric,
+        scale_dtype=scale_dtype,
+        pin=pin,
+        embedding_bits=embedding_bits,
+        head_bits=head_bits,
+        count=count,
     )
+    read = Scores.read(scores)
+    plan = allocation.plan(reversed_scores(read) if reverse else read)
     plan.write(out)
     _describe_plan(plan)
     print(f"wrote {out}")
@@ -186,45 +193,61 @@ def allocate(
 
 @command
 def quantize(
+    context: typer.Context,
     model: Model,
     out: Annotated[Path, typer.Option(help="A new directory for the checkpoint.", show_default=False)],
-    plan: Annotated[Path | None, typer.Option(help="A file made by lq allocate.")] = None,
+    plan: Annotated[Path | None, typer.Option(help="A file made by lq allocate; it decides all but --method.")] = None,
     bpw: Annotated[float | None, typer.Option(help="Instead of a plan: score and allocate here.")] = None,
-    metric: Annotated[str, typer.Option(help="With --bpw: whose order.")] = "lim",
+    bytes_: Bytes = None,
+    metric: Annotated[str, typer.Option(help="With --bpw or --bytes: whose order.")] = "lim",
     calibration: Data = "standin",
-    bits: BitsList = "2,3,4",
+    bits: Annotated[
+        str, typer.Option(help="Widths to choose from, comma-separated. One alone needs no budget.")
+    ] = "2,3,4",
+    allocator: Annotated[str, typer.Option(help="See lq list allocators.")] = "rank",
     group_size: GroupSize = "128",
     symmetric: Symmetric = False,
+    scale_dtype: ScaleDtype = "bfloat16",
+    pin: Pins = None,
+    embedding_bits: EmbeddingBits = 16,
+    head_bits: HeadBits = 16,
+    count: Count = "blocks",
     method: Annotated[str, typer.Option(help="See lq list quantizers.")] = "rtn",
     option: Settings = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted write.")] = False,
     quiet: Quiet = False,
 ) -> None:
     """A packed checkpoint, written block by block; holds one block at a time."""
-    from lq.allocation import Plan
-    from lq.models.fingerprint import fingerprint
+    from lq import arguments
+    from lq.assets import resolve_model
     from lq.models.loading import open_checkpoint
     from lq.quantizers import QUANTIZERS
 
-    options = QUANTIZERS.options(method, _settings(option))
-    if (plan is None) == (bpw is None):
-        raise UserError("quantize: give --plan plan.json, or --bpw 3.0 to score and allocate here, one of the two")
-    from lq.assets import resolve_model
-
+    options = QUANTIZERS.options(method, arguments.settings(option))
     check = QUANTIZERS[method].check or (lambda options, spec: None)
-    source = open_checkpoint(resolve_model(model))
     if plan is not None:
-        chosen = Plan.read(plan)
+        _refuse_beside_a_plan(context)
+        source = open_checkpoint(resolve_model(model))
+        chosen = _read_plan(plan, source, model)
         for spec in set(chosen.specs.values()):
             check(options, spec)
-        if chosen.model != fingerprint(source):
-            raise UserError(f"{plan}: a plan of another model; make one from the scores of {model}")
     else:
-        check(options, _spec(group_size, symmetric, "bfloat16"))
-        scores = _score_here(source, metric, calibration)
-        chosen = _plan(
-            scores, _spec(group_size, symmetric, "bfloat16"), bpw, None, bits, "rank", None, 16, 16, "blocks"
+        allocation = arguments.Allocation(
+            bpw=bpw,
+            nbytes=bytes_,
+            bits=bits,
+            method=allocator,
+            group_size=group_size,
+            symmetric=symmetric,
+            scale_dtype=scale_dtype,
+            pin=pin,
+            embedding_bits=embedding_bits,
+            head_bits=head_bits,
+            count=count,
         )
+        check(options, allocation.spec)
+        source = open_checkpoint(resolve_model(model))
+        chosen = _plan_here(source, allocation, metric, calibration, budget=bpw is not None or bytes_ is not None)
     _write(source, chosen, out, method, options, resume, quiet)
 
 
@@ -336,17 +359,51 @@ def _experiment(
     print(results.conclusion)
 
 
-def _score_here(source, metric: str, calibration: str):
+def _calibration(source, metrics: list[str], data: str, samples: int, length: int, seed: int):
+    """Windows to calibrate on; None when none of the metrics looks at any."""
     from lq.api import calibration_windows
     from lq.importance import METRICS
-    from lq.importance import score as score_source
     from lq.models.loading import load_tokenizer
 
-    windows = None
-    if "calibration" in METRICS[metric].needs:
-        length = min(512, source.config.max_positions)
-        windows = calibration_windows(load_tokenizer(source.path), calibration, samples=32, length=length)
-    return score_source(source, metric, windows)
+    if not any("calibration" in METRICS[name].needs for name in metrics):
+        return None
+    return calibration_windows(load_tokenizer(source.path), data, samples=samples, length=length, seed=seed)
+
+
+def _refuse_beside_a_plan(context: typer.Context) -> None:
+    """A plan fixes what these options would decide; given beside it they would be ignored."""
+    decided = (
+        "bpw bytes_ metric calibration bits allocator group_size symmetric scale_dtype pin embedding_bits head_bits"
+    )
+    for name in (*decided.split(), "count"):
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            option = "--" + name.rstrip("_").replace("_", "-")
+            raise UserError(f"quantize: {option} beside --plan; the plan decides it, leave one of the two out")
+
+
+def _read_plan(path: Path, source, model: str):
+    from lq.allocation import Plan
+    from lq.models.fingerprint import fingerprint
+
+    plan = Plan.read(path)
+    if plan.model != fingerprint(source):
+        raise UserError(f"{path}: a plan of another model; make one from the scores of {model}")
+    return plan
+
+
+def _plan_here(source, allocation, metric: str, calibration: str, *, budget: bool):
+    """Scores and allocates. What can be reached does not depend on the scores, and is checked before they are made."""
+    from lq.importance import METRICS
+    from lq.importance import score as score_source
+
+    METRICS.options(metric, {})
+    uniform = allocation.plan(score_source(source, "parameter_count"))
+    if not budget:
+        return uniform
+    length = min(512, source.config.max_positions)
+    windows = _calibration(source, [metric], calibration, samples=32, length=length, seed=0)
+    return allocation.plan(score_source(source, metric, windows))
 
 
 def _write(source, plan, out: Path, method: str, options, resume: bool, quiet: bool) -> None:
@@ -366,64 +423,15 @@ def _write(source, plan, out: Path, method: str, options, resume: bool, quiet: b
     print(f"wrote {out}: {size} bytes of shards, {size - plan.nbytes} of them headers")
 
 
-def _plan(scores, spec, bpw, nbytes, bits: str, method: str, pins, embedding_bits: int, head_bits: int, count: str):
-    from lq.allocation import allocate as allocate_scores
-    from lq.allocation.allocate import Pin
-
-    try:
-        widths = [int(b) for b in bits.split(",")]
-    except ValueError:
-        raise UserError(f"--bits {bits}: write widths like 2,3,4") from None
-    rules = []
-    for text in pins or []:
-        pattern, separator, width = text.rpartition("=")
-        if not separator or not width.isdigit():
-            raise UserError(f"--pin {text}: write REGEX=BITS, for example 'down_proj=4'")
-        rules.append(Pin(pattern=pattern, bits=int(width)))
-    if count not in ("blocks", "all"):
-        raise UserError(f"--count {count}: write blocks or all")
-    return allocate_scores(
-        scores,
-        bpw=bpw,
-        nbytes=nbytes,
-        bits=widths,
-        spec=spec,
-        method=method,
-        pins=rules,
-        embedding_bits=embedding_bits,
-        head_bits=head_bits,
-        count=count,
-    )
-
-
-def _spec(group_size: str, symmetric: bool, scale_dtype: str):
-    from lq.numerics.spec import QuantSpec
-
-    if group_size != "column" and not group_size.isdigit():
-        raise UserError(f"--group-size {group_size}: write 32, 64, 128, 256 or column")
-    size = None if group_size == "column" else int(group_size)
-    return QuantSpec(bits=8, group_size=size, symmetric=symmetric, scale_dtype=scale_dtype)
-
-
 def _describe_plan(plan) -> None:
     what = "the blocks' matrices" if plan.count == "blocks" else "the blocks' matrices, embedding and head"
-    print(f"{plan.bpw:.4f} bits per weight, {plan.code_bits:.4f} code bits, over {what}; {plan.nbytes} bytes in all")
+    print(f"{plan.bpw:.4f} bits per weight, {plan.code_bits:.4f} code bits, over {what}")
+    print(f"{plan.nbytes} bytes for the whole model")
     print("bits per block: " + " ".join(f"{b:g}" for b in plan.bits_per_block()))
     for pattern in plan.provenance.get("unused_pins", []):
         print(f"pin {pattern!r} matches no matrix", file=sys.stderr)
-
-
-def _settings(items: list[str] | None) -> dict:
-    """`key=value` items; values are read as YAML, so 3 is a number and true a truth value."""
-    import yaml
-
-    settings = {}
-    for item in items or []:
-        key, separator, value = item.partition("=")
-        if not separator:
-            raise UserError(f"--option {item}: write KEY=VALUE")
-        settings[key] = yaml.safe_load(value)
-    return settings
+    for pattern in plan.provenance.get("shadowed_pins", []):
+        print(f"pin {pattern!r} matches only matrices that an earlier pin decides", file=sys.stderr)
 
 
 def _units(results) -> list[str]:
@@ -448,8 +456,16 @@ def _table(header: list[str], rows: list[list[str]]) -> None:
 
 
 def main() -> None:
-    """Entry point."""
-    app()
+    """Entry point. A command line that does not parse is one line too."""
+    usage_error = typer.BadParameter.__base__  # typer exports no name for it, and brings its own click or not
+    try:
+        sys.exit(app(sys.argv[1:] or ["--help"], prog_name="lq", standalone_mode=False))
+    except usage_error as error:
+        context = getattr(error, "ctx", None)
+        verb = context.command_path if context else "lq"
+        problem = " ".join(error.format_message().split()).rstrip(".")
+        print(f"lq: {problem[:1].lower()}{problem[1:]}; see {verb} --help", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

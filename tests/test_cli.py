@@ -9,7 +9,7 @@ import pytest
 from small_models import llama_config, random_params, write_directory
 from typer.testing import CliRunner
 
-from lq.cli import app
+from lq.cli import app, main
 
 
 def lq(*args):
@@ -214,10 +214,18 @@ def test_a_reference_that_does_not_fit(small_model, quantized, tmp_path, text_fi
         (("allocate", "SCORES", "--bpw", "3", "--bits", "2;4"), "--bits 2;4: write widths like 2,3,4"),
         (("allocate", "SCORES", "--bpw", "3", "--pin", "x"), "--pin x: write REGEX=BITS"),
         (("allocate", "SCORES"), "budget: give bits per weight"),
-        (("allocate", "SCORES", "--bpw", "3", "--group-size", "7"), "group_size: 7"),
+        (("allocate", "SCORES", "--bpw", "3", "--pin", "x=²"), "--pin x=²: write REGEX=BITS"),
+        (("allocate", "SCORES", "--bpw", "3", "--group-size", "7"), "--group-size 7: write 32, 64, 128, 256 or column"),
+        (("allocate", "SCORES", "--bpw", "3", "--group-size", "²"), "--group-size ²: write 32"),
+        (("allocate", "SCORES", "--bpw", "3", "--embedding-bits", "9"), "embedding_bits: 9; write 1 to 8"),
+        (("allocate", "SCORES", "--bpw", "3", "--count", "most"), "--count most: write blocks or all"),
         (("allocate", "SCORES", "--bpw", "3", "--method", "greed"), "unknown allocator 'greed'"),
         (("allocate", "nowhere.json", "--bpw", "3"), "no such scores file"),
-        (("quantize", "MODEL", "--out", "q"), "give --plan plan.json, or --bpw 3.0"),
+        (("score", "MODEL", "--metric", "zd", "--option", "sides=["), "--option sides=[: [ is not YAML"),
+        (("score", "MODEL", "--metric", "lim", "--option", "batch_size=0"), "batch_size: 0; write 1 or more"),
+        (("quantize", "MODEL", "--out", "q"), "budget: give bits per weight"),
+        (("quantize", "MODEL", "--out", "q", "--bpw", "9"), "budget: 9 bits per weight cannot be met"),
+        (("quantize", "MODEL", "--out", "q", "--plan", "p", "--bits", "3"), "--bits beside --plan"),
         (("quantize", "MODEL", "--out", "q", "--plan", "p", "--method", "gptq"), "unknown quantizer 'gptq'"),
         (("quantize", "MODEL", "--out", "q", "--plan", "p", "--option", "clip=never"), "clip: 'never' is not one of"),
         (("report", "nowhere"), "no such file"),
@@ -228,6 +236,47 @@ def test_a_reference_that_does_not_fit(small_model, quantized, tmp_path, text_fi
 def test_other_mistakes(args, message, scores, small_model):
     places = {"SCORES": scores / "zd.json", "MODEL": small_model.path}
     assert message in refused(*(places.get(a, a) for a in args))
+
+
+def test_of_several_scores_none_is_written_when_one_cannot_be(small_model, tmp_path):
+    options = ("--metric", "zd", "--metric", "first_last", "--option", "sides=two")
+    assert "first_last: unknown option 'sides'" in refused("score", small_model.path, *options, "--out", tmp_path / "s")
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "line"),
+    [
+        (["quantize", "standin"], "lq: missing option '--out'; see lq quantize --help"),
+        (["eval", "standin", "--window", "x"], "lq: invalid value for '--window': "),
+        (["quant"], "lq: no such command 'quant'"),
+        (["list", "colours"], "lq: invalid value for"),
+    ],
+)
+def test_a_command_line_that_does_not_parse_is_one_line(args, line, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["lq", *args])
+    with pytest.raises(SystemExit) as exit:
+        main()
+    error = capsys.readouterr().err
+    assert exit.value.code == 2
+    assert error.startswith(line)
+    assert error.count("\n") == 1
+
+
+def test_the_command_alone_prints_its_help(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["lq"])
+    with pytest.raises(SystemExit) as exit:
+        main()
+    assert exit.value.code in (0, None)
+    assert "quantize" in capsys.readouterr().out
+
+
+def test_one_width_needs_no_budget(small_model, tmp_path):
+    status, printed, _ = lq(
+        "quantize", small_model.path, "--bits", 3, "--pin", "block_1=4", "--out", tmp_path / "q", "-q"
+    )
+    assert status == 0
+    assert "bits per block: 3 4 3" in printed
 
 
 def test_a_path_that_cannot_be_used_is_one_line(scores, tmp_path):

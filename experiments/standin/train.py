@@ -132,9 +132,14 @@ def initialize(key):
     return jax.tree_util.tree_map_with_path(scale, params)
 
 
+def shards(devices: int) -> int:
+    """The most of `devices` among which a batch can be dealt out evenly."""
+    return max(n for n in range(1, devices + 1) if BATCH % n == 0)
+
+
 def train(out: Path, steps: int, evaluate_every: int) -> None:
     stream, held_out = prepare(out)
-    mesh = Mesh(np.asarray(jax.devices()), ("data",))
+    mesh = Mesh(np.asarray(jax.devices()[: shards(jax.device_count())]), ("data",))
     rows, replicated = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
     tx = optimizer(steps)
 

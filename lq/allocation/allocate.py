@@ -52,13 +52,15 @@ def allocate(
       scores: one number per block (or per matrix), larger deserves more bits; they carry the model's shapes.
       bpw: target bits per counted weight, metadata included. The plan's is never above it, and within one smallest step
         below.
-      nbytes: the target as bytes of the counted matrices instead; exactly one of the two is given.
+      nbytes: the target as bytes of the counted matrices instead; exactly one of the two is given, or none when `bits`
+        leaves no choice.
       bits: widths to choose from.
       spec: group size, symmetry and scale dtype of every matrix; its own `bits` is ignored. `QuantSpec(bits=4)` when
         None.
       method: a name in `ALLOCATORS`.
       options: fields of the allocator's options.
-      pins: rules, the first that matches a matrix decides; one that matches none is listed in the plan's provenance.
+      pins: rules, the first that matches a matrix decides; those that match none, and those that earlier ones leave
+        nothing to decide, are listed in the plan's provenance (`unused_pins`, `shadowed_pins`).
       embedding_bits, head_bits: width of the embedding and of an untied head; 16 leaves them dense.
       count: whether the average is over the blocks' matrices or over embedding and head too.
 
@@ -73,7 +75,10 @@ def allocate(
     if not candidates:
         raise UserError("bits: no width to choose from; write for example 2,4")
     units = _units(scores, shapes)
-    fixed, unused = _fixed(shapes, spec, pins, embedding_bits, head_bits)
+    deciding = _deciding_pins(shapes, [*pins, *_table_pins(shapes, embedding_bits, head_bits)])
+    fixed = {
+        path: None if pin.bits == 16 else dataclasses.replace(spec, bits=pin.bits) for path, pin in deciding.items()
+    }
     counted = [p for p in shapes if count == "all" or block_of(p) is not None]
     free = {unit: [p for p in paths if p not in fixed] for unit, paths in units.items()}
 
@@ -85,13 +90,15 @@ def allocate(
         u: {b: sum(size(p, c) for p in paths) for b, c in candidates.items()} for u, paths in free.items() if paths
     }
     total = sum(math.prod(shapes[p]) for p in counted)
-    budget = _budget_bits(bpw, nbytes, total)
-    _check_reachable(budget, fixed_bits, sizes, widths, total, nbytes is not None)
+    if bpw is None and nbytes is None and len(widths) == 1:
+        budget = fixed_bits + sum(s[widths[0]] for s in sizes.values())
+    else:
+        budget = _budget_bits(bpw, nbytes, total)
+        _check_reachable(budget, fixed_bits, sizes, widths, total, nbytes is not None)
 
     chosen = ALLOCATORS[method].function(
         [u for u in scores.ranking() if u in sizes],
         sizes,
-        {u: sum(math.prod(shapes[p]) for p in free[u]) for u in sizes},
         budget - fixed_bits,
         ALLOCATORS.options(method, options or {}),
     )
@@ -102,9 +109,9 @@ def allocate(
         "metric_options": scores.options,
         "calibration": scores.calibration,
         "allocator": method,
-        "target": {"bpw": bpw} if bpw is not None else {"bytes": nbytes},
+        "target": {"bytes": nbytes} if nbytes is not None else {"bpw": bpw},
         "bits": widths,
-        "unused_pins": unused,
+        **_idle_pins(shapes, pins, deciding),
     }
     ordered = {p: specs[p] for p in shapes if p in specs}
     return Plan(
@@ -136,25 +143,38 @@ def _units(scores: Scores, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, l
     return units
 
 
-def _fixed(shapes, spec: QuantSpec, pins: Sequence[Pin], embedding_bits: int, head_bits: int):
-    """Path -> spec (None: dense) of everything the allocator may not touch, and the pins that matched nothing."""
-    tables = [Pin(pattern=r"^embed/tokens$", bits=embedding_bits), Pin(pattern=r"^head$", bits=head_bits)]
-    fixed: dict[str, QuantSpec | None] = {}
-    used = set()
-    for path in shapes:
-        for pin in (*pins, *tables):
-            if re.search(pin.pattern, path):
-                used.add(pin.pattern)
-                fixed[path] = None if pin.bits == 16 else dataclasses.replace(spec, bits=pin.bits)
-                break
-    return fixed, [pin.pattern for pin in pins if pin.pattern not in used]
+def _table_pins(shapes, embedding_bits: int, head_bits: int) -> list[Pin]:
+    """The two options for the tables, as the rules they are."""
+    for name, bits in (("embedding_bits", embedding_bits), ("head_bits", head_bits)):
+        if bits != 16 and bits not in range(1, 9):
+            raise UserError(f"{name}: {bits}; write 1 to 8, or 16 to leave it dense")
+    if head_bits != 16 and "head" not in shapes:
+        raise UserError("head_bits: this model's head is its embedding; write embedding_bits")
+    return [Pin(pattern=r"^embed/tokens$", bits=embedding_bits), Pin(pattern=r"^head$", bits=head_bits)]
+
+
+def _deciding_pins(shapes, pins: Sequence[Pin]) -> dict[str, Pin]:
+    """Path -> the first pin that matches it, for every matrix the allocator may not touch."""
+    matches = {path: [pin for pin in pins if re.search(pin.pattern, path)] for path in shapes}
+    return {path: found[0] for path, found in matches.items() if found}
+
+
+def _idle_pins(shapes, pins: Sequence[Pin], deciding: Mapping[str, Pin]) -> dict[str, list[str]]:
+    """Patterns that match no matrix, and patterns all of whose matrices an earlier pin decides."""
+    at_work = {id(pin) for pin in deciding.values()}
+    idle = [pin.pattern for pin in pins if id(pin) not in at_work]
+    unused = [pattern for pattern in idle if not any(re.search(pattern, path) for path in shapes)]
+    return {"unused_pins": unused, "shadowed_pins": [pattern for pattern in idle if pattern not in unused]}
 
 
 def _budget_bits(bpw: float | None, nbytes: int | None, total: int) -> int:
     if nbytes is not None and bpw is None:
         return 8 * nbytes
     if bpw is None or nbytes is not None:
-        raise UserError("budget: give bits per weight (--bpw 3.0) or bytes (--bytes 4000000), one of the two")
+        raise UserError(
+            "budget: give bits per weight (--bpw 3.0) or bytes (--bytes 4000000), one of the two; neither only when "
+            "there is one width"
+        )
     if not (math.isfinite(bpw) and bpw > 0):
         raise UserError(f"budget: {bpw} bits per weight; write a positive number such as 3.0")
     # A target such as 3.1 is not a binary fraction: a plan that meets it exactly must not fail by a rounding error.
@@ -167,10 +187,11 @@ def _check_reachable(budget: int, fixed_bits: int, sizes, widths, total: int, in
     if low <= budget <= high:
         return
     if in_bytes:
-        wanted, reach = f"{budget // 8} bytes", f"{-(-low // 8)} to {high // 8} bytes"
+        wanted, ends = f"{budget // 8} bytes", (f"{-(-low // 8)}", f"{high // 8} bytes")
     else:
         # Rounded inwards, so that either end can be copied into the next command.
         least, most = math.ceil(low / total * 1e4) / 1e4, math.floor(high / total * 1e4) / 1e4
-        wanted, reach = f"{budget / total:.4g} bits per weight", f"{least:.4f} to {most:.4f}"
+        wanted, ends = f"{budget / total:.4g} bits per weight", (f"{least:.4f}", f"{most:.4f}")
     among = ", ".join(map(str, widths)) + (" and what is pinned or dense" if fixed_bits else "")
-    raise UserError(f"budget: {wanted} cannot be met; widths {among} (scales and zero points included) reach {reach}")
+    reach = f"reach {ends[0]} to {ends[1]}" if low < high else f"make exactly {high / total:.6f}; leave the budget out"
+    raise UserError(f"budget: {wanted} cannot be met; widths {among} (scales and zero points included) {reach}")

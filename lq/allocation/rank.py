@@ -25,7 +25,6 @@ class RankOptions:
 def rank(
     ranking: Sequence[str],
     sizes: Mapping[str, Mapping[int, int]],
-    weights: Mapping[str, int],
     budget_bits: int,
     options: RankOptions,
 ) -> dict[str, int]:
@@ -34,7 +33,6 @@ def rank(
     Args:
       ranking: units, most important first.
       sizes: unit -> width -> bits it then occupies, metadata included; every unit offers at least one width.
-      weights: unit -> number of weights.
       budget_bits: the sum of sizes never exceeds it. It must reach every unit's smallest.
       options: none.
 

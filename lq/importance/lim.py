@@ -21,6 +21,7 @@ from jaxtyping import Array, Float
 
 from lq.calibration.data import Windows
 from lq.calibration.stream import stream
+from lq.errors import UserError
 from lq.models.source import ParameterSource
 
 TINY = 1e-30  # added to a product of norms: a zero vector has cosine 0 with everything
@@ -31,6 +32,10 @@ class LIMOptions:
     aggregation: Literal["token", "flat"] = "token"
     skip_position_0: bool = False  # leave the first position of every window out of the score itself
     batch_size: int = 8  # windows per device step
+
+    def __post_init__(self):
+        if self.batch_size < 1:
+            raise UserError(f"batch_size: {self.batch_size}; write 1 or more")
 
 
 def cosines(h: Float[Array, "B S D"], out: Float[Array, "B S D"]) -> dict[str, Float[Array, " B"]]:

@@ -46,6 +46,6 @@ class Scores:
             data["shapes"] = {name: tuple(shape) for name, shape in data["shapes"].items()}
             return cls(**data)
         except FileNotFoundError:
-            raise UserError(f"{path}: no such scores file; make one with `lq score MODEL --out {path}`") from None
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path}: no such scores file; make one with `lq score MODEL --metric lim`") from None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: not a scores file ({error}); make one with `lq score`") from None

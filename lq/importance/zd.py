@@ -20,8 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from lq.errors import UserError
 from lq.models.matrices import block_matrices
 from lq.models.source import ParameterSource
+from lq.numerics.qtensor import QTensor
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,6 +67,8 @@ def zd(source: ParameterSource, windows: None, options: ZDOptions) -> dict:
     for index, kind in enumerate(source.config.kinds):
         params = source.block(index)
         weights = [_leaf(params, path)["kernel"] for path in block_matrices(source.config, kind)]
+        if any(isinstance(weight, QTensor) for weight in weights):
+            raise UserError(f"metric zd: block_{index} is packed; score the original model")
         pools = [weights] if options.pooling == "block" else [[w] for w in weights]
         values[f"block_{index}"] = -float(np.mean([fraction_beyond(pool, options) for pool in pools]))
     return {"values": values}

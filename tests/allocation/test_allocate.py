@@ -156,6 +156,35 @@ def test_the_first_pin_that_matches_decides():
     assert plan.specs["block_1/mlp/up_proj"].bits == 2
 
 
+def test_a_pin_that_earlier_ones_leave_nothing_is_not_called_unused():
+    pins = [Pin(pattern="mlp", bits=3), Pin(pattern="block_0/mlp", bits=2), Pin(pattern="experts", bits=2)]
+    provenance = allocate(SCORES, bpw=3.0, pins=pins).provenance
+    assert provenance["shadowed_pins"] == ["block_0/mlp"]
+    assert provenance["unused_pins"] == ["experts"]
+
+
+@pytest.mark.parametrize(
+    ("tables", "message"),
+    [
+        ({"embedding_bits": 9}, "embedding_bits: 9; write 1 to 8"),
+        ({"head_bits": 0}, "head_bits: 0; write 1 to 8"),
+        ({"head_bits": 4}, "this model's head is its embedding; write embedding_bits"),
+    ],
+)
+def test_widths_the_tables_cannot_have_are_refused(tables, message):
+    assert "head" not in SCORES.shapes
+    with pytest.raises(UserError, match=message):
+        allocate(SCORES, bpw=3.0, **tables)
+
+
+def test_one_width_reaches_one_size():
+    with pytest.raises(UserError, match=r"widths 4 .* make exactly 4\.\d{6}; leave the budget out"):
+        allocate(SCORES, bpw=3.0, bits=(4,))
+    plan = allocate(SCORES, bits=(4,), pins=[Pin(pattern="block_3/mlp", bits=8)])
+    assert plan.specs["block_3/mlp/up_proj"].bits == 8
+    assert {s.bits for p, s in plan.specs.items() if not p.startswith("block_3/mlp")} == {4}
+
+
 @pytest.mark.parametrize(("pattern", "bits"), [("(", 4), ("x", 9), ("x", 0), ("x", 12)])
 def test_a_bad_pin_is_refused(pattern, bits):
     with pytest.raises(UserError, match="pin "):

@@ -1,0 +1,85 @@
+"""Text from the command line, read into the library's types. A mistake names the option it was made in."""
+
+from collections.abc import Sequence
+
+from lq.allocation import Plan, allocate
+from lq.allocation.allocate import Count, Pin
+from lq.errors import UserError
+from lq.importance import Scores
+from lq.numerics.spec import GROUP_SIZES, QuantSpec
+
+
+def whole_number(text: str) -> int | None:
+    """The number `text` writes in digits 0 to 9; None when it does not."""
+    return int(text) if text.isascii() and text.isdigit() else None
+
+
+def settings(items: Sequence[str] | None) -> dict:
+    """`KEY=VALUE` items; values are read as YAML, so 3 is a number and true a truth value."""
+    import yaml
+
+    read = {}
+    for item in items or []:
+        key, separator, value = item.partition("=")
+        if not separator:
+            raise UserError(f"--option {item}: write KEY=VALUE")
+        try:
+            read[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise UserError(f"--option {item}: {value} is not YAML; quote it if it is meant as text") from None
+    return read
+
+
+def widths(text: str) -> list[int]:
+    read = [whole_number(item.strip()) for item in text.split(",")]
+    if None in read:
+        raise UserError(f"--bits {text}: write widths like 2,3,4")
+    return [bits for bits in read if bits is not None]
+
+
+def pins(items: Sequence[str] | None) -> list[Pin]:
+    read = []
+    for item in items or []:
+        pattern, separator, text = item.rpartition("=")
+        bits = whole_number(text)
+        if not separator or bits is None:
+            raise UserError(f"--pin {item}: write REGEX=BITS, for example 'down_proj=4'")
+        read.append(Pin(pattern=pattern, bits=bits))
+    return read
+
+
+def spec(group_size: str, symmetric: bool, scale_dtype: str) -> QuantSpec:
+    """The spec all matrices share but for their width."""
+    size = None if group_size == "column" else whole_number(group_size)
+    if group_size != "column" and size not in GROUP_SIZES:
+        raise UserError(f"--group-size {group_size}: write {', '.join(map(str, GROUP_SIZES))} or column")
+    return QuantSpec(bits=8, group_size=size, symmetric=symmetric, scale_dtype=scale_dtype)
+
+
+def counted(text: str) -> Count:
+    if text == "blocks" or text == "all":
+        return text
+    raise UserError(f"--count {text}: write blocks or all")
+
+
+class Allocation:
+    """The options of `lq allocate` and `lq quantize` that decide a plan, read once and applied to any scores."""
+
+    def __init__(
+        self, *, bpw, nbytes, bits, method, group_size, symmetric, scale_dtype, pin, embedding_bits, head_bits, count
+    ):
+        self.spec = spec(group_size, symmetric, scale_dtype)
+        self._arguments = {
+            "bpw": bpw,
+            "nbytes": nbytes,
+            "bits": widths(bits),
+            "spec": self.spec,
+            "method": method,
+            "pins": pins(pin),
+            "embedding_bits": embedding_bits,
+            "head_bits": head_bits,
+            "count": counted(count),
+        }
+
+    def plan(self, scores: Scores) -> Plan:
+        return allocate(scores, **self._arguments)

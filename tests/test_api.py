@@ -1,0 +1,33 @@
+"""The library's front: what it refuses before it computes."""
+
+import pytest
+from small_models import llama_config, random_params
+
+import lq
+from lq.errors import UserError
+from lq.importance.scores import Scores
+from lq.models.decoder import Decoder
+from lq.numerics.spec import QuantSpec
+
+CONFIG, OTHER = llama_config(2), llama_config(2, hidden=128)
+SPEC = QuantSpec(bits=3, group_size=32)
+
+
+def test_a_plan_for_other_shapes_is_refused_and_nothing_is_written(tmp_path):
+    plan = lq.uniform_plan(OTHER, SPEC)
+    with pytest.raises(UserError, match="plan: made for another model"):
+        lq.quantize(Decoder(CONFIG), random_params(CONFIG), plan)
+    with pytest.raises(UserError, match="plan: made for another model"):
+        lq.save(tmp_path / "q", Decoder(CONFIG), random_params(CONFIG), plan, original="standin")
+    assert not (tmp_path / "q").exists()
+
+
+def test_packed_parameters_have_no_zd_but_a_lim():
+    model, params = Decoder(CONFIG), random_params(CONFIG)
+    packed = lq.quantize(model, params, lq.uniform_plan(CONFIG, SPEC))
+    with pytest.raises(UserError, match="metric zd: block_0 is packed; score the original model"):
+        lq.score(model, packed, metric="zd")
+    windows = lq.calibration_windows(lq.load("standin")[2], "standin", samples=2, length=16)
+    lim = lq.score(model, packed, windows, metric="lim")
+    assert isinstance(lim, Scores)
+    assert set(lim.values) == {"block_0", "block_1"}
