@@ -60,13 +60,13 @@ def evaluation_windows(
     tokenizer, data: str, length: int, *, stride: int | None = None, limit: int | None = None
 ) -> Windows:
     """Consecutive windows of `length` tokens, `stride` apart (`length` when None: not overlapping); the remainder is
-    dropped.
+    dropped. Only the first `limit` are cut; all when None.
 
-    Raises UserError when the text is shorter than one window.
+    Raises UserError for a length below 2, a limit below 1, and a text shorter than one window.
     """
-    stride = stride or length
-    if not 0 < stride <= length:
-        raise UserError(f"stride: {stride} is not between 1 and the window of {length} tokens")
+    _at_least(2, length=length)
+    _at_least(1, limit=1 if limit is None else limit)
+    stride = stride_of(length, stride)
     if data == "wikitext2":
         text = "\n\n".join(_load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", "test")["text"])
     elif data == "c4":
@@ -80,11 +80,22 @@ def evaluation_windows(
     return Windows(np.stack([stream[s : s + length] for s in starts]), str(data), how)
 
 
+def stride_of(length: int, stride: int | None) -> int:
+    """The stride itself, or the length when None. Raises UserError when it is not between 1 and the length."""
+    stride = length if stride is None else stride
+    if not 0 < stride <= length:
+        raise UserError(f"stride: {stride} is not between 1 and the window of {length} tokens")
+    return stride
+
+
 def calibration_windows(tokenizer, data: str, samples: int, length: int, seed: int = 0) -> Windows:
     """`samples` windows of `length` tokens at random places, decided by `seed` alone.
 
-    Raises UserError when the text is shorter than one window.
+    Raises UserError for a length below 2, no samples, a negative seed, and a text shorter than one window.
     """
+    _at_least(2, length=length)
+    _at_least(1, samples=samples)
+    _at_least(0, seed=seed)
     generator = np.random.default_rng(seed)
     how = f"{samples} random windows of {length} tokens, seed {seed}"
     if data == "c4":
@@ -97,6 +108,13 @@ def calibration_windows(tokenizer, data: str, samples: int, length: int, seed: i
     stream = _encode_at_least(tokenizer, text, length, data)
     starts = generator.integers(0, stream.size - length + 1, samples)
     return Windows(np.stack([stream[s : s + length] for s in starts]), str(data), how)
+
+
+def _at_least(least: int, **given: int) -> None:
+    """Raises UserError for an argument below `least`."""
+    for name, value in given.items():
+        if value < least:
+            raise UserError(f"{name}: {value}; write {least} or more")
 
 
 def _encode_at_least(tokenizer, text: str, length: int, source: str) -> np.ndarray:

@@ -22,8 +22,22 @@ Measure = Callable[[jax.Array, jax.Array], object]  # (block input, block output
 
 
 def batches(tokens: np.ndarray, batch_size: int) -> list[np.ndarray]:
-    """Rows in runs of `batch_size`; the last may be shorter."""
+    """Rows in runs of `batch_size`; the last may be shorter. Raises UserError for a batch size below 1."""
+    if batch_size < 1:
+        raise UserError(f"batch_size: {batch_size}; write 1 or more windows per device step")
     return [tokens[i : i + batch_size] for i in range(0, len(tokens), batch_size)]
+
+
+def check_context(config: ModelConfig, length: int, what: str = "window") -> None:
+    """Raises UserError for windows of `length` tokens that are longer than the model's context.
+
+    Rotary and sliding-window models would compute on beyond it, at positions they were never trained for; the numbers
+    that come out look like the model's and are not.
+    """
+    if length > config.max_positions:
+        raise UserError(
+            f"{what} of {length} tokens: the model's context is {config.max_positions}; write a smaller window"
+        )
 
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype"))
@@ -40,7 +54,7 @@ def _step(config: ModelConfig, kind: BlockKind, block_params, tokens, h, measure
 def embed_batches(source: ParameterSource, tokens: np.ndarray, batch_size: int, dtype=jnp.float32) -> list[np.ndarray]:
     """The first hidden state of every batch, on the host.
 
-    Raises UserError for tokens the model has no embedding for, and for windows beyond its learned positions.
+    Raises UserError for tokens the model has no embedding for, and for windows longer than its context.
     """
     config = source.config
     if int(tokens.max()) >= config.vocab_size:
@@ -48,10 +62,7 @@ def embed_batches(source: ParameterSource, tokens: np.ndarray, batch_size: int, 
             f"token {int(tokens.max())}: the model's vocabulary ends at {config.vocab_size - 1}; "
             "the tokenizer is of another model"
         )
-    if config.learned_position_offset is not None and tokens.shape[1] > config.max_positions:
-        raise UserError(
-            f"window of {tokens.shape[1]} tokens: the model has {config.max_positions} positions; shorten it"
-        )
+    check_context(config, tokens.shape[1])
     params = source.embed()
     return [np.asarray(_embed(source.config, params, b, jnp.dtype(dtype))) for b in batches(tokens, batch_size)]
 

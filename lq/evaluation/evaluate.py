@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lq.calibration.data import Windows
+from lq.calibration.data import Windows, stride_of
 from lq.calibration.stream import batches, embed_batches, stream
 from lq.errors import UserError
 from lq.models.config import ModelConfig
@@ -77,24 +77,29 @@ def evaluate(
       dtype: of the computation.
 
     Raises:
-      UserError: the reference was made over other tokens, or by a model with another vocabulary.
+      UserError: the reference was made over other tokens, or by a model with another vocabulary; windows longer than
+        the model's context; a stride or a batch size that cannot be.
     """
     tokens = windows.tokens
+    scored = scored_targets(windows, stride)
     if reference is not None:
         if reference.fingerprint != windows.fingerprint or len(reference.hidden[0]) != min(batch_size, len(tokens)):
             raise UserError("reference: made over other windows; make it again with the same windows and batch size")
         if reference.config.vocab_size != source.config.vocab_size:
-            raise UserError("reference: another vocabulary; the original and the model must share their tokenizer")
+            raise UserError(
+                f"reference: the original's vocabulary has {reference.config.vocab_size} tokens, the model's "
+                f"{source.config.vocab_size}; give the original the model was made of"
+            )
     hidden = _last_hidden(source, tokens, batch_size, dtype)
     head_params = _head_params(source)
-    scored = batches(_scored(tokens.shape, stride or tokens.shape[1]), batch_size)
     totals = np.zeros(3)
-    for i, (batch, mask) in enumerate(zip(batches(tokens, batch_size), scored, strict=True)):
+    pairs = zip(batches(tokens, batch_size), batches(scored, batch_size), strict=True)
+    for i, (batch, mask) in enumerate(pairs):
         original = None if reference is None else (reference.head_params, reference.hidden[i])
         original_config = None if reference is None else reference.config
         sums = _judge(source.config, original_config, head_params, batch, mask, hidden[i], original)
         totals += np.sum(np.asarray(sums, np.float64), axis=0)
-    count = int(sum(mask.sum() for mask in scored))
+    count = int(scored.sum())
     nll, kl, top1 = (totals / count).tolist()
     return Evaluation(
         perplexity=math.inf if nll > 700 else math.exp(nll),  # NaN stays NaN
@@ -107,9 +112,13 @@ def evaluate(
     )
 
 
-def _scored(shape: tuple[int, int], stride: int) -> np.ndarray:
-    """Bool `[windows, length - 1]`: True where target t+1 is scored in this window."""
-    count, length = shape
+def scored_targets(windows: Windows, stride: int | None = None) -> np.ndarray:
+    """Bool `[windows, length - 1]`: True where target t+1 is scored in this window. Its sum is the scored tokens.
+
+    Raises UserError for a stride that is not between 1 and the length.
+    """
+    count, length = windows.tokens.shape
+    stride = stride_of(length, stride)
     mask = np.ones((count, length - 1), bool)
     mask[1:, : max(length - stride - 1, 0)] = False  # these targets were scored in the window before
     return mask

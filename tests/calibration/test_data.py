@@ -44,7 +44,7 @@ def test_stride_and_limit(counting):
     assert evaluation_windows(*counting, 30, stride=10).tokens[-1, -1] == 99
 
 
-@pytest.mark.parametrize("stride", [-1, 31])
+@pytest.mark.parametrize("stride", [-1, 0, 31])
 def test_a_stride_beyond_the_window_is_refused(counting, stride):
     with pytest.raises(UserError, match=r"stride: .* is not between 1 and the window of 30 tokens"):
         evaluation_windows(*counting, 30, stride=stride)
@@ -66,6 +66,22 @@ def test_a_text_shorter_than_a_window_is_one_line(counting):
     ):
         with pytest.raises(UserError, match="100 tokens, fewer than one window of 101; give more text or a shorter"):
             cut()
+
+
+@pytest.mark.parametrize(
+    ("cut", "changes", "message"),
+    [
+        (evaluation_windows, {"length": 1}, "length: 1; write 2 or more"),
+        (evaluation_windows, {"limit": 0}, "limit: 0; write 1 or more"),
+        (evaluation_windows, {"limit": -3}, "limit: -3; write 1 or more"),
+        (calibration_windows, {"samples": 4, "length": 0}, "length: 0; write 2 or more"),
+        (calibration_windows, {"samples": 0}, "samples: 0; write 1 or more"),
+        (calibration_windows, {"samples": 4, "seed": -1}, "seed: -1; write 0 or more"),
+    ],
+)
+def test_counts_that_cannot_be_are_one_line(counting, cut, changes, message):
+    with pytest.raises(UserError, match=message):
+        cut(*counting, **{"length": 10, **changes})
 
 
 def test_text_is_read_from_files_and_directories(tmp_path):
@@ -119,7 +135,7 @@ def test_c4_is_1100_validation_documents_and_256_windows(hub):
     windows = evaluation_windows(WORDS, "c4", 5)
     assert hub == [(("allenai/c4",), "validation", {"validation": "en/c4-validation.00000-of-00008.json.gz"})]
     assert len(windows.tokens) == 256
-    assert evaluation_windows(WORDS, "c4", 1, limit=10_000).tokens.max() < 1100
+    assert 1090 < evaluation_windows(WORDS, "c4", 20, limit=10_000).tokens.max() < 1100
 
 
 def test_c4_calibration_takes_windows_inside_documents_longer_than_one(hub):

@@ -98,5 +98,26 @@ def test_a_reference_with_another_vocabulary_is_refused(original):
 
     reference = make_reference(original, make_windows())
     other = dataclasses.replace(reference, config=dataclasses.replace(original.config, vocab_size=5000))
-    with pytest.raises(UserError, match="reference: another vocabulary"):
+    with pytest.raises(UserError, match="the original's vocabulary has 5000 tokens, the model's 4096; give the orig"):
         evaluate(original, make_windows(), reference=other)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 0}, "batch_size: 0; write 1 or more"),
+        ({"batch_size": -2}, "batch_size: -2; write 1 or more"),
+        ({"stride": 0}, "stride: 0 is not between 1 and the window of 24 tokens"),
+        ({"stride": 25}, "stride: 25 is not between 1 and the window of 24 tokens"),
+    ],
+)
+def test_numbers_that_cannot_be_are_one_line(original, changes, message):
+    with pytest.raises(UserError, match=message):
+        evaluate(original, make_windows(), **changes)
+
+
+def test_windows_beyond_the_context_are_refused(original):
+    windows = make_windows(count=1, length=129)
+    for measure in (evaluate, make_reference):
+        with pytest.raises(UserError, match="window of 129 tokens: the model's context is 128; write a smaller window"):
+            measure(original, windows)
