@@ -12,8 +12,8 @@
     baselines: {uniform: [8, 4, 3, 2]}
     moves: {high: 4, low: 2, orders: [lim, zd]}
 
-Orders times budgets is the sweep. An unknown key, a wrong type or an impossible value is one line that says where it
-stands.
+Orders times budgets is the sweep. Random orders have the seeds 0, 1, 2 ...; `{metric: random, seeds: 5, options: {seed:
+7}}` are those of 7 to 11. An unknown key, a wrong type or an impossible value is one line that says where it stands.
 """
 
 import re
@@ -36,8 +36,11 @@ from pydantic import (
 
 from lq.errors import UserError
 
+MOST_SAMPLES, MOST_SEEDS = 1_000_000, 1000  # beyond these a number is a slip of the pen
+
 Bits = Annotated[int, Field(ge=1, le=8)]
 TableBits = Annotated[int, Field(ge=1, le=16)]
+Budget = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Section(BaseModel):
@@ -48,7 +51,7 @@ class Section(BaseModel):
 
 class CalibrationSection(Section):
     data: str = "standin"  # a text file or directory, wikitext2, c4, or the text shipped with lq
-    samples: PositiveInt = 32
+    samples: Annotated[PositiveInt, Field(le=MOST_SAMPLES)] = 32
     length: Annotated[int, Field(ge=2)] = 512  # tokens per sample
     seed: NonNegativeInt = 0
 
@@ -60,6 +63,12 @@ class EvaluationSection(Section):
     windows: PositiveInt | None = None  # the first so many; all when null
     batch_size: PositiveInt = 8
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the computation
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.stride is not None and self.stride > self.window:
+            raise ValueError(f"stride ({self.stride}) must not be above window ({self.window}): it would skip tokens")
+        return self
 
 
 class QuantizationSection(Section):
@@ -76,27 +85,36 @@ class PinSection(Section):
 
 
 class Order(Section):
-    """An order of blocks: a metric, perhaps reversed, or random with several seeds."""
+    """An order of blocks: a metric, perhaps reversed, or random with several seeds, from `options.seed` on (0)."""
 
     metric: str
     reverse: bool = False
-    seeds: PositiveInt = 1  # random only: this many orders
+    seeds: Annotated[PositiveInt, Field(le=MOST_SEEDS)] = 1  # random only: this many orders
     options: dict[str, Any] = Field(default_factory=dict)
 
     @property
+    def is_random(self) -> bool:
+        return self.metric == "random"
+
+    @property
     def name(self) -> str:
-        """Tells orders apart: `lim`, `reverse lim`, `zd sides=two`."""
-        options = "".join(f" {key}={value}" for key, value in sorted(self.options.items()))
+        """Tells orders apart: `lim`, `reverse lim`, `zd sides=two`. The seed of a random order is told by its rows."""
+        given = sorted((key, value) for key, value in self.options.items() if not (self.is_random and key == "seed"))
+        options = "".join(f" {key}={value}" for key, value in given)
         return ("reverse " if self.reverse else "") + self.metric + options
 
     def each_seed(self) -> list[int | None]:
         """The seeds of a random order; `[None]` for any other."""
-        return list(range(self.seeds)) if self.metric == "random" else [None]
+        first = self.options.get("seed", 0)
+        return list(range(first, first + self.seeds)) if self.is_random else [None]
 
     @model_validator(mode="after")
     def _check(self):
-        if self.seeds > 1 and self.metric != "random":
+        if self.seeds > 1 and not self.is_random:
             raise ValueError(f"seeds belongs to the metric random, not to {self.metric}")
+        first = self.options.get("seed", 0)
+        if self.is_random and (type(first) is not int or first < 0):
+            raise ValueError(f"options.seed: {first!r} is not a whole number from 0 up")
         return self
 
 
@@ -106,6 +124,18 @@ def _different(orders: list[Order]) -> list[Order]:
         if names.count(name) > 1:
             raise ValueError(f"the order {name!r} is listed twice")
     return orders
+
+
+def _distinct(numbers: list) -> list:
+    """Rows are named by these numbers in six digits, so that is where they must differ."""
+    seen: dict[str, float] = {}
+    for number in numbers:
+        shown = f"{number:g}"
+        if shown in seen:
+            same = "is listed twice" if seen[shown] == number else f"and {seen[shown]} are alike in six digits"
+            raise ValueError(f"{number} {same}; leave one out")
+        seen[shown] = number
+    return numbers
 
 
 def _order(value):
@@ -119,7 +149,7 @@ Orders = Annotated[list[OrderField], AfterValidator(_different)]
 class AllocationSection(Section):
     method: str = "rank"
     bits: Annotated[list[Bits], Field(min_length=1)] = Field(default_factory=lambda: [2, 4])
-    budgets: list[Annotated[float, Field(gt=0)]] = Field(default_factory=list)  # bits per weight
+    budgets: Annotated[list[Budget], AfterValidator(_distinct)] = Field(default_factory=list)  # bits per weight
     orders: Orders = Field(default_factory=list)
     pins: list[PinSection] = Field(default_factory=list)
     embedding_bits: TableBits = 16
@@ -128,7 +158,7 @@ class AllocationSection(Section):
 
 
 class BaselineSection(Section):
-    uniform: list[Bits] = Field(default_factory=list)
+    uniform: Annotated[list[Bits], AfterValidator(_distinct)] = Field(default_factory=list)
     finer_groups: bool = True  # the same widths in groups of 64 and 32, where the main group is larger
 
 

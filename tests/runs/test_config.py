@@ -47,6 +47,21 @@ GOOD = "model: standin\noutput: out\n"
         (GOOD + "allocation: {orders: [{metric: lim, seeds: 3}]}\n", "seeds belongs to the metric random, not to lim"),
         (GOOD + "allocation: {orders: [lim, lim]}\n", "allocation.orders: the order 'lim' is listed twice"),
         (GOOD + "moves: {high: 2, low: 4, orders: [lim]}\n", "moves: low (4) must be below high (2)"),
+        (GOOD + "allocation: {budgets: [3.0, 2.5, 3]}\n", "allocation.budgets: 3.0 is listed twice; leave one out"),
+        (GOOD + "allocation: {budgets: [3.0, 3.0000001]}\n", "3.0000001 and 3.0 are alike in six digits"),
+        (GOOD + "allocation: {budgets: [.inf]}\n", "allocation.budgets.0: Input should be a finite number"),
+        (GOOD + "baselines: {uniform: [4, 4]}\n", "baselines.uniform: 4 is listed twice; leave one out"),
+        (GOOD + "evaluation: {batch_size: 0}\n", "evaluation.batch_size: Input should be greater than 0 (got 0)"),
+        (GOOD + "evaluation: {batch_size: -8}\n", "evaluation.batch_size: Input should be greater than 0 (got -8)"),
+        (GOOD + "evaluation: {window: 8, stride: 9}\n", "evaluation: stride (9) must not be above window (8)"),
+        (GOOD + "calibration: {samples: 10000000}\n", "Input should be less than or equal to 1000000 (got"),
+        (
+            GOOD + "allocation: {orders: [{metric: random, seeds: 1000000}]}\n",
+            "less than or equal to 1000 (got 1000000)",
+        ),
+        (GOOD + "allocation: {orders: [{metric: random, options: {seed: x}}]}\n", "options.seed: 'x' is not a whole"),
+        (GOOD + "allocation: {orders: [{metric: random, options: {seed: -1}}]}\n", "options.seed: -1 is not a whole"),
+        (GOOD + "allocation: {orders: [random, {metric: random, options: {seed: 7}}]}\n", "order 'random' is listed"),
         ("just text\n", "expected keys such as model: and output:, found str"),
         ("a: [1\n", ":2: not valid YAML"),
     ],
@@ -85,6 +100,22 @@ def test_orders_with_different_options_are_different_orders(config):
     text = GOOD + "allocation: {orders: [zd, {metric: zd, options: {sides: two}}, {metric: zd, reverse: true}]}\n"
     x = load_experiment(config(text))
     assert [order.name for order in x.allocation.orders] == ["zd", "zd sides=two", "reverse zd"]
+
+
+@pytest.mark.parametrize(
+    ("order", "seeds"),
+    [
+        ("random", [0]),
+        ("{metric: random, seeds: 3}", [0, 1, 2]),
+        ("{metric: random, options: {seed: 7}}", [7]),
+        ("{metric: random, seeds: 3, options: {seed: 7}}", [7, 8, 9]),
+        ("lim", [None]),
+    ],
+)
+def test_random_orders_start_at_the_given_seed(config, order, seeds):
+    (found,) = load_experiment(config(GOOD + f"allocation: {{orders: [{order}]}}\n")).allocation.orders
+    assert found.each_seed() == seeds
+    assert found.name in ("random", "lim")
 
 
 def test_the_written_config_reads_back_the_same(config):
