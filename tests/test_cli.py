@@ -68,7 +68,7 @@ def test_scores_are_files_and_a_picture(scores):
 
 def test_eval_from_another_process(small_model, quantized, text_file, tmp_path):
     command = [
-        sys.executable, "-m", "lq.cli", "eval", quantized, "--original", small_model.path, "--data", text_file,
+        sys.executable, "-m", "lq", "eval", quantized, "--original", small_model.path, "--data", text_file,
         "--window", "32", "--windows", "4", "--json", tmp_path / "eval.json",
     ]  # fmt: skip
     out = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=True).stdout

@@ -136,9 +136,10 @@ def attend(
 
 
 def attend_causally(q, k, v, mask, scale, softcap) -> Float[Array, "B S H C"]:
-    """`attend` where key t is never seen from before position t (S = T): four slices of the queries, each with its past.
+    """`attend` where key t is never seen from before position t (S = T): slices of queries, each with its past alone.
 
-    Three eighths of the scores are never made, and on the CPU the rest fits the cache: 3.4 times as fast at S = 512.
+    With four slices three eighths of the scores are never made; on the CPU a small model's whole forward pass is a
+    sixth faster for it.
     """
     S = q.shape[1]
     ends = [-(-S * i // CAUSAL_SLICES) for i in range(CAUSAL_SLICES + 1)] if S >= SHORTEST_SLICED else [0, S]

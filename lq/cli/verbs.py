@@ -1,88 +1,33 @@
-"""The `lq` command. Every verb is one library call; this file reads arguments and prints.
+"""The verbs of the `lq` command. Each is one library call; this file reads arguments and prints."""
 
-A mistake of the user's is one line on standard error and exit status 2. Anything else is a defect and keeps its
-traceback (status 1). Ctrl-C exits with 130.
-"""
-
-import enum
-import functools
-import os
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from lq.errors import UserError
-
-# The hub library is used for configs and tokenizers alone; its advice to install torch is of no use here.
-os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-
-app = typer.Typer(
-    help="Layer-wise low-bit quantization of language models in JAX.",
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+from lq.cli.app import command
+from lq.cli.options import (
+    AnyModel,
+    BitsList,
+    Bpw,
+    Bytes,
+    Count,
+    Data,
+    EmbeddingBits,
+    GroupSize,
+    HeadBits,
+    Kind,
+    Metrics,
+    Model,
+    Pins,
+    Quiet,
+    ScaleDtype,
+    Settings,
+    Symmetric,
 )
-
-Model = Annotated[
-    str, typer.Argument(help="A directory in Hugging Face layout, a hub name, or 'standin'.", show_default=False)
-]
-AnyModel = Annotated[
-    str, typer.Argument(help="As for MODEL elsewhere, or a directory made by lq quantize.", show_default=False)
-]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
-Data = Annotated[str, typer.Option(help="Text file or directory, wikitext2, c4, or 'standin' (the shipped text).")]
-Metrics = Annotated[list[str], typer.Option("--metric", help="Repeat for several; see lq list importance.")]
-Bpw = Annotated[float | None, typer.Option(help="Bits per weight, scales and zero points included.")]
-Bytes = Annotated[int | None, typer.Option("--bytes", help="Bytes of the counted matrices instead.")]
-BitsList = Annotated[str, typer.Option("--bits", help="Widths to choose from, comma-separated.")]
-GroupSize = Annotated[str, typer.Option(help="Input channels per scale: 32, 64, 128, 256 or column.")]
-Symmetric = Annotated[bool, typer.Option("--symmetric", help="No zero points.")]
-ScaleDtype = Annotated[str, typer.Option(help="bfloat16, float16 or float32.")]
-Pins = Annotated[
-    list[str] | None, typer.Option("--pin", help="REGEX=BITS for matrices that match; 16 leaves them dense.")
-]
-EmbeddingBits = Annotated[int, typer.Option(help="1 to 8, or 16 for dense.")]
-HeadBits = Annotated[int, typer.Option(help="Of an untied head; 1 to 8, or 16 for dense.")]
-Count = Annotated[str, typer.Option(help="What the average is over: blocks, or all (embedding and head too).")]
-Settings = Annotated[list[str] | None, typer.Option("--option", help="KEY=VALUE for the method; repeat for several.")]
-
-
-class Kind(enum.StrEnum):
-    importance = "importance"
-    allocators = "allocators"
-    quantizers = "quantizers"
-    formats = "formats"
-    transforms = "transforms"
-    models = "models"
-
-
-def command(function):
-    """Registers a verb and turns what it may raise into exit statuses."""
-
-    @functools.wraps(function)
-    def run(*args, **kwargs):
-        try:
-            return function(*args, **kwargs)
-        except UserError as error:
-            print(f"lq: {' '.join(str(error).split())}", file=sys.stderr)
-            raise typer.Exit(2) from None
-        except BrokenPipeError:  # whoever read our output has stopped reading, as `head` does
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise typer.Exit(1) from None
-        except OSError as error:  # a path of the user's that cannot be read or written
-            print(f"lq: {error.filename or error}: {error.strerror or 'cannot be used'}", file=sys.stderr)
-            raise typer.Exit(2) from None
-        except KeyboardInterrupt:
-            again = " ".join(["lq", *sys.argv[1:]])
-            resumable = function.__name__ in ("run", "quantize") and "--resume" not in sys.argv
-            hint = f"; go on with: {again} --resume" if resumable else ""
-            print(f"\nlq: interrupted{hint}", file=sys.stderr)
-            raise typer.Exit(130) from None
-
-    return app.command(name=function.__name__.rstrip("_"))(run)
+from lq.cli.printing import cell, print_table, terminal_width
+from lq.errors import UserError
 
 
 @command
@@ -122,8 +67,8 @@ def score(
     quiet: Quiet = False,
 ) -> None:
     """Importance of every block, larger deserves more bits."""
-    from lq import arguments
     from lq.assets import resolve_model
+    from lq.cli import arguments
     from lq.importance import METRICS
     from lq.importance import score as score_source
     from lq.models.loading import open_checkpoint
@@ -143,7 +88,7 @@ def score(
     for name, scores in results.items():
         scores.write(out / f"{name}.json")
     write_scores_figure(results, out / "scores.png")
-    _table(
+    print_table(
         ["block", *results], [[unit, *(f"{s.values[unit]:.6g}" for s in results.values())] for unit in _units(results)]
     )
     print(f"wrote {', '.join(str(out / f'{name}.json') for name in results)} and {out / 'scores.png'}")
@@ -167,7 +112,7 @@ def allocate(
     out: Annotated[Path, typer.Option(help="The plan.")] = Path("plan.json"),
 ) -> None:
     """A width for every matrix so that a budget is met, from scores."""
-    from lq.arguments import Allocation
+    from lq.cli.arguments import Allocation
     from lq.importance import Scores
     from lq.importance import reverse as reversed_scores
 
@@ -218,8 +163,8 @@ def quantize(
     quiet: Quiet = False,
 ) -> None:
     """A packed checkpoint, written block by block; holds one block at a time."""
-    from lq import arguments
     from lq.assets import resolve_model
+    from lq.cli import arguments
     from lq.models.loading import open_checkpoint
     from lq.quantizers import QUANTIZERS
 
@@ -267,7 +212,7 @@ def eval_(
     from lq.runs.single import evaluate_one
 
     facts = evaluate_one(model, data, window, stride, windows, original, batch_size, dtype)
-    _table(["", ""], [[key, _cell(value)] for key, value in facts.items()])
+    print_table(["", ""], [[key, cell(value)] for key, value in facts.items()])
     if json_:
         import json
 
@@ -325,7 +270,7 @@ def list_(kind: Annotated[Kind, typer.Argument(help="What to list.", show_defaul
 
     rows = catalogue(kind.value)
     if rows:
-        _table(["name", "what it is", "options"], rows)
+        print_table(["name", "what it is", "options"], rows)
     else:
         print(f"this version of lq has no {kind.value}")
 
@@ -354,7 +299,7 @@ def _experiment(
     if output is not None:
         experiment = experiment.model_copy(update={"output": str(output)})
     results = run_experiment(experiment, resume=resume, overwrite=overwrite, progress=Progress(quiet=quiet))
-    print(format_table([(experiment.title, results)], width=_width()))
+    print(format_table([(experiment.title, results)], width=terminal_width()))
     print(f"report: {Path(experiment.output) / 'report.html'}")
     print(results.conclusion)
 
@@ -436,37 +381,3 @@ def _describe_plan(plan) -> None:
 
 def _units(results) -> list[str]:
     return list(next(iter(results.values())).values)
-
-
-def _cell(value) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
-def _width() -> int:
-    import shutil
-
-    return shutil.get_terminal_size((100, 24)).columns
-
-
-def _table(header: list[str], rows: list[list[str]]) -> None:
-    """Left-aligned columns, two blanks apart."""
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    for row in [header, *rows] if any(header) else rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-
-
-def main() -> None:
-    """Entry point. A command line that does not parse is one line too."""
-    usage_error = typer.BadParameter.__base__  # typer exports no name for it, and brings its own click or not
-    try:
-        sys.exit(app(sys.argv[1:] or ["--help"], prog_name="lq", standalone_mode=False))
-    except usage_error as error:
-        context = getattr(error, "ctx", None)
-        verb = context.command_path if context else "lq"
-        problem = " ".join(error.format_message().split()).rstrip(".")
-        print(f"lq: {problem[:1].lower()}{problem[1:]}; see {verb} --help", file=sys.stderr)
-        sys.exit(2)
-
-
-if __name__ == "__main__":
-    main()

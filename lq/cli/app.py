@@ -1,0 +1,63 @@
+"""The application: registers verbs, and turns what they raise into one line and an exit status.
+
+A mistake of the user's is one line on standard error and exit status 2. Anything else is a defect and keeps its
+traceback (status 1). Ctrl-C exits with 130.
+"""
+
+import functools
+import os
+import sys
+
+import typer
+
+from lq.errors import UserError
+
+# The hub library is used for configs and tokenizers alone; its advice to install torch is of no use here.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+app = typer.Typer(
+    help="Layer-wise low-bit quantization of language models in JAX.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def command(function):
+    """Registers a verb and turns what it may raise into exit statuses."""
+
+    @functools.wraps(function)
+    def run(*args, **kwargs):
+        try:
+            return function(*args, **kwargs)
+        except UserError as error:
+            print(f"lq: {' '.join(str(error).split())}", file=sys.stderr)
+            raise typer.Exit(2) from None
+        except BrokenPipeError:  # whoever read our output has stopped reading, as `head` does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(1) from None
+        except OSError as error:  # a path of the user's that cannot be read or written
+            print(f"lq: {error.filename or error}: {error.strerror or 'cannot be used'}", file=sys.stderr)
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            again = " ".join(["lq", *sys.argv[1:]])
+            resumable = function.__name__ in ("run", "quantize") and "--resume" not in sys.argv
+            hint = f"; go on with: {again} --resume" if resumable else ""
+            print(f"\nlq: interrupted{hint}", file=sys.stderr)
+            raise typer.Exit(130) from None
+
+    return app.command(name=function.__name__.rstrip("_"))(run)
+
+
+def main() -> None:
+    """Entry point. A command line that does not parse is one line too."""
+    usage_error = typer.BadParameter.__base__  # typer exports no name for it, and brings its own click or not
+    try:
+        sys.exit(app(sys.argv[1:] or ["--help"], prog_name="lq", standalone_mode=False))
+    except usage_error as error:
+        context = getattr(error, "ctx", None)
+        verb = context.command_path if context else "lq"
+        problem = " ".join(error.format_message().split()).rstrip(".")
+        print(f"lq: {problem[:1].lower()}{problem[1:]}; see {verb} --help", file=sys.stderr)
+        sys.exit(2)

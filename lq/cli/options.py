@@ -1,0 +1,38 @@
+"""The options that several verbs share, with their help."""
+
+import enum
+from typing import Annotated
+
+import typer
+
+Model = Annotated[
+    str, typer.Argument(help="A directory in Hugging Face layout, a hub name, or 'standin'.", show_default=False)
+]
+AnyModel = Annotated[
+    str, typer.Argument(help="As for MODEL elsewhere, or a directory made by lq quantize.", show_default=False)
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+Data = Annotated[str, typer.Option(help="Text file or directory, wikitext2, c4, or 'standin' (the shipped text).")]
+Metrics = Annotated[list[str], typer.Option("--metric", help="Repeat for several; see lq list importance.")]
+Bpw = Annotated[float | None, typer.Option(help="Bits per weight, scales and zero points included.")]
+Bytes = Annotated[int | None, typer.Option("--bytes", help="Bytes of the counted matrices instead.")]
+BitsList = Annotated[str, typer.Option("--bits", help="Widths to choose from, comma-separated.")]
+GroupSize = Annotated[str, typer.Option(help="Input channels per scale: 32, 64, 128, 256 or column.")]
+Symmetric = Annotated[bool, typer.Option("--symmetric", help="No zero points.")]
+ScaleDtype = Annotated[str, typer.Option(help="bfloat16, float16 or float32.")]
+Pins = Annotated[
+    list[str] | None, typer.Option("--pin", help="REGEX=BITS for matrices that match; 16 leaves them dense.")
+]
+EmbeddingBits = Annotated[int, typer.Option(help="1 to 8, or 16 for dense.")]
+HeadBits = Annotated[int, typer.Option(help="Of an untied head; 1 to 8, or 16 for dense.")]
+Count = Annotated[str, typer.Option(help="What the average is over: blocks, or all (embedding and head too).")]
+Settings = Annotated[list[str] | None, typer.Option("--option", help="KEY=VALUE for the method; repeat for several.")]
+
+
+class Kind(enum.StrEnum):
+    importance = "importance"
+    allocators = "allocators"
+    quantizers = "quantizers"
+    formats = "formats"
+    transforms = "transforms"
+    models = "models"
