@@ -14,7 +14,6 @@ The manifest is written last: a directory without one is an interrupted write, w
 resume.
 """
 
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -28,7 +27,6 @@ from lq.numerics.spec import QuantSpec
 from lq_kernels import plane_widths, words_along
 
 FORMAT = 1
-MANIFEST, PROGRESS = "lq.json", "shards.json"
 
 
 def shard_name(part: str) -> str:
@@ -88,11 +86,6 @@ def leaf_path(matrix: str) -> str:
     """Path within its part of the leaf that holds a matrix: `block_0/mlp/up_proj` -> `mlp/up_proj/kernel`."""
     keys = matrix.split("/")[1:]
     return "/".join([*keys, "embedding" if matrix.startswith("embed/") else "kernel"])
-
-
-def is_quantized(path: str | Path) -> bool:
-    """Whether a directory is a quantized checkpoint, complete or interrupted."""
-    return (Path(path) / MANIFEST).is_file() or (Path(path) / PROGRESS).is_file()
 
 
 def _split(words: np.ndarray, lengths: list[int], axis: int) -> tuple[jax.Array, ...]:

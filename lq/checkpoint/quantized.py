@@ -11,11 +11,8 @@ from safetensors import SafetensorError, safe_open
 from lq.allocation.plan import Plan
 from lq.checkpoint.layout import (
     FORMAT,
-    MANIFEST,
-    PROGRESS,
     expected_tensors,
     from_tensors,
-    is_quantized,
     leaf_path,
     shard_name,
 )
@@ -23,11 +20,9 @@ from lq.checkpoint.write import part_names, sha256
 from lq.errors import UserError
 from lq.models.config import ModelConfig
 from lq.models.decoder import abstract_params
-from lq.models.loading import read_config
+from lq.models.loading import MANIFEST, PROGRESS, read_config
 from lq.models.matrices import model_shapes
 from lq.models.source import ParameterSource, Params
-
-__all__ = ["QuantizedCheckpoint", "is_quantized", "open_quantized"]
 
 
 def open_quantized(path: str | Path) -> "QuantizedCheckpoint":

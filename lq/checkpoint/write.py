@@ -10,8 +10,9 @@ import safetensors.numpy
 
 from lq.allocation.plan import Plan
 from lq.atomic import write_file, write_text
-from lq.checkpoint.layout import FORMAT, MANIFEST, PROGRESS, shard_name, to_tensors
+from lq.checkpoint.layout import FORMAT, shard_name, to_tensors
 from lq.errors import UserError
+from lq.models.loading import MANIFEST, PROGRESS
 from lq.models.source import ParameterSource
 
 # What is copied from the original's directory: everything that describes it, no weights.

@@ -103,15 +103,37 @@ def _activation(c, key: str) -> Activation:
     return ACTIVATIONS[name]
 
 
-def token_ids(value: int | Sequence[int] | None) -> tuple[int, ...]:
-    """`eos_token_id` as released: one id, a list, or null."""
-    if value is None:
-        return ()
-    return (value,) if isinstance(value, int) else tuple(value)
+def eos_token_ids(value: int | Sequence[int] | None) -> tuple[int, ...]:
+    """`eos_token_id` as released: one id, a list, or null. Raises UserError for anything else."""
+    ids = [] if value is None else value if isinstance(value, list | tuple) else [value]
+    for i in ids:
+        if not isinstance(i, int) or isinstance(i, bool) or i < 0:
+            raise UserError(f"eos_token_id: {value!r}; write a token id, a list of them, or null")
+    return tuple(ids)
 
 
 def _head_dim(c) -> int:
-    return getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    if given := getattr(c, "head_dim", None):
+        return given
+    if c.hidden_size % c.num_attention_heads:
+        heads, size = (c.attribute_map.get(key, key) for key in ("num_attention_heads", "hidden_size"))
+        raise UserError(
+            f"{heads}: {c.num_attention_heads} does not divide {size} {c.hidden_size}; correct one of the two"
+        )
+    return c.hidden_size // c.num_attention_heads
+
+
+def _kv_heads(c) -> int:
+    heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
+    if c.num_attention_heads % heads:
+        raise UserError(f"num_key_value_heads: {heads} does not divide num_attention_heads {c.num_attention_heads}")
+    return heads
+
+
+def _experts(c, *, count: int, **fields) -> Experts:
+    if c.num_experts_per_tok > count > 0:
+        raise UserError(f"num_experts_per_tok: {c.num_experts_per_tok} of {count} experts; write {count} or less")
+    return Experts(count=count, per_token=c.num_experts_per_tok, **fields)
 
 
 def _rope(c, layer_type: str) -> Rope:
@@ -170,13 +192,13 @@ def _sizes(c) -> dict[str, Any]:
         "vocab_size": c.vocab_size,
         "hidden_size": c.hidden_size,
         "num_heads": c.num_attention_heads,
-        "num_kv_heads": getattr(c, "num_key_value_heads", None) or c.num_attention_heads,
+        "num_kv_heads": _kv_heads(c),
         "head_dim": _head_dim(c),
         "max_positions": c.max_position_embeddings,
         "query_scale": _head_dim(c) ** -0.5,
         "tie_embeddings": c.tie_word_embeddings,
         "bos_token_id": c.bos_token_id,
-        "eos_token_ids": token_ids(c.eos_token_id),
+        "eos_token_ids": eos_token_ids(c.eos_token_id),
         "pad_token_id": c.pad_token_id,
     }
 
@@ -254,17 +276,12 @@ def _gemma3(c) -> ModelConfig:
 
 
 def _mixtral(c) -> ModelConfig:
-    experts = Experts(count=c.num_local_experts, per_token=c.num_experts_per_tok, intermediate_size=c.intermediate_size)
+    experts = _experts(c, count=c.num_local_experts, intermediate_size=c.intermediate_size)
     return _llama_like(c, "mixtral", _same_everywhere(c), routed=lambda i: True, experts=experts)
 
 
 def _qwen3_moe(c) -> ModelConfig:
-    experts = Experts(
-        count=c.num_experts,
-        per_token=c.num_experts_per_tok,
-        intermediate_size=c.moe_intermediate_size,
-        renormalize=c.norm_topk_prob,
-    )
+    experts = _experts(c, count=c.num_experts, intermediate_size=c.moe_intermediate_size, renormalize=c.norm_topk_prob)
 
     def routed(i: int) -> bool:
         return c.num_experts > 0 and i not in c.mlp_only_layers and (i + 1) % c.decoder_sparse_step == 0

@@ -144,8 +144,7 @@ def attend_causally(q, k, v, mask, scale, softcap) -> Float[Array, "B S H C"]:
     S = q.shape[1]
     ends = [-(-S * i // CAUSAL_SLICES) for i in range(CAUSAL_SLICES + 1)] if S >= SHORTEST_SLICED else [0, S]
     slices = [
-        attend(q[:, a:b], k[:, :b], v[:, :b], mask[:, a:b, :b], scale, softcap)
-        for a, b in itertools.pairwise(ends)
+        attend(q[:, a:b], k[:, :b], v[:, :b], mask[:, a:b, :b], scale, softcap) for a, b in itertools.pairwise(ends)
     ]
     return jnp.concatenate(slices, axis=1)
 

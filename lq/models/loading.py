@@ -11,9 +11,11 @@ Nothing a checkpoint brings along is ever executed: pickles are refused, and rem
 `UserError` of one line: what, where, what to do instead.
 """
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Mapping
+import mmap
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -24,14 +26,24 @@ from safetensors import SafetensorError, safe_open
 
 from lq.errors import UserError
 from lq.models.config import ModelConfig
-from lq.models.families import FAMILIES, tensors_of, token_ids
+from lq.models.families import FAMILIES, eos_token_ids, tensors_of
 from lq.models.names import StoredTensor, leaves_from
-from lq.models.source import InMemory, ParameterSource, Params
+from lq.models.raw_config import check_values
+from lq.models.source import InMemory, ParameterSource, Params, sampled
 
-__all__ = ["Checkpoint", "InMemory", "ParameterSource", "load_tokenizer", "open_checkpoint", "read_config"]
+__all__ = [
+    "Checkpoint",
+    "InMemory",
+    "ParameterSource",
+    "is_quantized",
+    "load_tokenizer",
+    "open_checkpoint",
+    "read_config",
+]
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-DTYPES = ("BF16", "F16", "F32")  # safetensors' names
+MANIFEST, PROGRESS = "lq.json", "shards.json"  # of a checkpoint that lq quantized, see `lq.checkpoint.layout`
+DTYPES = {"BF16": np.dtype(jnp.bfloat16), "F16": np.dtype(np.float16), "F32": np.dtype(np.float32)}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 CONVERT = (
@@ -56,6 +68,8 @@ def open_checkpoint(name_or_path: str | Path, *, place: Place | None = None) -> 
       UserError: there is no such checkpoint, or it is not one lq can run; see the module's docstring.
     """
     directory = _directory(name_or_path)
+    if is_quantized(directory):
+        raise UserError(f"{directory}: already quantized by lq; give the original model")
     config = read_config(directory)
     tensors = tensors_of(config)
     where = _match(directory, config, tensors, _headers(directory, str(name_or_path)))
@@ -98,6 +112,24 @@ class Checkpoint(ParameterSource):
         leaves = {path: self._place(path, array) for path, array in leaves_from(tensors, read)}
         return unflatten_dict(leaves, sep="/")[name]
 
+    def samples(self, name: str) -> dict[str, np.ndarray]:
+        """Through memory maps: reads what it returns and no more."""
+        maps: dict[Path, Callable[[Header], np.ndarray]] = {}
+        found: dict[str, list[np.ndarray]] = {}
+        for tensor in (tensor for tensor in self._tensors if tensor.part == name):
+            header = self._where[tensor.name]
+            if header.file not in maps:
+                maps[header.file] = _mapped(header.file)
+            for path, piece in tensor.split(maps[header.file](header)):
+                piece = sampled(piece)
+                found.setdefault(path.partition("/")[2], []).append(piece if tensor.expert is None else piece[None])
+        return {path: np.concatenate(pieces) for path, pieces in found.items()}
+
+
+def is_quantized(path: str | Path) -> bool:
+    """Whether a directory is a checkpoint that lq quantized, complete or interrupted."""
+    return (Path(path) / MANIFEST).is_file() or (Path(path) / PROGRESS).is_file()
+
 
 def load_tokenizer(path: str | Path):
     """The tokenizer of a model directory or hub name, a `transformers` object.
@@ -128,24 +160,26 @@ def read_config(directory: Path) -> ModelConfig:
     file = directory / "config.json"
     raw = _read_json(file)
     model_type = raw.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
         raise UserError(f"{file}: model_type {model_type!r} is not supported; known: {known}")
     if "quantization_config" in raw:
         raise UserError(f"{file}: quantization_config: the weights are quantized already; give the original model")
     from transformers import CONFIG_MAPPING
 
+    with _naming(file):
+        check_values(raw)
     try:
         parsed = CONFIG_MAPPING[model_type].from_dict(raw)
     except Exception as problem:  # their validation raises KeyError, ValueError, TypeError and classes of its own
         raise UserError(f"{file}: {_one_line(problem)}") from problem
-    try:
+    with _naming(file):
         config = FAMILIES[model_type].read_config(parsed)
-    except UserError as problem:
-        raise UserError(f"{file}: {problem}") from None
     generation = directory / "generation_config.json"
     if generation.is_file():
-        more = token_ids(_read_json(generation).get("eos_token_id"))
+        given = _read_json(generation).get("eos_token_id")
+        with _naming(generation):
+            more = eos_token_ids(given)
         config = dataclasses.replace(config, eos_token_ids=tuple(dict.fromkeys(config.eos_token_ids + more)))
     return config
 
@@ -176,7 +210,13 @@ def _weight_files(directory: Path, name: str) -> list[Path]:
     if index.is_file():
         shards = _read_json(index).get("weight_map")
         if not isinstance(shards, dict) or not shards:
-            raise UserError(f"{index}: no weight_map; download or save the checkpoint again")
+            raise UserError(f"{index}: no weight_map from tensors to files; download or save the checkpoint again")
+        for tensor, shard in shards.items():
+            if not isinstance(shard, str) or Path(shard).name != shard:
+                raise UserError(
+                    f"{index}: weight_map: {tensor}: {shard!r} is not the name of a file beside it; "
+                    "download or save the checkpoint again"
+                )
         files = [directory / name for name in sorted(set(shards.values()))]
         for file in files:
             if not file.is_file():
@@ -254,6 +294,26 @@ def _open(file: Path) -> safe_open:
         raise UserError(f"{file}: damaged or incomplete ({_one_line(problem)}); download or copy it again") from problem
 
 
+def _mapped(file: Path) -> Callable[[Header], np.ndarray]:
+    """Views of a file's tensors, none of them read yet. A file begins with the length of its header, 8 bytes."""
+    try:
+        with file.open("rb") as opened:
+            pages = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+    except OSError as problem:
+        raise UserError(f"{file}: cannot be read ({problem.strerror}); download or copy it again") from problem
+    if hasattr(mmap, "MADV_RANDOM"):
+        pages.madvise(mmap.MADV_RANDOM)  # or the system reads megabytes around every sampled place
+    data = np.frombuffer(pages, np.uint8)
+    start = 8 + int.from_bytes(data[:8].tobytes(), "little")
+    places = json.loads(data[8:start].tobytes())
+
+    def view(header: Header) -> np.ndarray:
+        first, last = places[header.name]["data_offsets"]
+        return data[start + first : start + last].view(DTYPES[header.dtype]).reshape(header.shape)
+
+    return view
+
+
 def _read_json(file: Path) -> dict:
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
@@ -261,6 +321,8 @@ def _read_json(file: Path) -> dict:
         raise UserError(
             f"{file.parent}: no {file.name}; give a model directory in Hugging Face layout, or a hub name"
         ) from None
+    except OSError as problem:
+        raise UserError(f"{file}: cannot be read ({problem.strerror}); download or copy it again") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as problem:
         raise UserError(f"{file}: not valid JSON: {_one_line(problem)}") from None
     if not isinstance(value, dict):
@@ -288,6 +350,15 @@ def _directory(name_or_path: str | Path) -> Path:
         )
     except (HfHubHTTPError, HFValidationError, OSError) as problem:  # not there, not allowed, or no network and no copy
         raise UserError(f"{name}: neither a directory nor a model the hub gave: {_one_line(problem)}") from problem
+
+
+@contextlib.contextmanager
+def _naming(file: Path) -> Iterator[None]:
+    """Puts the file before the message of a UserError that knows only the key."""
+    try:
+        yield
+    except UserError as problem:
+        raise UserError(f"{file}: {problem}") from None
 
 
 def _one_line(problem: Exception) -> str:

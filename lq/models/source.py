@@ -8,11 +8,13 @@ source's business.
 from typing import Any, Protocol
 
 import jax
+import numpy as np
 
 from lq.models.config import ModelConfig
 from lq.numerics.qtensor import QTensor
 
 Params = dict[str, Any]  # nested; leaves are jax arrays or QTensors
+PLACES = 16
 
 
 class ParameterSource(Protocol):
@@ -23,6 +25,14 @@ class ParameterSource(Protocol):
     def part(self, name: str, dtype=None) -> Params:
         """The parameters under one top-level key, dense ones in `dtype` (as they are stored when None)."""
         ...
+
+    def samples(self, name: str) -> dict[str, np.ndarray]:
+        """What `sampled` takes of every leaf of a part, by path within the part; a packed leaf has one path an array.
+
+        Sources that can do so without reading the part override this.
+        """
+        leaves = jax.tree_util.tree_leaves_with_path(self.part(name))
+        return {jax.tree_util.keystr(path, simple=True, separator="/"): sampled(leaf) for path, leaf in leaves}
 
     def embed(self, dtype=None) -> Params:
         return self.part("embed", dtype)
@@ -54,3 +64,14 @@ class InMemory(ParameterSource):
             return leaf if dtype is None or isinstance(leaf, QTensor) else leaf.astype(dtype)
 
         return jax.tree.map(cast, self._params[name], is_leaf=lambda leaf: isinstance(leaf, QTensor))
+
+
+def sampled(array: jax.Array | np.ndarray) -> np.ndarray:
+    """A vector as it is; of a matrix, or of each in a stack, the elements where up to `PLACES` rows and columns cross.
+
+    The rows and columns are evenly spaced, the first and the last among them.
+    """
+    if array.ndim < 2:
+        return np.asarray(array)
+    rows, columns = (np.unique(np.linspace(0, n - 1, PLACES).astype(int)) for n in array.shape[-2:])
+    return np.asarray(array[..., rows[:, None], columns])

@@ -165,7 +165,7 @@ def test_windows_of_qwen2_start_at_max_window_layers(tmp_path):
 
 
 def test_routed_blocks_of_qwen3_moe(tmp_path):
-    raw = sizes("qwen3_moe") | {"num_experts": 4, "decoder_sparse_step": 1, "mlp_only_layers": [2]}
+    raw = sizes("qwen3_moe") | {"num_experts": 4, "num_experts_per_tok": 2, "mlp_only_layers": [2]}
     assert [kind.routed for kind in config_of(tmp_path, **raw).kinds] == [True, True, False]
     raw |= {"decoder_sparse_step": 2, "mlp_only_layers": []}
     assert [kind.routed for kind in config_of(tmp_path, **raw).kinds] == [False, True, False]

@@ -137,34 +137,57 @@ def test_json_that_is_no_object(copy_of):
     assert "config.json: not a JSON object" in message(open_checkpoint, directory)
 
 
-def test_unknown_family_lists_known_ones(copy_of, edit_config):
+def test_config_that_is_a_directory(copy_of):
     directory = copy_of("llama")
-    edit_config(directory, model_type="bloom")
+    (directory / "config.json").unlink()
+    (directory / "config.json").mkdir()
+    assert "config.json: cannot be read" in message(open_checkpoint, directory)
+
+
+@pytest.mark.parametrize(
+    ("case", "changes", "says"),
+    [
+        ("llama", {"model_type": "bloom"}, ["model_type 'bloom'", "gemma2", "qwen3_moe"]),
+        ("llama", {"model_type": ["llama"]}, ["model_type ['llama'] is not supported"]),
+        ("llama", {"hidden_act": "quick_gelu"}, ["hidden_act: 'quick_gelu'"]),
+        ("llama", {"quantization_config": {"quant_method": "gptq"}}, ["quantization_config"]),
+        ("llama", {"attention_bias": "wide"}, ["attention_bias"]),  # refused by transformers
+        ("llama", {"hidden_size": "wide"}, ["hidden_size: 'wide'; write a whole number from 1"]),
+        ("llama", {"hidden_size": 0}, ["hidden_size: 0; write a whole number from 1"]),
+        ("llama", {"hidden_size": -32}, ["hidden_size: -32;"]),
+        ("llama", {"num_attention_heads": 0}, ["num_attention_heads: 0;"]),
+        ("llama", {"num_key_value_heads": 3}, ["num_key_value_heads: 3 does not divide num_attention_heads 4"]),
+        ("llama", {"num_key_value_heads": 0}, ["num_key_value_heads: 0; write a whole number from 1 or null"]),
+        ("llama", {"num_hidden_layers": True}, ["num_hidden_layers: True;"]),
+        ("llama", {"max_position_embeddings": 0}, ["max_position_embeddings: 0;"]),
+        ("llama", {"vocab_size": 0}, ["vocab_size: 0;"]),
+        ("llama", {"rms_norm_eps": -1e-5}, ["rms_norm_eps: -1e-05; write a number above 0"]),
+        ("llama", {"rms_norm_eps": "1e-5"}, ["rms_norm_eps: '1e-5';"]),
+        ("llama", {"rms_norm_eps": float("nan")}, ["rms_norm_eps: nan;"]),
+        ("llama", {"rope_parameters": {"rope_type": "linear", "factor": "4"}}, ["rope_parameters.factor: '4';"]),
+        ("llama", {"eos_token_id": -1}, ["eos_token_id: -1; write a token id, a list of them, or null"]),
+        ("gpt2", {"n_embd": 0}, ["n_embd: 0;"]),
+        ("gpt2", {"n_head": 3}, ["n_head: 3 does not divide n_embd 32"]),
+        ("gemma2", {"query_pre_attn_scalar": 0}, ["query_pre_attn_scalar: 0;"]),
+        ("gemma2", {"sliding_window": -1}, ["sliding_window: -1;"]),
+        ("phi3", {"original_max_position_embeddings": 0}, ["original_max_position_embeddings: 0;"]),
+        ("mixtral", {"num_experts_per_tok": 5}, ["num_experts_per_tok: 5 of 4 experts; write 4 or less"]),
+    ],
+)
+def test_config_that_is_refused_by_file_and_key(copy_of, edit_config, case, changes, says):
+    directory = copy_of(case)
+    edit_config(directory, **changes)
     text = message(open_checkpoint, directory)
-    assert "model_type 'bloom'" in text
-    assert "gemma2" in text
-    assert "qwen3_moe" in text
+    assert text.startswith(f"{directory / 'config.json'}: ")
+    for words in says:
+        assert words in text
 
 
-def test_config_that_transformers_refuses(copy_of, edit_config):
+@pytest.mark.parametrize("name", ["lq.json", "shards.json"])
+def test_checkpoint_that_lq_quantized_is_not_an_original(copy_of, name):
     directory = copy_of("llama")
-    edit_config(directory, hidden_size="wide")
-    text = message(open_checkpoint, directory)
-    assert "config.json" in text
-    assert "hidden_size" in text
-
-
-def test_unsupported_config_key_is_named_with_its_file(copy_of, edit_config):
-    directory = copy_of("llama")
-    edit_config(directory, hidden_act="quick_gelu")
-    text = message(open_checkpoint, directory)
-    assert "config.json: hidden_act: 'quick_gelu'" in text
-
-
-def test_quantized_checkpoint_is_refused(copy_of, edit_config):
-    directory = copy_of("llama")
-    edit_config(directory, quantization_config={"quant_method": "gptq"})
-    assert "quantization_config" in message(open_checkpoint, directory)
+    (directory / name).write_text("{}")
+    assert message(open_checkpoint, directory) == f"{directory}: already quantized by lq; give the original model"
 
 
 def test_generation_config_adds_stop_tokens(copy_of, edit_config):
@@ -172,6 +195,13 @@ def test_generation_config_adds_stop_tokens(copy_of, edit_config):
     edit_config(directory, eos_token_id=3)
     (directory / "generation_config.json").write_text('{"eos_token_id": [5, 3]}')
     assert open_checkpoint(directory).config.eos_token_ids == (3, 5)
+
+
+@pytest.mark.parametrize("value", ["</s>", -2, [5, -1], [5, "</s>"], 2.0, True, {"id": 5}])
+def test_generation_config_with_a_wrong_stop_token(copy_of, value):
+    directory = copy_of("llama")
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
+    assert f"generation_config.json: eos_token_id: {value!r}; write a token id" in message(open_checkpoint, directory)
 
 
 def test_code_of_a_checkpoint_is_not_run(copy_of, edit_config, tmp_path):
@@ -237,11 +267,32 @@ def test_absent_shard_is_named(copy_of, shard):
     assert f"model.safetensors.index.json: names {second.name}" in text
 
 
-def test_index_without_weight_map(copy_of, shard):
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("{}", "no weight_map"),
+        ('{"weight_map": ["model.safetensors"]}', "no weight_map"),
+        ('{"weight_map": "model.safetensors"}', "no weight_map"),
+        ("[]", "not a JSON object"),
+        ('{"weight_map": {"a": 3}}', "weight_map: a: 3 is not the name of a file beside it"),
+        ('{"weight_map": {"a": null, "b": "x"}}', "weight_map: a: None is not the name"),
+        ('{"weight_map": {"a": "../model.safetensors"}}', "weight_map: a: '../model.safetensors' is not the name"),
+        ('{"weight_map": {"a": "/model.safetensors"}}', "weight_map: a: '/model.safetensors' is not the name"),
+        ('{"weight_map": {"a": ".."}}', "names ..,"),
+    ],
+)
+def test_damaged_index(copy_of, shard, text, says):
     directory = copy_of("llama")
     shard(directory, [])
-    (directory / "model.safetensors.index.json").write_text("{}")
-    assert "index.json: no weight_map" in message(open_checkpoint, directory)
+    (directory / "model.safetensors.index.json").write_text(text)
+    assert f"index.json: {says}" in message(open_checkpoint, directory)
+
+
+def test_shards_without_their_index(copy_of, shard):
+    directory = copy_of("llama")
+    shard(directory, [])
+    (directory / "model.safetensors.index.json").unlink()
+    assert "model.safetensors.index.json" in message(open_checkpoint, directory)
 
 
 def test_missing_tensor(copy_of, edit_weights):
