@@ -28,6 +28,11 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
         os.close(directory)
 
 
+def leftovers(directory: Path, pattern: str) -> list[Path]:
+    """Temporary files that a killed process left of files whose names match the glob `pattern`."""
+    return sorted(directory.glob(f".{pattern}.*"))
+
+
 def write_text(path: Path, text: str) -> None:
     """Replaces the text file at `path`, UTF-8, atomically."""
     write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

@@ -14,12 +14,15 @@ The manifest is written last: a directory without one is an interrupted write, w
 resume.
 """
 
+import math
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors import safe_open
 
 from lq.models.source import Params
 from lq.numerics.qtensor import QTensor
@@ -27,6 +30,7 @@ from lq.numerics.spec import QuantSpec
 from lq_kernels import plane_widths, words_along
 
 FORMAT = 1
+ITEM_BYTES = {"U32": 4, "BF16": 2, "F16": 2, "F32": 4}
 
 
 def shard_name(part: str) -> str:
@@ -80,6 +84,31 @@ def expected_tensors(shapes: dict[str, tuple[int, ...]], specs: dict[str, tuple[
         if not spec.symmetric:
             expected[f"{path}:zeros"] = (*lead, groups, sum(words_along(N, w) for w in widths))
     return expected
+
+
+def shard_records(value: Any) -> dict[str, dict]:
+    """What a manifest or `shards.json` says of each shard, `{"bytes": int, "sha256": str}` by part.
+
+    Raises ValueError when it is anything else.
+    """
+    if not isinstance(value, dict):
+        raise ValueError(f"shards: {value!r} is no object")
+    for part, record in value.items():
+        fields = record if isinstance(record, dict) else {}
+        if type(fields.get("bytes")) is not int or not isinstance(fields.get("sha256"), str):
+            raise ValueError(f"shards: {part}: no bytes and sha256")
+    return value
+
+
+def leaf_bytes(shard: Path) -> dict[str, int]:
+    """Bytes of every leaf in a shard, the arrays of a packed one together; read from the header alone."""
+    found: dict[str, int] = {}
+    opened = safe_open(shard, framework="numpy")
+    for name in opened.keys():  # noqa: SIM118 (it is no mapping)
+        stored = opened.get_slice(name)
+        leaf = name.partition(":")[0]
+        found[leaf] = found.get(leaf, 0) + ITEM_BYTES[stored.get_dtype()] * math.prod(stored.get_shape())
+    return found
 
 
 def leaf_path(matrix: str) -> str:

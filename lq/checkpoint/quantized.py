@@ -13,15 +13,17 @@ from lq.checkpoint.layout import (
     FORMAT,
     expected_tensors,
     from_tensors,
+    leaf_bytes,
     leaf_path,
     shard_name,
+    shard_records,
 )
 from lq.checkpoint.write import part_names, sha256
 from lq.errors import UserError
 from lq.models.config import ModelConfig
 from lq.models.decoder import abstract_params
 from lq.models.loading import MANIFEST, PROGRESS, read_config
-from lq.models.matrices import model_shapes
+from lq.models.matrices import model_shapes, other_weights
 from lq.models.source import ParameterSource, Params
 
 
@@ -36,16 +38,9 @@ def open_quantized(path: str | Path) -> "QuantizedCheckpoint":
         if (path / PROGRESS).is_file():
             raise UserError(f"{path}: quantization was interrupted; run the same `lq quantize` again with --resume")
         raise UserError(f"{path}: no quantized checkpoint ({MANIFEST} is missing); make one with `lq quantize`")
-    try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        version, plan = manifest["format"], Plan.from_dict(manifest["plan"])
-        shards, quantizer = manifest["shards"], manifest["quantizer"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, IndexError, AttributeError) as error:
-        raise UserError(f"{path / MANIFEST}: damaged ({error!r}); quantize again") from None
-    if version != FORMAT:
-        raise UserError(f"{path / MANIFEST}: format {version}, this lq reads {FORMAT}; quantize again")
+    plan, quantizer, shards = _read_manifest(path / MANIFEST)
     config = read_config(path)
-    if plan.shapes != model_shapes(config):
+    if plan.shapes != model_shapes(config) or plan.other_weights != other_weights(config):
         raise UserError(
             f"{path / 'config.json'}: of another model than {MANIFEST}; copy the original's or quantize again"
         )
@@ -110,14 +105,19 @@ class QuantizedCheckpoint(ParameterSource):
 
 def measured_bits_per_weight(checkpoint: QuantizedCheckpoint) -> float:
     """Bits per counted weight from the arrays as they lie in the shards; equal to the plan's `bpw`."""
-    bits = weights = 0
-    for path in checkpoint.plan.counted():
-        file = checkpoint.path / shard_name(path.split("/")[0])
-        leaf = leaf_path(path)
-        opened = safe_open(file, framework="numpy")
-        for name in opened.keys():  # noqa: SIM118
-            if name == leaf or name.startswith(f"{leaf}:"):
-                tensor = opened.get_tensor(name)
-                bits += 8 * tensor.nbytes
-        weights += math.prod(checkpoint.plan.shapes[path])
-    return bits / weights
+    stored = {part: leaf_bytes(checkpoint.path / shard_name(part)) for part in part_names(checkpoint)}
+    counted = checkpoint.plan.counted()
+    nbytes = sum(stored[path.split("/")[0]][leaf_path(path)] for path in counted)
+    return 8 * nbytes / sum(math.prod(checkpoint.plan.shapes[path]) for path in counted)
+
+
+def _read_manifest(file: Path) -> tuple[Plan, dict, dict[str, dict]]:
+    """Plan, quantizer and shards. Raises UserError when the file is damaged or of another format."""
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+        if (version := manifest["format"]) == FORMAT:
+            plan, shards = Plan.from_dict(manifest["plan"]), shard_records(manifest["shards"])
+            return plan, dict(manifest["quantizer"]), shards
+    except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:  # ValueError: JSON's and UserError
+        raise UserError(f"{file}: damaged ({error!r}); quantize again") from None
+    raise UserError(f"{file}: format {version!r}, this lq reads {FORMAT}; quantize again")

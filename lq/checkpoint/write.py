@@ -9,8 +9,8 @@ from pathlib import Path
 import safetensors.numpy
 
 from lq.allocation.plan import Plan
-from lq.atomic import write_file, write_text
-from lq.checkpoint.layout import FORMAT, shard_name, to_tensors
+from lq.atomic import leftovers, write_file, write_text
+from lq.checkpoint.layout import FORMAT, leaf_bytes, leaf_path, shard_name, shard_records, to_tensors
 from lq.errors import UserError
 from lq.models.loading import MANIFEST, PROGRESS
 from lq.models.source import ParameterSource
@@ -45,18 +45,25 @@ def write_quantized(
       on_part: called with a part's name once it is on disk.
 
     Raises:
-      UserError: `out` holds something else, or an interrupted write of another plan, or `resume` is needed to go on.
+      UserError: `out` holds something else, or an interrupted write of another plan, or `resume` is needed to go on;
+        `out` is then as it was.
+      RuntimeError: a packed matrix has not the size that the plan says.
     """
     out = Path(out)
     identity = _identity(plan, quantizer)
-    done = _recorded(out, identity, resume)
+    recorded = _claim(out, identity, resume)
+    done = {part: recorded[part] for part in part_names(source) if part in recorded}
     out.mkdir(parents=True, exist_ok=True)
+    for pattern in (*COPIED, shard_name("*")):
+        for file in leftovers(out, pattern):
+            file.unlink()
     write_text(out / PROGRESS, json.dumps({"identity": identity, "shards": done}))
     for part in part_names(source):
-        if part not in done or not _whole(out / shard_name(part), done[part]):
+        file = out / shard_name(part)
+        if part not in done or not _whole(file, done[part]):
             params = source.part(part)
-            file = out / shard_name(part)
             write_file(file, lambda path, p=params: safetensors.numpy.save_file(to_tensors(p), path))
+            _check_sizes(file, part, plan)
             done[part] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
             write_text(out / PROGRESS, json.dumps({"identity": identity, "shards": done}))
         if on_part:
@@ -82,26 +89,38 @@ def _identity(plan: Plan, quantizer: dict) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _recorded(out: Path, identity: str, resume: bool) -> dict:
-    """Shards already there that belong to this very write."""
-    if (out / MANIFEST).exists():
-        raise UserError(f"{out}: already holds a finished checkpoint; give another --out or remove it")
+def _claim(out: Path, identity: str, resume: bool) -> dict[str, dict]:
+    """What `out` records of shards that belong to this very write. Changes nothing; raises UserError when it is not
+    ours to write."""
     if not (out / PROGRESS).exists():
-        if out.exists() and any(out.iterdir()):
+        if (out / MANIFEST).exists():
+            raise UserError(f"{out}: already holds a finished checkpoint; give another --out or remove it")
+        files = set(out.iterdir()) if out.is_dir() else set()
+        if (out.exists() and not out.is_dir()) or files - set(leftovers(out, PROGRESS)):
             raise UserError(f"{out}: not empty, and no checkpoint of lq; give a new directory")
+        if files and not resume:
+            raise UserError(f"{out}: a write that was interrupted as it began; add --resume to go on, or remove it")
         return {}
     try:
-        record = json.loads((out / PROGRESS).read_text())
-        same, shards = record["identity"] == identity, record["shards"]
-    except (json.JSONDecodeError, KeyError, TypeError):
+        record = json.loads((out / PROGRESS).read_text(encoding="utf-8"))
+        same, shards = record["identity"] == identity, shard_records(record["shards"])
+    except (KeyError, TypeError, IndexError, ValueError):  # ValueError: what json and decoding raise too
         raise UserError(f"{out / PROGRESS}: damaged; remove {out} and start again") from None
-    for stale in out.glob(".*.safetensors.*"):  # a shard that was being written when the process was killed
-        stale.unlink()
     if not same:
         raise UserError(f"{out}: an interrupted write of another plan or model; give another --out or remove it")
     if not resume:
         raise UserError(f"{out}: an interrupted write of this plan; add --resume to go on with it")
     return shards
+
+
+def _check_sizes(shard: Path, part: str, plan: Plan) -> None:
+    """Raises RuntimeError unless every matrix that the plan packs lies in the shard with the bytes the plan counts."""
+    stored = leaf_bytes(shard)
+    for path in plan.specs:
+        if path.split("/")[0] == part:
+            written, planned = stored.get(leaf_path(path), 0), plan.size_bits(path) // 8
+            if written != planned:
+                raise RuntimeError(f"{path}: {written} bytes in {shard}, {planned} in the plan it was to be packed by")
 
 
 def _whole(file: Path, record: dict) -> bool:

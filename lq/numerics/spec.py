@@ -24,7 +24,7 @@ GROUP_SIZES = (32, 64, 128, 256)
 class QuantSpec:
     """Number format of one matrix. Hashable: the static part of a `QTensor`.
 
-    Raises `UserError` for a width outside 1..8, an unknown group size or scale dtype.
+    Raises `UserError` for a width outside 1..8, an unknown group size or scale dtype, or a value of another type.
     """
 
     bits: int
@@ -34,12 +34,14 @@ class QuantSpec:
     format: Literal["int"] = "int"
 
     def __post_init__(self):
-        if self.bits not in range(1, 9):
+        if type(self.bits) is not int or self.bits not in range(1, 9):
             raise UserError(f"bits: {self.bits!r} is not a width lq can store; write a whole number from 1 to 8")
-        if self.group_size is not None and self.group_size not in GROUP_SIZES:
+        if self.group_size is not None and (type(self.group_size) is not int or self.group_size not in GROUP_SIZES):
             sizes = ", ".join(map(str, GROUP_SIZES))
             raise UserError(f"group_size: {self.group_size!r}; write one of {sizes}, or null for the whole column")
-        if self.scale_dtype not in SCALE_BITS:
+        if not isinstance(self.symmetric, bool):
+            raise UserError(f"symmetric: {self.symmetric!r}; write true or false")
+        if not isinstance(self.scale_dtype, str) or self.scale_dtype not in SCALE_BITS:
             raise UserError(f"scale_dtype: {self.scale_dtype!r}; write one of {', '.join(SCALE_BITS)}")
         if self.format != "int":
             raise UserError(f"format: {self.format!r}; write int")

@@ -1,5 +1,6 @@
 """A quantized checkpoint: exact in bytes, whole or not at all, resumable, and suspicious of what it reads."""
 
+import dataclasses
 import json
 import shutil
 
@@ -141,19 +142,80 @@ def test_an_interrupted_write_resumes_to_the_same_bytes(source, written, tmp_pat
     assert kept == list(before), "finished shards are not written again"
 
 
-def test_a_shard_damaged_between_writes_is_written_again(source, written, tmp_path):
-    out, plan = tmp_path / "q", written[1]
+@pytest.fixture
+def interrupted(source, written, tmp_path):
+    """A write of the plan of `written` that was killed after block_1."""
 
     def killed(part):
         if part == "block_1":
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write(source, plan, out, on_part=killed)
+        write(source, written[1], tmp_path / "q", on_part=killed)
+    return tmp_path / "q"
+
+
+def test_a_shard_damaged_between_writes_is_written_again(source, written, interrupted):
+    out, plan = interrupted, written[1]
     shard = out / "block_0.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1] + b"\x00")
     write(source, plan, out, resume=True)
     assert contents(out) == contents(written[0])
+
+
+LEFTOVERS = [".embed.safetensors.abc", ".lq.json.abc", ".shards.json.abc", ".tokenizer.json.abc"]
+
+
+def test_what_a_killed_process_left_is_removed_once_it_is_known_to_be_ours(source, written, interrupted):
+    for name in LEFTOVERS:
+        (interrupted / name).write_text("half")
+    before = contents(interrupted)
+    for options in ({"plan": plan_for(source, seed=5), "resume": True}, {"plan": written[1]}):
+        with pytest.raises(UserError, match="an interrupted write of"):
+            write(source, out=interrupted, **options)
+        assert contents(interrupted) == before, "a refusal changes nothing"
+    write(source, written[1], interrupted, resume=True)
+    assert contents(interrupted) == contents(written[0])
+
+
+def test_a_write_killed_before_its_first_record_is_resumed(source, written, tmp_path):
+    out = tmp_path / "q"
+    out.mkdir()
+    (out / ".shards.json.abc").write_text("{")
+    with pytest.raises(UserError, match="interrupted as it began; add --resume"):
+        write(source, written[1], out)
+    write(source, written[1], out, resume=True)
+    assert contents(out) == contents(written[0])
+
+
+def test_a_write_killed_after_the_manifest_is_finished(source, written, interrupted):
+    record = (interrupted / "shards.json").read_bytes()
+    write(source, written[1], interrupted, resume=True)
+    (interrupted / "shards.json").write_bytes(record)
+    write(source, written[1], interrupted, resume=True)
+    assert contents(interrupted) == contents(written[0])
+
+
+@pytest.mark.parametrize("shards", [3, None, [], {"embed": 3}, {"embed": {"bytes": 1}}])
+def test_a_damaged_record_of_an_interrupted_write_is_one_line(source, written, interrupted, shards):
+    record = json.loads((interrupted / "shards.json").read_text())
+    (interrupted / "shards.json").write_text(json.dumps({**record, "shards": shards}))
+    with pytest.raises(UserError, match=r"^[^\n]*shards\.json: damaged; remove [^\n]*$"):
+        write(source, written[1], interrupted, resume=True)
+
+
+def test_a_matrix_that_has_not_the_planned_size_is_a_defect(source, written, tmp_path):
+    plan = written[1]
+    path, spec = next(iter(plan.specs.items()))
+    other = PlannedSource(source, plan.specs | {path: dataclasses.replace(spec, bits=8)}, "rtn", OPTIONS)
+    with pytest.raises(RuntimeError, match=f"{path}: .* in the plan it was to be packed by"):
+        write_quantized(other, plan, tmp_path / "q", quantizer=RECORD, description=source.path)
+    assert not (tmp_path / "q" / "lq.json").exists()
+
+
+def test_a_quantized_checkpoint_is_no_original(written):
+    with pytest.raises(UserError, match="already quantized by lq; give the original model"):
+        open_checkpoint(written[0])
 
 
 def test_nothing_is_overwritten(source, written, tmp_path):
@@ -205,10 +267,42 @@ def test_a_shard_of_another_plan_is_refused(source, copy, tmp_path):
         open_quantized(copy)
 
 
-@pytest.mark.parametrize("text", ["", "{}", '{"format": 1}', "[]"])
-def test_a_damaged_manifest_is_one_line(copy, text):
-    (copy / "lq.json").write_text(text)
+@pytest.mark.parametrize("data", [b"", b"{}", b'{"format": 1}', b"[]", b"3", b"\xff\xfe"])
+def test_a_damaged_manifest_is_one_line(copy, data):
+    (copy / "lq.json").write_bytes(data)
     with pytest.raises(UserError, match=r"lq\.json: damaged"):
+        open_quantized(copy)
+
+
+MATRIX = "block_0/attention/q_proj"
+WRONG_ENTRIES = {
+    "shards": [3, None, [], {"embed": 3}, {"embed": {"bytes": "1", "sha256": "x"}}, {"embed": {"bytes": 1}}],
+    "quantizer": [3],
+    "plan": [3, None, [], {}],
+    "plan specs": [3, [3], [{}], [{"bits": 9}], [{"bits": 3.0}], [{"bits": True}], [{"bits": "3"}], []],
+    "plan specs 0 group_size": [7, 64.0, "64", [64]],
+    "plan specs 0 symmetric": [3, "no"],
+    "plan specs 0 scale_dtype": ["int8", 3, ["bfloat16"]],
+    "plan specs 0 format": ["float", 3],
+    "plan matrices": [3, [], {"x": 3}],
+    f"plan matrices {MATRIX}": [3, [0], [0, 3], [0, [1], 2], [99, [64, 64]], ["a", [64, 64]]],
+}
+
+
+def replace(tree, keys, value):
+    """The JSON `tree` with what `keys` lead to replaced."""
+    at = tree
+    for key in keys[:-1]:
+        at = at[int(key) if isinstance(at, list) else key]
+    at[int(keys[-1]) if isinstance(at, list) else keys[-1]] = value
+    return tree
+
+
+@pytest.mark.parametrize(("where", "value"), [(w, v) for w, values in WRONG_ENTRIES.items() for v in values])
+def test_a_wrong_entry_in_the_manifest_is_one_line(copy, where, value):
+    manifest = json.loads((copy / "lq.json").read_text())
+    (copy / "lq.json").write_text(json.dumps(replace(manifest, where.split(), value)))
+    with pytest.raises(UserError, match=r"^[^\n]*lq\.json: damaged [^\n]*; quantize again$"):
         open_quantized(copy)
 
 

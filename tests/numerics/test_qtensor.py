@@ -150,6 +150,11 @@ def test_zero_points_must_fit_the_spec():
     [
         ({"bits": 9}, "bits: 9 is not a width lq can store; write a whole number from 1 to 8"),
         ({"bits": 2.5}, "bits: 2.5 is not a width"),
+        ({"bits": 3.0}, "bits: 3.0 is not a width"),
+        ({"bits": True}, "bits: True is not a width"),
+        ({"bits": 4, "group_size": 64.0}, "group_size: 64.0; write one of"),
+        ({"bits": 4, "symmetric": "no"}, "symmetric: 'no'; write true or false"),
+        ({"bits": 4, "scale_dtype": ["bfloat16"]}, "scale_dtype: .* write one of"),
         (
             {"bits": 4, "group_size": 100},
             "group_size: 100; write one of 32, 64, 128, 256, or null for the whole column",
