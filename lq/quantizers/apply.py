@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from lq.errors import UserError
 from lq.models.matrices import EMBEDDING
 from lq.models.source import Params
 from lq.numerics.qtensor import QTensor
@@ -25,17 +26,22 @@ def quantize_matrix(weight: Array, spec: QuantSpec, method: str, options) -> QTe
 
 
 def quantize_part(params: Params, part: str, specs: Mapping[str, QuantSpec], method: str, options) -> Params:
-    """One part of a model ("embed", "block_3", "head") with the matrices that `specs` names by full path packed."""
+    """One part of a model ("embed", "block_3", "head") with the matrices that `specs` names by full path packed.
+
+    Raises UserError, naming the matrix, when its weights need a scale beyond the largest float16.
+    """
     for path, spec in specs.items():
         if path == part or path.startswith(f"{part}/"):
-            keys = path.split("/")[1:]
-            if path == EMBEDDING:
-                params = _replace(
-                    params, [*keys, "embedding"], lambda w, s=spec: quantize_matrix(w.T, s, method, options)
-                )
-            else:
-                params = _replace(params, [*keys, "kernel"], lambda w, s=spec: quantize_matrix(w, s, method, options))
+            keys = [*path.split("/")[1:], "embedding" if path == EMBEDDING else "kernel"]
+            params = _replace(params, keys, lambda w, p=path, s=spec: _packed(w, p, s, method, options))
     return params
+
+
+def _packed(weight: Array, path: str, spec: QuantSpec, method: str, options) -> QTensor:
+    tensor = quantize_matrix(weight.T if path == EMBEDDING else weight, spec, method, options)
+    if spec.scale_dtype == "float16" and not jnp.isfinite(tensor.scales).all():
+        raise UserError(f"{path}: weights too large for float16 scales; write scale_dtype bfloat16 or float32")
+    return tensor
 
 
 def _replace(tree: Params, keys: list[str], change) -> Params:

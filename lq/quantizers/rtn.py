@@ -111,11 +111,15 @@ def round_to_codes(grouped, scale, zero, spec: QuantSpec):
 
 
 def _stored(scale, spec: QuantSpec):
-    """The scale as it will be read back. A scale that underflows float16 to zero keeps the smallest normal number."""
+    """The scale as it will be read back.
+
+    None underflows to zero: the smallest, SMALLEST_RANGE / 255 = 3.9e-8, is nearer to the smallest float16, a subnormal
+    of 6.0e-8. On a device that flushes subnormals to zero such a scale becomes the smallest normal number.
+    """
     dtype = jnp.dtype(spec.scale_dtype)
-    tiny = float(jnp.finfo(dtype).tiny)
     stored = scale.astype(dtype).astype(jnp.float32)
-    return jnp.where(jnp.abs(stored) < tiny, jnp.where(scale < 0, -tiny, tiny), stored)
+    tiny = float(jnp.finfo(dtype).tiny)
+    return jnp.where(stored == 0, jnp.copysign(tiny, scale), stored)
 
 
 def _search_clip(grouped, real, scale, zero, spec: QuantSpec, convention: str):

@@ -10,7 +10,7 @@ import pytest
 from lq.errors import UserError
 from lq.numerics.qtensor import QTensor
 from lq.numerics.spec import QuantSpec
-from lq.quantizers.apply import quantize_matrix
+from lq.quantizers.apply import quantize_matrix, quantize_part
 from lq.quantizers.rtn import ASYMMETRIC, SYMMETRIC, RTNOptions, rtn
 
 GOLDEN = Path(__file__).parent.parent / "fixtures" / "quantizers" / "gptq_round_to_nearest.npz"
@@ -130,6 +130,42 @@ def test_zero_and_constant_groups(symmetric, scale_dtype):
     assert (got[:, 0] == 0).all()
     np.testing.assert_allclose(got[:, 1], 0.75, rtol=2.0**-7)
     assert np.abs(got[:, 2]).max() <= 1e-5
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("convention", SYMMETRIC + ASYMMETRIC)
+def test_small_weights_use_subnormal_float16_scales(convention, bits):
+    """Weights of 1e-4 need scales below the smallest normal float16, 6.1e-5."""
+    weight = np.random.default_rng(3).uniform(-1e-4, 1e-4, (64, 16)).astype(np.float32)
+    error = {}
+    for dtype in ("float16", "float32"):
+        spec = QuantSpec(bits=bits, group_size=64, symmetric=convention in SYMMETRIC, scale_dtype=dtype)
+        error[dtype] = np.abs(dequantized(weight, spec, convention=convention, clip="none") - weight).max()
+    # A scale off by half of 2^-24 moves the farthest code by that many times 2^bits, and a weight to the next code.
+    step = 2e-4 / (2**bits - 1)
+    assert error["float16"] <= error["float32"] + step / 2 + 2**bits * 2.0**-25
+
+
+@pytest.mark.parametrize("convention", SYMMETRIC + ASYMMETRIC)
+@pytest.mark.parametrize("scale_dtype", ["bfloat16", "float16", "float32"])
+def test_no_scale_underflows_to_zero(convention, scale_dtype):
+    weight = np.asarray([0.0, 1e-9, -1e-6, 1e-5] * 8, np.float32)[:, None] * np.asarray([0.0, 1e-3, 1.0], np.float32)
+    spec = QuantSpec(bits=8, group_size=32, symmetric=convention in SYMMETRIC, scale_dtype=scale_dtype)
+    tensor = quantize_matrix(jnp.asarray(weight), spec, "rtn", RTNOptions(convention=convention))
+    scales = np.asarray(tensor.scales, np.float32)
+    assert (scales != 0).all()
+    assert np.abs(scales).max() < 2e-7, "and none is raised to the smallest normal float16"
+
+
+def test_a_weight_too_large_for_float16_scales_is_named():
+    params = {"mlp": {"up_proj": {"kernel": jnp.full((32, 4), 3e5)}}}
+    for dtype in ("bfloat16", "float32"):
+        specs = {"block_2/mlp/up_proj": QuantSpec(bits=2, group_size=32, scale_dtype=dtype)}
+        packed = quantize_part(params, "block_2", specs, "rtn", RTNOptions())
+        np.testing.assert_allclose(np.asarray(packed["mlp"]["up_proj"]["kernel"].dequantize()), 3e5, rtol=2.0**-8)
+    specs = {"block_2/mlp/up_proj": QuantSpec(bits=2, group_size=32, scale_dtype="float16")}
+    with pytest.raises(UserError, match=r"block_2/mlp/up_proj: weights too large for float16 scales; write .* bfloat16"):
+        quantize_part(params, "block_2", specs, "rtn", RTNOptions())
 
 
 def test_the_short_last_group_has_its_own_range():
