@@ -99,6 +99,20 @@ def generate(
     return [row[:count].tolist() for row, count in zip(np.asarray(new), np.asarray(counts), strict=True)]
 
 
+def decode_continuation(tokenizer, prompt: Sequence[int], new: Sequence[int]) -> str:
+    """The text that the tokens `new` add to those of `prompt`, special tokens left out.
+
+    It is what the text of both has beyond the prompt's: decoded on its own, a continuation would lose its first space
+    to tokenizers in SentencePiece's manner, which write a word's space into the word. Where the prompt's text is not
+    the beginning of the whole (a character cut in two by the prompt's end), `new` is decoded on its own.
+    """
+    before = tokenizer.decode(prompt, skip_special_tokens=True)
+    whole = tokenizer.decode([*prompt, *new], skip_special_tokens=True)
+    if whole.startswith(before):
+        return whole[len(before) :]
+    return tokenizer.decode(new, skip_special_tokens=True)
+
+
 class _Progress(NamedTuple):
     """What the decoding loop carries."""
 

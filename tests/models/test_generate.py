@@ -8,7 +8,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from lq.errors import UserError
 from lq.models.decoder import Decoder
-from lq.models.generate import Sampling, _run, generate, sample
+from lq.models.generate import Sampling, _run, decode_continuation, generate, sample
 from lq.models.loading import open_checkpoint
 from lq.numerics.qtensor import QTensor
 from lq.numerics.spec import QuantSpec
@@ -158,6 +158,38 @@ def test_frequencies_follow_the_temperature():
     tokens = np.asarray(jax.vmap(lambda key: sample(LOGITS, key, sampling))(keys))
     squared = np.asarray([0.01, 0.16, 0.04, 0.09])
     np.testing.assert_allclose(np.bincount(tokens) / tokens.size, squared / squared.sum(), atol=0.015)
+
+
+# From tokens back to text
+
+
+def tokenizer_of(vocabulary, decoder):
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(vocabulary)}, unk_token="<unk>"))
+    tokenizer.decoder = decoder
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+def test_a_continuation_keeps_the_space_it_begins_with():
+    from tokenizers import decoders
+
+    tokenizer = tokenizer_of(["<s>", "</s>", "<unk>", "▁the", "▁cat", "s", "▁sat"], decoders.Metaspace())
+    assert tokenizer.decode([4, 5]) == "cats", "this decoder drops a text's first space"
+    assert decode_continuation(tokenizer, [0, 3], [4, 5, 6, 1]) == " cats sat"
+    assert decode_continuation(tokenizer, [0, 3, 4], [5, 6]) == "s sat"
+    assert decode_continuation(tokenizer, [0], [3, 4]) == "the cat"
+    assert decode_continuation(tokenizer, [0, 3], [1]) == ""
+
+
+def test_a_continuation_of_half_a_character_is_decoded_on_its_own():
+    from tokenizers import decoders
+
+    tokenizer = tokenizer_of(["<s>", "</s>", "<unk>", "a", "Ã", "©", "Ġb"], decoders.ByteLevel())
+    assert tokenizer.decode([3, 4, 5]) == "aé"
+    assert decode_continuation(tokenizer, [3], [4, 5, 6]) == "é b"
+    assert decode_continuation(tokenizer, [3, 4], [5, 6]) == "\ufffd b"
 
 
 # Mistakes
