@@ -3,13 +3,15 @@
 A run directory holds everything about it and can be resumed:
 
     config.yaml      the config, every default filled in
-    run.json         which config, model and tokens it belongs to; a directory of another experiment is refused
+    run.json         which config, model and tokens it belongs to; a directory of another experiment is refused. And the
+                     seconds and the peak memory of all sessions so far: an interrupted run has several
     scores/*.json    one per order
-    plans/*.json     one per evaluated plan
+    plans/*.json     one per plan, also where two orders give the same
     rows.jsonl       one line per evaluated model, appended as soon as it is measured
     results.json, report.html, report.png, results.csv
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -21,21 +23,22 @@ import numpy as np
 
 from lq.assets import resolve_data, resolve_model
 from lq.atomic import write_text
-from lq.calibration.data import calibration_windows, evaluation_windows
+from lq.calibration.data import Windows, calibration_windows, evaluation_windows
+from lq.calibration.stream import check_context
 from lq.errors import UserError
-from lq.evaluation import Reference, evaluate, make_reference
-from lq.importance import Scores, reverse, score
+from lq.evaluation import Reference, evaluate, make_reference, scored_targets
+from lq.importance import METRICS, Scores, reverse, score
 from lq.models.fingerprint import fingerprint
 from lq.models.loading import load_tokenizer, open_checkpoint
 from lq.models.matrices import parameter_count
-from lq.models.source import ParameterSource
 from lq.progress import Progress
 from lq.quantizers import QUANTIZERS, PlannedSource
 from lq.runs.candidates import Candidate, base_spec, candidates, check_orders_and_budgets, orders_of
 from lq.runs.conclusion import conclude, is_score
 from lq.runs.config import Experiment, Order, dump_experiment
-from lq.runs.environment import describe_environment
+from lq.runs.environment import describe_environment, peak_memory_bytes
 from lq.runs.results import Results, Row
+from lq.runs.weighed import Weighed
 
 CACHE_LIMIT = 2_000_000_000  # bytes of bfloat16 weights up to which packed parts are kept between candidates
 
@@ -54,7 +57,6 @@ def run_experiment(
     Raises:
       UserError: the directory is of another experiment, or holds this one and neither `resume` nor `overwrite` is set.
     """
-    started = time.perf_counter()
     run = Run(experiment, progress or Progress(quiet=True))
     run.claim_directory(resume, overwrite)
     scores = run.scores()
@@ -62,7 +64,8 @@ def run_experiment(
     for pattern in dict.fromkeys(p for c in todo if c.plan for p in c.plan.provenance.get("unused_pins", [])):
         run.progress.note(f"pin {pattern!r} matches no matrix")
     rows = run.measure_all(todo)
-    results = run.results(scores, rows, time.perf_counter() - started)
+    run.write_record()
+    results = run.results(scores, rows)
     results.write(run.directory / "results.json")
     from lq.runs.report import write_report
 
@@ -74,36 +77,42 @@ class Run:
     """The state of one experiment: what is open and where it is kept."""
 
     def __init__(self, experiment: Experiment, progress: Progress):
+        self.started = time.perf_counter()
         self.experiment, self.progress = experiment, progress
         self.directory = Path(experiment.output)
         self.source = open_checkpoint(resolve_model(experiment.model))
         self.fingerprint = fingerprint(self.source)
-        tokenizer = load_tokenizer(self.source.path)
-        c, e, q = experiment.calibration, experiment.evaluation, experiment.quantization
-        data = resolve_data(c.data, "calibration")
-        self.calibration = calibration_windows(tokenizer, data, c.samples, c.length, c.seed)
-        data = resolve_data(e.data, "evaluation")
-        self.windows = evaluation_windows(tokenizer, data, e.window, stride=e.stride, limit=e.windows)
+        check_orders_and_budgets(experiment, self.source.config)
+        self.calibration, self.windows = self._cut_windows()
+        q = experiment.quantization
         self.options = QUANTIZERS.options(q.method, q.options)
         if check := QUANTIZERS[q.method].check:
             check(self.options, base_spec(experiment))
         self.packed = {} if 2 * parameter_count(self.source.config) < CACHE_LIMIT else None
-        check_orders_and_budgets(experiment, self.source.config)
+        self.earlier: dict = {}  # what run.json held when this session began
+
+    def _cut_windows(self) -> tuple[Windows | None, Windows]:
+        """Calibration windows, where an order needs them, and those to evaluate on."""
+        c, e, config = self.experiment.calibration, self.experiment.evaluation, self.source.config
+        needed = any("calibration" in METRICS[order.metric].needs for order in orders_of(self.experiment))
+        if needed:
+            check_context(config, c.length, "calibration.length")
+        check_context(config, e.window, "evaluation.window")
+        tokenizer = load_tokenizer(self.source.path)
+        calibration = None
+        if needed:
+            data = resolve_data(c.data, "calibration")
+            calibration = calibration_windows(tokenizer, data, c.samples, c.length, c.seed)
+        data = resolve_data(e.data, "evaluation")
+        return calibration, evaluation_windows(tokenizer, data, e.window, stride=e.stride, limit=e.windows)
 
     def claim_directory(self, resume: bool, overwrite: bool) -> None:
         """Makes the run directory this experiment's, or says why it cannot be."""
-        config = self.experiment.model_dump(exclude={"output", "title"})
-        text = json.dumps([config, self.fingerprint, self.calibration.fingerprint, self.windows.fingerprint])
-        title = self.experiment.title
-        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-        identity = {"experiment": digest, "model": self.fingerprint, "title": title}
-        record = self.directory / "run.json"
+        identity = self._identity()
+        record, found = self.directory / "run.json", {}
         if (self.directory / "rows.jsonl").exists() and record.exists():
-            try:
-                found = json.loads(record.read_text())
-            except json.JSONDecodeError:
-                raise UserError(f"{record}: damaged; remove {self.directory} or give another output") from None
-            if overwrite and found.get("title") != title:
+            found = _read_record(record)
+            if overwrite and found.get("title") != identity["title"]:
                 raise UserError(f"{self.directory}: a run of another experiment; give another output or remove it")
             if not overwrite and found.get("model") != identity["model"]:
                 raise UserError(f"{self.directory}: a run of another model; give another output or remove it")
@@ -117,8 +126,28 @@ class Run:
             raise UserError(f"{self.directory}: not empty, and no run of lq; give another output")
         if overwrite:
             (self.directory / "rows.jsonl").unlink(missing_ok=True)
-        write_text(record, json.dumps(identity))
+            found = {}
+        self.earlier = found
+        self.write_record()
         write_text(self.directory / "config.yaml", dump_experiment(self.experiment))
+
+    def _identity(self) -> dict:
+        """What tells this experiment from any other. The title and where it is written do not."""
+        config = self.experiment.model_dump(exclude={"output", "title"})
+        calibration = self.calibration.fingerprint if self.calibration else None
+        text = json.dumps([config, self.fingerprint, calibration, self.windows.fingerprint])
+        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+        return {"experiment": digest, "model": self.fingerprint, "title": self.experiment.title}
+
+    def taken(self) -> dict:
+        """Time and memory so far, of the sessions before this one too."""
+        return {
+            "seconds": self.earlier.get("seconds", 0.0) + time.perf_counter() - self.started,
+            "peak_memory_bytes": max(self.earlier.get("peak_memory_bytes", 0), peak_memory_bytes()),
+        }
+
+    def write_record(self) -> None:
+        write_text(self.directory / "run.json", json.dumps({**self._identity(), **self.taken()}))
 
     def scores(self) -> dict[tuple[str, int | None], Scores]:
         """Every order of the config, computed once; keys are (order name, seed)."""
@@ -144,13 +173,20 @@ class Run:
     def measure_all(self, todo: list[Candidate]) -> list[Row]:
         """A row for every candidate, in order; those that `rows.jsonl` holds are not measured again."""
         file = self.directory / "rows.jsonl"
-        done = {row.name: row for row in _read_rows(file)}
+        kept, damaged = _read_rows(file)
+        if damaged:
+            self.progress.note(
+                f"{file}: {damaged} damaged line{'s' if damaged > 1 else ''} left out and measured again"
+            )
+        done = {row.name: row for row in kept}
         same: dict[tuple | None, Row] = {}  # two candidates of equal specs are one model, measured once
         reference = None
         with self.progress.stage("evaluate", len(todo)) as step:
             for candidate in todo:
                 specs = None if candidate.plan is None else tuple(candidate.plan.specs.items())
                 if candidate.name not in done:
+                    if candidate.plan is not None:
+                        candidate.plan.write(self.directory / "plans" / f"{candidate.name.replace(' ', '_')}.json")
                     if specs in same:
                         row = _renamed(same[specs], candidate)
                     else:
@@ -158,6 +194,7 @@ class Run:
                         row = self._measure(candidate, reference)
                     done[candidate.name] = row
                     _append(file, json.dumps(dataclasses.asdict(row)))
+                    self.write_record()
                 same.setdefault(specs, done[candidate.name])
                 step(f"{candidate.name}: perplexity {done[candidate.name].perplexity:.4g}")
         return [done[candidate.name] for candidate in todo]
@@ -169,12 +206,10 @@ class Run:
     def _measure(self, candidate: Candidate, reference: Reference) -> Row:
         """Quantizes and evaluates one candidate, packed."""
         started = time.perf_counter()
-        e, plan = self.experiment.evaluation, candidate.plan
-        source: ParameterSource = self.source
+        x, e, plan = self.experiment, self.experiment.evaluation, candidate.plan
+        source = weighed = Weighed(self.source)
         if plan is not None:
-            plan.write(self.directory / "plans" / f"{candidate.name.replace(' ', '_')}.json")
-            method = self.experiment.quantization.method
-            source = PlannedSource(self.source, plan.specs, method, self.options, self.packed)
+            source = PlannedSource(self.source, plan.specs, x.quantization.method, self.options, self.packed)
         result = evaluate(
             source,
             self.windows,
@@ -183,16 +218,17 @@ class Run:
             batch_size=e.batch_size,
             dtype=_dtype(e.dtype),
         )
+        dense_bits = weighed.bits_per_weight(x.allocation.count) if plan is None else 0.0
         return Row(
             name=candidate.name,
             group=candidate.group,
             order=candidate.order,
             seed=candidate.seed,
             target_bpw=candidate.target_bpw,
-            code_bits=16.0 if plan is None else plan.code_bits,
-            bpw=16.0 if plan is None else plan.bpw,
+            code_bits=dense_bits if plan is None else plan.code_bits,
+            bpw=dense_bits if plan is None else plan.bpw,
             bytes_on_disk=None,
-            bytes_on_device=2 * parameter_count(self.source.config) if plan is None else plan.nbytes,
+            bytes_on_device=weighed.nbytes if plan is None else plan.nbytes,
             perplexity=result.perplexity,
             kl=result.kl,
             top1=result.top1,
@@ -200,15 +236,14 @@ class Run:
             seconds=time.perf_counter() - started,
         )
 
-    def results(self, scores: dict, rows: list[Row], seconds: float) -> Results:
+    def results(self, scores: dict, rows: list[Row]) -> Results:
         """Everything the report needs."""
-        x, config = self.experiment, self.source.config
-        tokens = int(self.windows.tokens.size)
-        a, q = x.allocation, x.quantization
+        x, config, calibration = self.experiment, self.source.config, self.calibration
+        a, q, taken = x.allocation, x.quantization, self.taken()
         counted = "the blocks' matrices" if a.count == "blocks" else "the blocks' matrices, embedding and head"
         tables = f"embedding {a.embedding_bits} bits, head {a.head_bits} bits"
         seeds = {
-            "calibration": x.calibration.seed,
+            "calibration": x.calibration.seed if calibration else None,
             "random orders": sorted({r.seed for r in rows if r.seed is not None}),
         }
         return Results(
@@ -225,9 +260,9 @@ class Run:
                 "windows": len(self.windows.tokens),
                 "window": x.evaluation.window,
                 "stride": x.evaluation.stride or x.evaluation.window,
-                "tokens": tokens,
+                "scored tokens": int(scored_targets(self.windows, x.evaluation.stride).sum()),
                 "dtype": x.evaluation.dtype,
-                "calibration": f"{Path(self.calibration.source).name}, {self.calibration.how}",
+                "calibration": f"{Path(calibration.source).name}, {calibration.how}" if calibration else None,
             },
             quantizer={
                 "method": q.method,
@@ -239,7 +274,7 @@ class Run:
                 "bits": list(a.bits),
                 "counted in bits per weight": f"{counted}; {tables}",
             },
-            environment=describe_environment(seconds, seeds),
+            environment=describe_environment(taken["seconds"], taken["peak_memory_bytes"], seeds),
             scores={order: tuple(s.values.values()) for (order, _), s in scores.items() if is_score(order)},
             rows=tuple(rows),
             conclusion=conclude(rows),
@@ -264,19 +299,31 @@ def _dtype(name: str) -> np.dtype:
     return jnp.dtype(name)
 
 
-def _read_rows(file: Path) -> list[Row]:
-    """Rows measured so far. A last line cut short by a crash is dropped: that model is measured again."""
+def _read_record(file: Path) -> dict:
+    """Raises UserError unless `file` holds a JSON object."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(f"{file}: damaged; remove {file.parent} or give another output")
+    return found
+
+
+def _read_rows(file: Path) -> tuple[list[Row], int]:
+    """Rows measured so far, and how many lines hold none: those are dropped, and their models measured again.
+
+    A crash cuts the last line short; a disk or an editor may have damaged any.
+    """
     if not file.exists():
-        return []
+        return [], 0
     rows = []
-    for line in file.read_text().splitlines():
-        try:
-            fields = json.loads(line)
-        except json.JSONDecodeError:
-            break
-        rows.append(Row.from_dict(fields))
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    for line in lines:
+        with contextlib.suppress(json.JSONDecodeError, KeyError, TypeError):
+            rows.append(Row.from_dict(json.loads(line)))
     write_text(file, "".join(json.dumps(dataclasses.asdict(row)) + "\n" for row in rows))
-    return rows
+    return rows, len(lines) - len(rows)
 
 
 def _append(file: Path, line: str) -> None:

@@ -48,9 +48,9 @@ class Results:
 
     title: str
     model: dict  # name, family, blocks, parameters, dtype
-    protocol: dict  # corpus, window, stride, tokens: how perplexity was measured
+    protocol: dict  # corpus, window, stride, scored tokens: how perplexity was measured
     quantizer: dict  # method, options, group size, symmetric, scale dtype; what is counted
-    environment: dict  # versions, device, python, seeds, wall seconds, peak memory
+    environment: dict  # versions, device, seeds; wall seconds and peak memory over all sessions of the run
     scores: dict[str, tuple[float, ...]]  # metric -> value per block, canonical direction: larger deserves more bits
     rows: tuple[Row, ...]
     conclusion: str  # one sentence, computed from the rows

@@ -6,12 +6,13 @@ from pathlib import Path
 import jax.numpy as jnp
 
 from lq.api import evaluation_windows, open_model
+from lq.calibration.stream import check_context
 from lq.checkpoint import QuantizedCheckpoint
 from lq.errors import UserError
 from lq.evaluation import evaluate, make_reference
 from lq.models.loading import load_tokenizer
-from lq.models.matrices import parameter_count
 from lq.runs.environment import device_name, peak_memory_bytes, versions
+from lq.runs.weighed import Weighed
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -31,20 +32,28 @@ def evaluate_one(
         raise UserError(f"--dtype {dtype}: write {', '.join(DTYPES)}")
     started = time.perf_counter()
     source = open_model(model)
+    reference_source = None if original is None else open_model(original)
+    check_context(source.config, window)
+    if reference_source is not None and reference_source.config.vocab_size != source.config.vocab_size:
+        raise UserError(
+            f"--original {original}: a vocabulary of {reference_source.config.vocab_size} tokens, that of {model} has "
+            f"{source.config.vocab_size}; give the model it was made of"
+        )
     windows = evaluation_windows(load_tokenizer(source.path), data, length=window, stride=stride, limit=limit)
     reference = None
-    if original is not None:
-        reference = make_reference(open_model(original), windows, batch_size=batch_size, dtype=jnp.dtype(dtype))
-    result = evaluate(
-        source, windows, stride=stride, reference=reference, batch_size=batch_size, dtype=jnp.dtype(dtype)
-    )
+    if reference_source is not None:
+        reference = make_reference(reference_source, windows, batch_size=batch_size, dtype=jnp.dtype(dtype))
     quantized = isinstance(source, QuantizedCheckpoint)
+    judged = source if quantized else Weighed(source)
+    result = evaluate(
+        judged, windows, stride=stride, reference=reference, batch_size=batch_size, dtype=jnp.dtype(dtype)
+    )
     facts = {
         "model": model,
-        "bits per weight": source.plan.bpw if quantized else 16.0,
-        "code bits": source.plan.code_bits if quantized else 16.0,
+        "bits per weight": source.plan.bpw if quantized else judged.bits_per_weight(),
+        "code bits": source.plan.code_bits if quantized else judged.bits_per_weight(),
         "bytes on disk": sum(file.stat().st_size for file in source.path.glob("*.safetensors")),
-        "bytes on device": source.plan.nbytes if quantized else 2 * parameter_count(source.config),
+        "bytes on device": source.plan.nbytes if quantized else judged.nbytes,
         "perplexity": result.perplexity,
         "corpus": Path(result.corpus).name,
         "protocol": result.protocol,

@@ -2,12 +2,17 @@
 
 import csv
 import json
+import time
 
+import jax.numpy as jnp
 import pytest
+from small_models import llama_config, random_params, write_directory
 
 from lq.errors import UserError
+from lq.models.matrices import parameter_count
+from lq.progress import Progress
 from lq.runs.config import Experiment
-from lq.runs.experiment import run_experiment
+from lq.runs.experiment import Run, run_experiment
 from lq.runs.results import Results
 
 
@@ -27,6 +32,13 @@ def experiment_for(small_model, text_file, out, **changes):
         "moves": {"high": 4, "low": 2, "orders": ["lim"]},
     }
     return Experiment.model_validate({**config, **changes})
+
+
+def copy_run(source, target):
+    """The record of a run, so that it can be resumed elsewhere."""
+    target.mkdir()
+    for name in ("run.json", "config.yaml", "rows.jsonl"):
+        (target / name).write_bytes((source / name).read_bytes())
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +70,18 @@ def test_the_run_directory_holds_everything(finished):
     assert Results.read(out / "results.json") == results
     with (out / "results.csv").open() as f:
         assert len(list(csv.DictReader(f))) == len(results.rows)
+
+
+def test_every_plan_is_a_file_where_two_are_the_same_model_too(finished):
+    names = {row.name for row in finished[2].rows if row.group != "original"}
+    assert {file.stem for file in (finished[0] / "plans").iterdir()} == {name.replace(" ", "_") for name in names}
+
+
+def test_the_protocol_counts_the_scored_tokens(finished, small_model, text_file, tmp_path):
+    assert finished[2].protocol["scored tokens"] == 4 * 31  # the first of a window is not predicted
+    evaluation = {"data": str(text_file), "window": 32, "stride": 8, "windows": 4, "batch_size": 4}
+    run = Run(experiment_for(small_model, text_file, tmp_path / "r", evaluation=evaluation), Progress(quiet=True))
+    assert run.results({}, []).protocol["scored tokens"] == 31 + 3 * 8
 
 
 def test_rows_are_the_sweep(finished):
@@ -109,15 +133,119 @@ def test_a_foreign_directory_is_refused(small_model, text_file, tmp_path):
 def test_a_killed_run_resumes_to_the_same_numbers(finished, small_model, text_file, tmp_path):
     out, _, results = finished
     experiment = experiment_for(small_model, text_file, tmp_path / "r")
-    (tmp_path / "r").mkdir()
-    for name in ("run.json", "config.yaml"):
-        (tmp_path / "r" / name).write_bytes((out / name).read_bytes())
+    copy_run(out, tmp_path / "r")
     lines = (out / "rows.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "r" / "rows.jsonl").write_text("".join(lines[:5]) + lines[5][:20])  # killed while writing a line
     resumed = run_experiment(experiment, resume=True)
     assert [row.name for row in resumed.rows] == [row.name for row in results.rows]
     assert [row.perplexity for row in resumed.rows] == [row.perplexity for row in results.rows]
     assert [row.seconds for row in resumed.rows[:5]] == [row.seconds for row in results.rows[:5]]
+
+
+@pytest.fixture
+def measured_again(finished, monkeypatch):
+    """Names of the models that are measured; the numbers are those of the finished run."""
+    names = []
+    rows = {row.name: row for row in finished[2].rows}
+
+    def measure(run, candidate, reference):
+        names.append(candidate.name)
+        return rows[candidate.name]
+
+    monkeypatch.setattr(Run, "_measure", measure)
+    monkeypatch.setattr(Run, "_reference", lambda run: "reference")
+    return names
+
+
+@pytest.mark.parametrize(
+    "line", [b'{"name": "unif', b"{}", b"[]", b"null", b'"text"', b"\xff\x00", b'{"name": "x"}', b""]
+)
+def test_a_damaged_line_costs_its_own_row_and_no_other(
+    finished, measured_again, small_model, text_file, tmp_path, line, capsys
+):
+    out, _, results = finished
+    copy_run(out, tmp_path / "r")
+    lines = (out / "rows.jsonl").read_bytes().splitlines()
+    lost = json.loads(lines[1])["name"]
+    (tmp_path / "r" / "rows.jsonl").write_bytes(b"\n".join([lines[0], line, *lines[2:]]) + b"\n")
+    resumed = run_experiment(experiment_for(small_model, text_file, tmp_path / "r"), resume=True, progress=Progress())
+    assert resumed.rows == results.rows
+    assert measured_again == [lost]
+    assert "rows.jsonl: 1 damaged line left out and measured again" in capsys.readouterr().err
+    assert len((tmp_path / "r" / "rows.jsonl").read_text().splitlines()) == len(lines)
+
+
+@pytest.mark.parametrize("content", [b"[]", b"3", b"null", b"{", b"\xff"])
+def test_a_damaged_record_is_one_line(finished, small_model, text_file, tmp_path, content):
+    copy_run(finished[0], tmp_path / "r")
+    (tmp_path / "r" / "run.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"run\.json: damaged; remove .* or give another output"):
+        run_experiment(experiment_for(small_model, text_file, tmp_path / "r"), resume=True)
+
+
+def test_time_and_memory_are_those_of_all_sessions(finished, measured_again, small_model, text_file, tmp_path):
+    out = tmp_path / "r"
+    copy_run(finished[0], out)
+    record = json.loads((out / "run.json").read_text())
+    assert 0 < record["seconds"] == pytest.approx(finished[2].environment["wall_seconds"], abs=5)
+    (out / "run.json").write_text(json.dumps({**record, "seconds": 5000.0, "peak_memory_bytes": 10**15}))
+    resumed = run_experiment(experiment_for(small_model, text_file, out), resume=True)
+    assert 5000 < resumed.environment["wall_seconds"] < 6000
+    assert resumed.environment["peak_memory_bytes"] == 10**15
+    again = run_experiment(experiment_for(small_model, text_file, out), overwrite=True)
+    assert again.environment["wall_seconds"] < 1000, "measured anew, counted anew"
+
+
+def test_an_interrupted_session_leaves_its_time(finished, small_model, text_file, tmp_path, monkeypatch):
+    def interrupted(run, candidate, reference):
+        if candidate.name != "original":
+            raise KeyboardInterrupt
+        return finished[2].rows[0]
+
+    monkeypatch.setattr(Run, "_measure", interrupted)
+    monkeypatch.setattr(Run, "_reference", lambda run: time.sleep(0.5))
+    with pytest.raises(KeyboardInterrupt):
+        run_experiment(experiment_for(small_model, text_file, tmp_path / "r"))
+    assert json.loads((tmp_path / "r" / "run.json").read_text())["seconds"] > 0.5
+
+
+def test_without_a_score_that_needs_it_no_calibration_text_is_read(small_model, text_file, tmp_path):
+    changes = {"calibration": {"data": "none.txt", "length": 10_000}, "moves": None, "baselines": {}}
+    allocation = {"budgets": [3.0], "orders": ["zd", {"metric": "random", "options": {"seed": 7}}]}
+    results = run_experiment(experiment_for(small_model, text_file, tmp_path / "r", allocation=allocation, **changes))
+    assert [row.name for row in results.rows] == ["original", "zd @ 3", "random 7 @ 3"]
+    assert results.protocol["calibration"] is None
+    assert results.environment["seeds"] == {"calibration": None, "random orders": [7]}
+    assert "calibration" not in (tmp_path / "r" / "report.html").read_text()
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_the_original_is_as_large_as_it_is_stored(text_file, tmp_path, dtype):
+    config = llama_config(1)
+    model = write_directory(tmp_path / "model", config, random_params(config, dtype=dtype))
+    evaluation = {"data": str(text_file), "window": 32, "windows": 2}
+    (row,) = run_experiment(
+        Experiment.model_validate({"model": str(model), "output": str(tmp_path / "r"), "evaluation": evaluation})
+    ).rows
+    itemsize = jnp.dtype(dtype).itemsize
+    assert row.bpw == row.code_bits == 8 * itemsize
+    assert row.bytes_on_device == itemsize * parameter_count(config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"evaluation": {"data": "none.txt", "window": 129}},
+            "evaluation.window of 129 tokens: the model's context is 128",
+        ),
+        ({"calibration": {"data": "none.txt", "length": 129}}, "calibration.length of 129 tokens: the model's context"),
+    ],
+)
+def test_windows_beyond_the_context_stop_before_anything_is_read(small_model, text_file, tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        run_experiment(experiment_for(small_model, text_file, tmp_path / "r", **changes))
+    assert not (tmp_path / "r").exists()
 
 
 def test_an_impossible_budget_stops_before_anything_is_evaluated(small_model, text_file, tmp_path):
