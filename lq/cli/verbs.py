@@ -233,21 +233,23 @@ def generate(
 ) -> None:
     """Continues a prompt."""
     from lq.api import load
+    from lq.models.generate import decode_continuation
     from lq.models.generate import generate as continue_prompts
 
     decoder, params, tokenizer = load(model)
+    prompts = [tokenizer(text)["input_ids"] for text in prompt]
     continuations = continue_prompts(
         decoder,
         params,
-        [tokenizer(text)["input_ids"] for text in prompt],
+        prompts,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
         seed=seed,
     )
-    for text, ids in zip(prompt, continuations, strict=True):
-        print(text + tokenizer.decode(ids, skip_special_tokens=True))
+    for text, ids, new in zip(prompt, prompts, continuations, strict=True):
+        print(text + decode_continuation(tokenizer, ids, new))
 
 
 @command
