@@ -103,7 +103,7 @@ def _activation(c, key: str) -> Activation:
     return ACTIVATIONS[name]
 
 
-def eos_token_ids(value: int | Sequence[int] | None) -> tuple[int, ...]:
+def eos_token_ids(value: Any) -> tuple[int, ...]:
     """`eos_token_id` as released: one id, a list, or null. Raises UserError for anything else."""
     ids = [] if value is None else value if isinstance(value, list | tuple) else [value]
     for i in ids:
