@@ -137,7 +137,8 @@ def save(
       method, options: the quantizer that was used, for the record.
 
     Raises:
-      UserError: `out` is not empty, or the plan is for matrices of other shapes.
+      UserError: `out` is not empty, the plan is for matrices of other shapes, or `original` is itself quantized.
+      RuntimeError: `qparams` are not packed as the plan says.
     """
     _check_fits(plan, model)
     description = open_checkpoint(resolve_model(str(original))).path

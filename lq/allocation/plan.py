@@ -104,6 +104,11 @@ class Plan:
     def from_dict(cls, data: dict) -> "Plan":
         specs = [QuantSpec.from_dict(fields) for fields in data["specs"]]
         entries = data["matrices"]
+        for path, (number, _) in entries.items():
+            if number is not None and (type(number) is not int or not 0 <= number < len(specs)):
+                raise ValueError(f"matrices: {path}: no spec {number!r}")
+        if data["count"] not in ("blocks", "all") or type(data["other_weights"]) is not int:
+            raise ValueError(f"count {data['count']!r}, other_weights {data['other_weights']!r}")
         return cls(
             specs={path: specs[number] for path, (number, _) in entries.items() if number is not None},
             shapes={path: tuple(shape) for path, (_, shape) in entries.items()},

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 import math
 
 import numpy as np
@@ -233,3 +234,13 @@ def test_other_files_are_no_plans(tmp_path, text):
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(UserError, match="not a plan"):
         Plan.read(tmp_path / "x.json")
+
+
+@pytest.mark.parametrize(
+    "damage", [{"count": "some"}, {"other_weights": "3"}, {"matrices": {"embed/tokens": [-1, [4, 4]]}}, {"specs": 3}]
+)
+def test_a_damaged_plan_is_one_line(tmp_path, damage):
+    file = tmp_path / "plan.json"
+    file.write_text(json.dumps({**allocate(SCORES, bpw=3.0).to_dict(), **damage}))
+    with pytest.raises(UserError, match=r"plan\.json: not a plan"):
+        Plan.read(file)
