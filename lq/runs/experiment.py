@@ -243,8 +243,8 @@ class Run:
         counted = "the blocks' matrices" if a.count == "blocks" else "the blocks' matrices, embedding and head"
         tables = f"embedding {a.embedding_bits} bits, head {a.head_bits} bits"
         seeds = {
-            "calibration": x.calibration.seed if calibration else None,
-            "random orders": sorted({r.seed for r in rows if r.seed is not None}),
+            "calibration seed": x.calibration.seed if calibration else None,
+            "seeds of random orders": sorted({r.seed for r in rows if r.seed is not None}),
         }
         return Results(
             title=x.title,

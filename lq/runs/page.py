@@ -3,11 +3,11 @@
 from html import escape
 
 _CSS = """
-:root { --ink: #1d2126; --muted: #686e76; --grid: #e1e4e8; --paper: #fefefe;
+:root { --ink: #1d2126; --muted: #686e76; --grid: #e1e4e8; --shade: #dde1e6; --paper: #fefefe;
   --sans: system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", Arial, sans-serif;
   color-scheme: light dark; }
 @media (prefers-color-scheme: dark) {
-  :root { --ink: #e4e7ea; --muted: #9aa2ab; --grid: #32383f; --paper: #14171a; }
+  :root { --ink: #e4e7ea; --muted: #9aa2ab; --grid: #32383f; --shade: #3a4149; --paper: #14171a; }
 }
 * { box-sizing: border-box; }
 html { -webkit-text-size-adjust: 100%; text-size-adjust: 100%; }
@@ -32,16 +32,20 @@ dd { margin: 0; }
 dd span { display: inline-block; margin-right: 1.1em; }
 dd i { color: var(--muted); font-style: normal; }
 
-.scroll { overflow-x: auto; margin-bottom: .7rem; }
-table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; line-height: 1.35;
-  width: 100%; border: solid var(--ink); border-width: 1.5px 0; }
+/* A shade at the right edge while there is more to scroll to; its cover travels with the end of the table. */
+.scroll { overflow-x: auto; margin-bottom: .7rem; border: solid var(--ink); border-width: 1.5px 0;
+  background: linear-gradient(var(--paper), var(--paper)) right / 1rem 100% no-repeat local,
+    linear-gradient(to left, var(--shade), transparent) right / 1rem 100% no-repeat; }
+table { border-collapse: separate; border-spacing: 0; width: 100%; font-size: .875rem; line-height: 1.35;
+  font-variant-numeric: tabular-nums; }
 th, td { padding: .28rem 0 .28rem 1.1rem; text-align: right; vertical-align: baseline; white-space: nowrap;
   font-weight: 400; }
 th:first-child { text-align: left; padding-left: 0; position: sticky; left: 0; background: var(--paper); }
 thead th { vertical-align: bottom; border-bottom: 1px solid var(--ink); }
 thead abbr { text-decoration: none; }
-.group th { padding-top: .75rem; font-weight: 600; }
-tbody + tbody .group th { border-top: 1px solid var(--grid); }
+.group th:first-child { padding-top: .75rem; font-weight: 600; position: static; background: none; }
+.group span { display: inline-block; position: sticky; left: 0; }
+tbody:not(:last-child) tr:last-child > * { border-bottom: 1px solid var(--grid); }
 .best th, .best td { font-weight: 650; }
 .best small { color: var(--muted); font-weight: 400; }
 td small { color: var(--muted); display: block; }
@@ -63,7 +67,7 @@ figcaption { margin-top: .5rem; }
   th, td { padding-left: .7rem; }
   thead th { white-space: normal; }
   table { font-size: .8125rem; }
-  tbody th:first-child { min-width: 7.25rem; max-width: 11rem; white-space: normal; }
+  tbody th:first-child { min-width: 8.5rem; max-width: 11rem; white-space: normal; }
   .group th:first-child { max-width: none; white-space: nowrap; }
 }
 @media print {

@@ -31,7 +31,7 @@ from lq.runs.summary import (
     sections,
     sweep_curves,
 )
-from lq.runs.tables import COLUMNS, csv_text
+from lq.runs.tables import Column, base_perplexity, csv_text, filled_columns
 
 _KL_CAPTION = "The same for the KL divergence from the original, per token."
 
@@ -148,26 +148,28 @@ def _bits_caption(run: Results) -> str:
 
 
 def _table(run: Results, groups: Iterable[Section], styles: dict[str, Style]) -> str:
-    base = original(run)
+    base, columns = base_perplexity(run), filled_columns(run)
     head = "".join(
-        f'<th scope="col"><abbr title="{escape(c.meaning)}">{escape(c.heading)}</abbr></th>' for c in COLUMNS
+        f'<th scope="col"><abbr title="{escape(c.meaning)}">{escape(c.heading)}</abbr></th>' for c in columns
     )
     parts = [f'<div class="scroll"><table><thead><tr><th scope="col">model</th>{head}</tr></thead>']
     for group in groups:
-        parts.append(f'<tbody><tr class="group"><th colspan="{len(COLUMNS) + 1}">{escape(group.heading)}</th></tr>')
-        parts += [_line(line, base.perplexity if base else None, styles) for line in group.lines]
+        parts.append(
+            f'<tbody><tr class="group"><th colspan="{len(columns) + 1}"><span>{escape(group.heading)}</span></th></tr>'
+        )
+        parts += [_line(line, base, columns, styles) for line in group.lines]
         parts.append("</tbody>")
     return "\n".join([*parts, "</table></div>"])
 
 
-def _line(line: Line, base: float | None, styles: dict[str, Style]) -> str:
+def _line(line: Line, base: float | None, columns: Sequence[Column], styles: dict[str, Style]) -> str:
     style = styles.get(line.order or "")
     key = ""
     if style:  # the colour the order has in the figures; hollow when reversed
         fill = "none" if style.reversed else style.colour
         key = f'<span class="key" style="border-color:{style.colour};background:{fill}"></span>'
     cells = []
-    for column in COLUMNS:
+    for column in columns:
         value, _, second = escape(column.show(line, base)).partition("\n")
         exact = f' title="{escape(column.exact(line))}"' if column.exact and column.exact(line) else ""
         cells.append(f"<td{exact}>{value}{f'<small>{second}</small>' if second else ''}</td>")
@@ -252,7 +254,7 @@ def _comparison(results: Sequence[tuple[str, Results]], figure: Callable) -> str
     parts.append(f'<div class="scroll"><table><thead><tr><th scope="col">budget</th>{head}</tr></thead>')
     for name, run in results:
         best = [line for section in sections(run) for line in section.lines if line.best]
-        parts.append(f'<tbody><tr class="group"><th colspan="7">{escape(name)}</th></tr>')
+        parts.append(f'<tbody><tr class="group"><th colspan="7"><span>{escape(name)}</span></th></tr>')
         parts += [_best_line(line, original(run)) for line in best]
         parts.append("</tbody>")
     parts.append("</table></div>")
@@ -277,7 +279,7 @@ def _best_line(line: Line, base: Row | None) -> str:
         format_number(line.mean("kl")),
         format_number(base.perplexity if base else None),
     ]
-    target = f"{budget(line.rows[0]):g} bits per weight"
+    target = f"{budget(line.rows[0]):g} bpw"
     return f'<tr><th scope="row">{target}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in cells)}</tr>'
 
 

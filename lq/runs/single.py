@@ -44,16 +44,21 @@ def evaluate_one(
     if reference_source is not None:
         reference = make_reference(reference_source, windows, batch_size=batch_size, dtype=jnp.dtype(dtype))
     quantized = isinstance(source, QuantizedCheckpoint)
-    judged = source if quantized else Weighed(source)
+    weighed = Weighed(source)
     result = evaluate(
-        judged, windows, stride=stride, reference=reference, batch_size=batch_size, dtype=jnp.dtype(dtype)
+        source if quantized else weighed,
+        windows,
+        stride=stride,
+        reference=reference,
+        batch_size=batch_size,
+        dtype=jnp.dtype(dtype),
     )
     facts = {
         "model": model,
-        "bits per weight": source.plan.bpw if quantized else judged.bits_per_weight(),
-        "code bits": source.plan.code_bits if quantized else judged.bits_per_weight(),
+        "bits per weight": source.plan.bpw if quantized else weighed.bits_per_weight(),
+        "code bits": source.plan.code_bits if quantized else weighed.bits_per_weight(),
         "bytes on disk": sum(file.stat().st_size for file in source.path.glob("*.safetensors")),
-        "bytes on device": source.plan.nbytes if quantized else judged.nbytes,
+        "bytes on device": source.plan.nbytes if quantized else weighed.nbytes,
         "perplexity": result.perplexity,
         "corpus": Path(result.corpus).name,
         "protocol": result.protocol,

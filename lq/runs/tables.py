@@ -87,33 +87,49 @@ COLUMNS = (
 )
 
 
+def filled_columns(*runs: Results) -> list[Column]:
+    """The columns in which some row of some run has a number; all of them when there are no rows."""
+    lines = [(Line(label=row.name, rows=(row,)), base_perplexity(run)) for run in runs for row in run.rows]
+    filled = [column for column in COLUMNS if any(column.show(line, base) != NONE for line, base in lines)]
+    return filled or list(COLUMNS)
+
+
+def base_perplexity(run: Results) -> float | None:
+    """That of the original, when it was measured."""
+    base = original(run)
+    return base.perplexity if base else None
+
+
 def format_table(results: Sequence[tuple[str, Results]], width: int = 80) -> str:
     """Plain text for a terminal or a file: the lines of every run, grouped as in the page, without the sweep.
 
     Args:
         results: (name, results) per run; the names are shown when there are several.
-        width: characters there are. Columns are left out until the table fits, in the order of `EXPENDABLE`.
+        width: characters there are. Columns are left out until the table fits, in the order of `EXPENDABLE`; those that
+            no row fills are not there at all.
     """
-    heads = [("", "")] + [column.heading.rpartition(" ")[::2] for column in COLUMNS]
+    columns = filled_columns(*(run for _, run in results))
+    heads = [("", "")] + [column.heading.rpartition(" ")[::2] for column in columns]
     grid: list[str | tuple[str, ...]] = list(zip(*heads, strict=True))  # headings span the table, cells are tuples
     rule, longest = len(grid), max(26, width - 54)
     for name, run in results:
-        base = original(run)
+        base = base_perplexity(run)
         grid += ["", f"== {name} =="] if len(results) > 1 else []
         for section in sections(run):
             grid += ["", section.heading]
             for line in section.lines:
                 label = f"{'*' if line.best else ' '} {line.label}"
                 label = label if len(label) <= longest else label[: longest - 1] + "…"
-                cells = [column.show(line, base.perplexity if base else None).split("\n") for column in COLUMNS]
+                cells = [column.show(line, base).split("\n") for column in columns]
                 grid += zip_longest([label], *cells, fillvalue="")
     rows = [row for row in grid if isinstance(row, tuple)]
     widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
     shown = list(range(len(widths)))
     omitted = []
+    headings = [column.heading for column in columns]
     for heading in EXPENDABLE:
-        if sum(widths[i] + 2 for i in shown) - 2 > width:
-            shown.remove(1 + [column.heading for column in COLUMNS].index(heading))
+        if heading in headings and sum(widths[i] + 2 for i in shown) - 2 > width:
+            shown.remove(1 + headings.index(heading))
             omitted.append(heading)
     texts = [row if isinstance(row, str) else _align(row, widths, shown) for row in grid]
     texts.insert(rule, "─" * max(map(len, texts[:rule])))

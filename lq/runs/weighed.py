@@ -1,6 +1,7 @@
 """`Weighed`: what an unquantized model costs, counted from its own arrays while it is read."""
 
 import math
+from typing import Any
 
 from flax.traverse_util import flatten_dict
 
@@ -23,7 +24,8 @@ class Weighed(ParameterSource):
 
     def part(self, name: str, dtype=None) -> Params:
         params = self._source.part(name, dtype)
-        self._bytes |= {f"{name}/{path}": leaf.nbytes for path, leaf in flatten_dict(params, sep="/").items()}
+        leaves: dict[str, Any] = flatten_dict(params, sep="/")
+        self._bytes |= {f"{name}/{path}": leaf.nbytes for path, leaf in leaves.items()}
         return params
 
     @property

@@ -157,22 +157,21 @@ def measured_again(finished, monkeypatch):
     return names
 
 
-@pytest.mark.parametrize(
-    "line", [b'{"name": "unif', b"{}", b"[]", b"null", b'"text"', b"\xff\x00", b'{"name": "x"}', b""]
-)
-def test_a_damaged_line_costs_its_own_row_and_no_other(
-    finished, measured_again, small_model, text_file, tmp_path, line, capsys
+DAMAGED = [b'{"name": "unif', b"{}", b"[]", b"null", b'"text"', b"\xff\x00", b'{"name": "x"}', b""]
+
+
+def test_damaged_lines_cost_their_own_rows_and_no_others(
+    finished, measured_again, small_model, text_file, tmp_path, capsys
 ):
     out, _, results = finished
     copy_run(out, tmp_path / "r")
-    lines = (out / "rows.jsonl").read_bytes().splitlines()
-    lost = json.loads(lines[1])["name"]
-    (tmp_path / "r" / "rows.jsonl").write_bytes(b"\n".join([lines[0], line, *lines[2:]]) + b"\n")
+    first, lost, *rest = (out / "rows.jsonl").read_bytes().splitlines()
+    (tmp_path / "r" / "rows.jsonl").write_bytes(b"\n".join([first, *DAMAGED, *rest]) + b"\n")
     resumed = run_experiment(experiment_for(small_model, text_file, tmp_path / "r"), resume=True, progress=Progress())
     assert resumed.rows == results.rows
-    assert measured_again == [lost]
-    assert "rows.jsonl: 1 damaged line left out and measured again" in capsys.readouterr().err
-    assert len((tmp_path / "r" / "rows.jsonl").read_text().splitlines()) == len(lines)
+    assert measured_again == [json.loads(lost)["name"]]
+    assert f"rows.jsonl: {len(DAMAGED)} damaged lines left out and measured again" in capsys.readouterr().err
+    assert len((tmp_path / "r" / "rows.jsonl").read_text().splitlines()) == len(results.rows)
 
 
 @pytest.mark.parametrize("content", [b"[]", b"3", b"null", b"{", b"\xff"])
@@ -215,7 +214,7 @@ def test_without_a_score_that_needs_it_no_calibration_text_is_read(small_model, 
     results = run_experiment(experiment_for(small_model, text_file, tmp_path / "r", allocation=allocation, **changes))
     assert [row.name for row in results.rows] == ["original", "zd @ 3", "random 7 @ 3"]
     assert results.protocol["calibration"] is None
-    assert results.environment["seeds"] == {"calibration": None, "random orders": [7]}
+    assert results.environment["seeds"] == {"calibration seed": None, "seeds of random orders": [7]}
     assert "calibration" not in (tmp_path / "r" / "report.html").read_text()
 
 

@@ -240,6 +240,26 @@ def test_no_sweep_no_kl_no_widths(tmp_path):
     assert "lowered one by one" not in page.text
 
 
+@pytest.mark.parametrize(
+    ("missing", "headings"),
+    [
+        ({}, []),
+        ({"bytes_on_disk": None}, ["disk MB"]),
+        ({"bytes_on_disk": None, "kl": None, "top1": None}, ["disk MB", "KL", "top-1 %"]),
+    ],
+)
+def test_a_column_that_no_row_fills_is_not_shown(tmp_path, missing, headings):
+    results = realistic(rows=tuple(dataclasses.replace(row, **missing) for row in realistic().rows))
+    page = Page(write_report([("run", results)], tmp_path))
+    table = format_table([("run", results)], width=200)
+    for heading in ("bpw", "perplexity", "KL", "top-1 %", "disk MB", "device MB"):
+        assert (f">{heading}</abbr>" in page.source) == (heading not in headings)
+        assert (heading.split()[0] in "".join(table.splitlines()[:2])) == (heading not in headings)
+    cells = {len(re.findall("<t[hd][ >]", line)) for line in page.source.split("<tr") if 'scope="row"' in line}
+    assert cells == {10 - len(headings)}
+    assert "bytes_on_disk" in (tmp_path / "results.csv").read_text()
+
+
 def test_several_runs_are_compared_by_their_ratios(tmp_path):
     first = realistic()
     rows = tuple(dataclasses.replace(row, perplexity=2 * row.perplexity) for row in first.rows)
