@@ -33,13 +33,14 @@ def evaluate_one(
     started = time.perf_counter()
     source = open_model(model)
     reference_source = None if original is None else open_model(original)
+    tokenizer = load_tokenizer(source.path)
     check_context(source.config, window)
     if reference_source is not None and reference_source.config.vocab_size != source.config.vocab_size:
         raise UserError(
             f"--original {original}: a vocabulary of {reference_source.config.vocab_size} tokens, that of {model} has "
             f"{source.config.vocab_size}; give the model it was made of"
         )
-    windows = evaluation_windows(load_tokenizer(source.path), data, length=window, stride=stride, limit=limit)
+    windows = evaluation_windows(tokenizer, data, length=window, stride=stride, limit=limit)
     reference = None
     if reference_source is not None:
         reference = make_reference(reference_source, windows, batch_size=batch_size, dtype=jnp.dtype(dtype))
