@@ -107,7 +107,7 @@ def test_a_run_and_its_report(small_model, text_file, tmp_path):
     )
     status, printed, _ = lq("run", config, "--set", "quantization.group_size=64", "--quiet")
     assert status == 0
-    assert "Against 2 random orders at 1 budgets, ZD" in printed.splitlines()[-1]
+    assert "This run compares with 2 random orders, and it takes 3 or more" in printed.splitlines()[-1]
     assert "already holds this run; add --resume" in refused("run", config, "--set", "quantization.group_size=64")
     status, printed, _ = lq("run", config, "--set", "quantization.group_size=64", "--resume", "--quiet")
     assert status == 0
@@ -192,7 +192,7 @@ def test_missing_tokenizer(broken):
 
 def test_text_shorter_than_a_window(small_model, tmp_path):
     (tmp_path / "short.txt").write_text("def f(): pass")
-    assert "fewer than one window of 512" in refused("eval", small_model.path, "--data", tmp_path / "short.txt")
+    assert "fewer than one window of 128" in refused("eval", small_model.path, "--data", tmp_path / "short.txt")
 
 
 def test_a_plan_of_another_model(plan, tmp_path):

@@ -40,6 +40,14 @@ def check_context(config: ModelConfig, length: int, what: str = "window") -> Non
         )
 
 
+def window_for(config: ModelConfig, length: int | None) -> int:
+    """The length itself, 512 when None, or the whole context of a model that has less. Raises as `check_context`."""
+    if length is None:
+        return min(512, config.max_positions)
+    check_context(config, length)
+    return length
+
+
 @functools.partial(jax.jit, static_argnames=("config", "dtype"))
 def _embed(config: ModelConfig, embed_params, tokens, dtype):
     return embed(config, {"embed": embed_params}, tokens, context_for(tokens), dtype)

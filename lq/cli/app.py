@@ -7,6 +7,7 @@ traceback (status 1). Ctrl-C exits with 130.
 import functools
 import os
 import sys
+from typing import Any
 
 import typer
 
@@ -52,7 +53,7 @@ def command(function):
 
 def main() -> None:
     """Entry point. A command line that does not parse is one line too."""
-    usage_error = typer.BadParameter.__base__  # typer exports no name for it, and brings its own click or not
+    usage_error: Any = typer.BadParameter.__base__  # typer exports no name for it, and brings its own click or not
     try:
         sys.exit(app(sys.argv[1:] or ["--help"], prog_name="lq", standalone_mode=False))
     except usage_error as error:

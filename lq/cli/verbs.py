@@ -29,6 +29,8 @@ from lq.cli.options import (
 from lq.cli.printing import cell, print_table, terminal_width
 from lq.errors import UserError
 
+WINDOW = "512 when not given, or the model's context if that is less"
+
 
 @command
 def demo(
@@ -61,7 +63,7 @@ def score(
     out: Annotated[Path, typer.Option(help="Directory for METRIC.json and scores.png.")] = Path("scores"),
     calibration: Data = "standin",
     samples: Annotated[int, typer.Option(min=1)] = 32,
-    length: Annotated[int, typer.Option(min=2, help="Tokens per sample.")] = 512,
+    length: Annotated[int | None, typer.Option(min=2, help=f"Tokens per sample; {WINDOW}.")] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     option: Settings = None,
     quiet: Quiet = False,
@@ -200,7 +202,7 @@ def quantize(
 def eval_(
     model: AnyModel,
     data: Data = "standin",
-    window: Annotated[int, typer.Option(min=2, help="Tokens.")] = 512,
+    window: Annotated[int | None, typer.Option(min=2, help=f"Tokens; {WINDOW}.")] = None,
     stride: Annotated[int | None, typer.Option(min=1, help="The window when not given: no overlap.")] = None,
     windows: Annotated[int | None, typer.Option(min=1, help="The first so many; all when not given.")] = None,
     original: Annotated[str | None, typer.Option(help="The model it was made of, for KL and top-1 agreement.")] = None,
@@ -306,15 +308,17 @@ def _experiment(
     print(results.conclusion)
 
 
-def _calibration(source, metrics: list[str], data: str, samples: int, length: int, seed: int):
+def _calibration(source, metrics: list[str], data: str, samples: int, length: int | None, seed: int):
     """Windows to calibrate on; None when none of the metrics looks at any."""
     from lq.api import calibration_windows
+    from lq.calibration.stream import window_for
     from lq.importance import METRICS
     from lq.models.loading import load_tokenizer
 
     if not any("calibration" in METRICS[name].needs for name in metrics):
         return None
-    return calibration_windows(load_tokenizer(source.path), data, samples=samples, length=length, seed=seed)
+    tokenizer, length = load_tokenizer(source.path), window_for(source.config, length)
+    return calibration_windows(tokenizer, data, samples=samples, length=length, seed=seed)
 
 
 def _refuse_beside_a_plan(context: typer.Context) -> None:
@@ -348,8 +352,7 @@ def _plan_here(source, allocation, metric: str, calibration: str, *, budget: boo
     uniform = allocation.plan(score_source(source, "parameter_count"))
     if not budget:
         return uniform
-    length = min(512, source.config.max_positions)
-    windows = _calibration(source, [metric], calibration, samples=32, length=length, seed=0)
+    windows = _calibration(source, [metric], calibration, samples=32, length=None, seed=0)
     return allocation.plan(score_source(source, metric, windows))
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import jax.numpy as jnp
 
 from lq.api import evaluation_windows, open_model
-from lq.calibration.stream import check_context
+from lq.calibration.stream import window_for
 from lq.checkpoint import QuantizedCheckpoint
 from lq.errors import UserError
 from lq.evaluation import evaluate, make_reference
@@ -20,27 +20,30 @@ DTYPES = ("float32", "bfloat16", "float16")
 def evaluate_one(
     model: str,
     data: str,
-    window: int,
+    window: int | None,
     stride: int | None,
     limit: int | None,
     original: str | None,
     batch_size: int,
     dtype: str,
 ) -> dict:
-    """Perplexity, its protocol and sizes; with `original` KL and top-1 agreement too. Values are ready for JSON."""
+    """Perplexity, its protocol and sizes; with `original` KL and top-1 agreement too. Values are ready for JSON.
+
+    `window` is in tokens; 512 or the model's context when None.
+    """
     if dtype not in DTYPES:
         raise UserError(f"--dtype {dtype}: write {', '.join(DTYPES)}")
     started = time.perf_counter()
     source = open_model(model)
     reference_source = None if original is None else open_model(original)
     tokenizer = load_tokenizer(source.path)
-    check_context(source.config, window)
+    length = window_for(source.config, window)
     if reference_source is not None and reference_source.config.vocab_size != source.config.vocab_size:
         raise UserError(
             f"--original {original}: a vocabulary of {reference_source.config.vocab_size} tokens, that of {model} has "
             f"{source.config.vocab_size}; give the model it was made of"
         )
-    windows = evaluation_windows(tokenizer, data, length=window, stride=stride, limit=limit)
+    windows = evaluation_windows(tokenizer, data, length=length, stride=stride, limit=limit)
     reference = None
     if reference_source is not None:
         reference = make_reference(reference_source, windows, batch_size=batch_size, dtype=jnp.dtype(dtype))
