@@ -16,6 +16,7 @@ __all__ = [
     "evaluation_windows",
     "generate",
     "load",
+    "make_reference",
     "open_model",
     "quantize",
     "save",

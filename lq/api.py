@@ -27,6 +27,7 @@ from lq.checkpoint import QuantizedCheckpoint, is_quantized, open_quantized, wri
 from lq.errors import UserError
 from lq.evaluation import Evaluation, Reference
 from lq.evaluation import evaluate as evaluate_source
+from lq.evaluation import make_reference as reference_of
 from lq.importance import Scores
 from lq.models.decoder import Decoder
 from lq.models.loading import Checkpoint, load_tokenizer, open_checkpoint
@@ -40,6 +41,7 @@ __all__ = [
     "evaluate",
     "evaluation_windows",
     "load",
+    "make_reference",
     "open_model",
     "quantize",
     "save",
@@ -108,14 +110,21 @@ def evaluate(
     params: Params,
     windows: Windows,
     *,
-    stride: int | None = None,
     reference: Reference | None = None,
     batch_size: int = 8,
 ) -> Evaluation:
-    """Perplexity, and with a `reference` (`lq.evaluation.make_reference`) KL divergence and top-1 agreement."""
+    """Perplexity, and with a `reference` KL divergence to it and top-1 agreement.
+
+    Raises:
+      UserError: windows longer than the model's context, or a reference made over others or in other batches.
+    """
     source = InMemory(model.config, params)
-    dtype = model.dtype or jnp.float32
-    return evaluate_source(source, windows, stride=stride, reference=reference, batch_size=batch_size, dtype=dtype)
+    return evaluate_source(source, windows, reference=reference, batch_size=batch_size, dtype=_dtype(model))
+
+
+def make_reference(model: Decoder, params: Params, windows: Windows, *, batch_size: int = 8) -> Reference:
+    """What `evaluate` needs of the original: its last hidden states over the same windows, in the same batches."""
+    return reference_of(InMemory(model.config, params), windows, batch_size=batch_size, dtype=_dtype(model))
 
 
 def save(
@@ -144,6 +153,11 @@ def save(
     description = open_checkpoint(resolve_model(str(original))).path
     quantizer = {"method": method, "options": dict(options or {})}
     write_quantized(InMemory(model.config, qparams), plan, Path(out), quantizer=quantizer, description=description)
+
+
+def _dtype(model: Decoder):
+    """That of the computation."""
+    return model.dtype or jnp.float32
 
 
 def _check_fits(plan: Plan, model: Decoder) -> None:

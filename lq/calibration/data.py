@@ -28,6 +28,10 @@ class Windows:
     tokens: np.ndarray
     source: str  # file name or corpus
     how: str  # the protocol in words
+    stride: int | None = None  # tokens from one window to the next; None when they do not overlap
+
+    def __post_init__(self):
+        stride_of(self.tokens.shape[1], self.stride)
 
     @property
     def fingerprint(self) -> str:
@@ -77,7 +81,7 @@ def evaluation_windows(
     stream = _encode_at_least(tokenizer, text, length, data)
     starts = np.arange(0, stream.size - length + 1, stride)[:limit]
     how = f"{length}-token windows, stride {stride}, tokenized once"
-    return Windows(np.stack([stream[s : s + length] for s in starts]), str(data), how)
+    return Windows(np.stack([stream[s : s + length] for s in starts]), str(data), how, stride)
 
 
 def stride_of(length: int, stride: int | None) -> int:

@@ -61,7 +61,6 @@ def evaluate(
     source: ParameterSource,
     windows: Windows,
     *,
-    stride: int | None = None,
     reference: Reference | None = None,
     batch_size: int = 8,
     dtype=jnp.float32,
@@ -70,18 +69,17 @@ def evaluate(
 
     Args:
       source: the model, read a block at a time.
-      windows: tokens `[windows, length]` at distance `stride`.
-      stride: the stride the windows were cut with; their length when None.
+      windows: tokens `[windows, length]`, and the stride they were cut with.
       reference: the original over the same windows, for KL and top-1.
       batch_size: windows per device step; must be the reference's.
       dtype: of the computation.
 
     Raises:
       UserError: the reference was made over other tokens, or by a model with another vocabulary; windows longer than
-        the model's context; a stride or a batch size that cannot be.
+        the model's context; a batch size that cannot be.
     """
     tokens = windows.tokens
-    scored = scored_targets(windows, stride)
+    scored = scored_targets(windows)
     if reference is not None:
         if reference.fingerprint != windows.fingerprint or len(reference.hidden[0]) != min(batch_size, len(tokens)):
             raise UserError("reference: made over other windows; make it again with the same windows and batch size")
@@ -112,13 +110,10 @@ def evaluate(
     )
 
 
-def scored_targets(windows: Windows, stride: int | None = None) -> np.ndarray:
-    """Bool `[windows, length - 1]`: True where target t+1 is scored in this window. Its sum is the scored tokens.
-
-    Raises UserError for a stride that is not between 1 and the length.
-    """
+def scored_targets(windows: Windows) -> np.ndarray:
+    """Bool `[windows, length - 1]`: True where target t+1 is scored in this window. Its sum is the scored tokens."""
     count, length = windows.tokens.shape
-    stride = stride_of(length, stride)
+    stride = stride_of(length, windows.stride)
     mask = np.ones((count, length - 1), bool)
     mask[1:, : max(length - stride - 1, 0)] = False  # these targets were scored in the window before
     return mask

@@ -213,7 +213,6 @@ class Run:
         result = evaluate(
             source,
             self.windows,
-            stride=e.stride,
             reference=reference,
             batch_size=e.batch_size,
             dtype=_dtype(e.dtype),
@@ -260,7 +259,7 @@ class Run:
                 "windows": len(self.windows.tokens),
                 "window": x.evaluation.window,
                 "stride": x.evaluation.stride or x.evaluation.window,
-                "scored tokens": int(scored_targets(self.windows, x.evaluation.stride).sum()),
+                "scored tokens": int(scored_targets(self.windows).sum()),
                 "dtype": x.evaluation.dtype,
                 "calibration": f"{Path(calibration.source).name}, {calibration.how}" if calibration else None,
             },

@@ -52,7 +52,6 @@ def evaluate_one(
     result = evaluate(
         source if quantized else weighed,
         windows,
-        stride=stride,
         reference=reference,
         batch_size=batch_size,
         dtype=jnp.dtype(dtype),
