@@ -36,7 +36,7 @@ clean: ## removes both environments
 	rm -rf $(VENV) $(FLOOR)
 
 $(VENV)/bin/python:
-	@test -n "$(PYTHON)" || { echo "lq needs Python 3.11 or newer; none was found. Install one, or: make $(MAKECMDGOALS) PYTHON=/path/to/python" >&2; exit 2; }
+	@test -n "$(PYTHON)" || { echo "no tested Python (3.11, 3.12 or 3.13) was found. Install one, or try another: make $(MAKECMDGOALS) PYTHON=/path/to/python" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: pyproject.toml | $(VENV)/bin/python

@@ -1,12 +1,31 @@
 """Text from the command line, read into the library's types. A mistake names the option it was made in."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+
+import typer
 
 from lq.allocation import Plan, allocate
 from lq.allocation.allocate import Count, Pin
 from lq.errors import UserError
 from lq.importance import Scores
 from lq.numerics.spec import GROUP_SIZES, QuantSpec
+
+PLAN = (  # the options that decide a plan when none is given
+    *("bpw", "bytes_", "bits", "allocator", "group_size", "symmetric", "scale_dtype", "pin"),
+    *("embedding_bits", "head_bits", "count", "metric", "calibration", "samples", "length", "seed"),
+)
+SCORING = ("metric", "calibration", "samples", "length", "seed")
+TEXT = ("calibration", "samples", "length", "seed")
+SAMPLING = ("top_k", "top_p", "seed")
+
+
+def refuse(context: typer.Context, names: Iterable[str], why: str) -> None:
+    """Raises UserError for the first of the options `names` that was given: it would be ignored."""
+    for name in names:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            option = "--" + name.rstrip("_").replace("_", "-")
+            raise UserError(f"{context.info_name}: {option} is given, but {why}; leave it out")
 
 
 def whole_number(text: str) -> int | None:

@@ -13,6 +13,10 @@ AnyModel = Annotated[
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 Data = Annotated[str, typer.Option(help="Text file or directory, wikitext2, c4, or 'standin' (the shipped text).")]
+WINDOW = "512 when not given, or the model's context if that is less"
+Samples = Annotated[int, typer.Option(min=1, help="Calibration windows.")]
+Length = Annotated[int | None, typer.Option(min=2, help=f"Tokens per window; {WINDOW}.")]
+Seed = Annotated[int, typer.Option(min=0, help="Of the places the windows are cut at.")]
 Metrics = Annotated[list[str], typer.Option("--metric", help="Repeat for several; see lq list importance.")]
 Bpw = Annotated[float | None, typer.Option(help="Bits per weight, scales and zero points included.")]
 Bytes = Annotated[int | None, typer.Option("--bytes", help="Bytes of the counted matrices instead.")]

@@ -8,6 +8,7 @@ import typer
 
 from lq.cli.app import command
 from lq.cli.options import (
+    WINDOW,
     AnyModel,
     BitsList,
     Bpw,
@@ -18,18 +19,19 @@ from lq.cli.options import (
     GroupSize,
     HeadBits,
     Kind,
+    Length,
     Metrics,
     Model,
     Pins,
     Quiet,
+    Samples,
     ScaleDtype,
+    Seed,
     Settings,
     Symmetric,
 )
 from lq.cli.printing import cell, print_table, terminal_width
 from lq.errors import UserError
-
-WINDOW = "512 when not given, or the model's context if that is less"
 
 
 @command
@@ -58,13 +60,14 @@ def run(
 
 @command
 def score(
+    context: typer.Context,
     model: Model,
     metric: Metrics,
     out: Annotated[Path, typer.Option(help="Directory for METRIC.json and scores.png.")] = Path("scores"),
     calibration: Data = "standin",
-    samples: Annotated[int, typer.Option(min=1)] = 32,
-    length: Annotated[int | None, typer.Option(min=2, help=f"Tokens per sample; {WINDOW}.")] = None,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    samples: Samples = 32,
+    length: Length = None,
+    seed: Seed = 0,
     option: Settings = None,
     quiet: Quiet = False,
 ) -> None:
@@ -80,6 +83,10 @@ def score(
     options = arguments.settings(option)
     for name in metric:  # what cannot be is refused before any work
         METRICS.options(name, options)
+    if not _read_text(metric):
+        arguments.refuse(context, arguments.TEXT, f"{', '.join(metric)} reads no text")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out}: a file; give a directory")
     source = open_checkpoint(resolve_model(model))
     windows = _calibration(source, metric, calibration, samples, length, seed)
     results = {}
@@ -148,6 +155,9 @@ def quantize(
     bytes_: Bytes = None,
     metric: Annotated[str, typer.Option(help="With --bpw or --bytes: whose order.")] = "lim",
     calibration: Data = "standin",
+    samples: Samples = 32,
+    length: Length = None,
+    seed: Seed = 0,
     bits: Annotated[
         str, typer.Option(help="Widths to choose from, comma-separated. One alone needs no budget.")
     ] = "2,3,4",
@@ -167,13 +177,15 @@ def quantize(
     """A packed checkpoint, written block by block; holds one block at a time."""
     from lq.assets import resolve_model
     from lq.cli import arguments
+    from lq.importance import METRICS
+    from lq.importance import score as score_source
     from lq.models.loading import open_checkpoint
     from lq.quantizers import QUANTIZERS
 
     options = QUANTIZERS.options(method, arguments.settings(option))
     check = QUANTIZERS[method].check or (lambda options, spec: None)
     if plan is not None:
-        _refuse_beside_a_plan(context)
+        arguments.refuse(context, arguments.PLAN, "--plan decides it")
         source = open_checkpoint(resolve_model(model))
         chosen = _read_plan(plan, source, model)
         for spec in set(chosen.specs.values()):
@@ -194,7 +206,16 @@ def quantize(
         )
         check(options, allocation.spec)
         source = open_checkpoint(resolve_model(model))
-        chosen = _plan_here(source, allocation, metric, calibration, budget=bpw is not None or bytes_ is not None)
+        if bpw is None and bytes_ is None:
+            arguments.refuse(context, arguments.SCORING, "without --bpw or --bytes nothing is scored")
+            chosen = allocation.plan(score_source(source, "parameter_count"))
+        else:
+            if not _read_text([metric]):
+                arguments.refuse(context, arguments.TEXT, f"{metric} reads no text")
+            METRICS.options(metric, {})
+            allocation.plan(score_source(source, "parameter_count"))  # a budget out of reach is so in any order
+            windows = _calibration(source, [metric], calibration, samples, length, seed)
+            chosen = allocation.plan(score_source(source, metric, windows))
     _write(source, chosen, out, method, options, resume, quiet)
 
 
@@ -213,6 +234,8 @@ def eval_(
     """Perplexity, and with --original KL divergence and top-1 agreement."""
     from lq.runs.single import evaluate_one
 
+    if json_ is not None and json_.is_dir():
+        raise UserError(f"--json {json_}: a directory; give a file")
     facts = evaluate_one(model, data, window, stride, windows, original, batch_size, dtype)
     print_table(["", ""], [[key, cell(value)] for key, value in facts.items()])
     if json_:
@@ -225,6 +248,7 @@ def eval_(
 
 @command
 def generate(
+    context: typer.Context,
     model: AnyModel,
     prompt: Annotated[list[str], typer.Option(help="Repeat for a batch.", show_default=False)],
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
@@ -235,9 +259,12 @@ def generate(
 ) -> None:
     """Continues a prompt."""
     from lq.api import load
+    from lq.cli import arguments
     from lq.models.generate import decode_continuation
     from lq.models.generate import generate as continue_prompts
 
+    if temperature == 0.0:
+        arguments.refuse(context, arguments.SAMPLING, "at temperature 0 nothing is drawn")
     decoder, params, tokenizer = load(model)
     prompts = [tokenizer(text)["input_ids"] for text in prompt]
     continuations = continue_prompts(
@@ -312,25 +339,19 @@ def _calibration(source, metrics: list[str], data: str, samples: int, length: in
     """Windows to calibrate on; None when none of the metrics looks at any."""
     from lq.api import calibration_windows
     from lq.calibration.stream import window_for
-    from lq.importance import METRICS
     from lq.models.loading import load_tokenizer
 
-    if not any("calibration" in METRICS[name].needs for name in metrics):
+    if not _read_text(metrics):
         return None
     tokenizer, length = load_tokenizer(source.path), window_for(source.config, length)
     return calibration_windows(tokenizer, data, samples=samples, length=length, seed=seed)
 
 
-def _refuse_beside_a_plan(context: typer.Context) -> None:
-    """A plan fixes what these options would decide; given beside it they would be ignored."""
-    decided = (
-        "bpw bytes_ metric calibration bits allocator group_size symmetric scale_dtype pin embedding_bits head_bits"
-    )
-    for name in (*decided.split(), "count"):
-        source = context.get_parameter_source(name)
-        if source is not None and source.name == "COMMANDLINE":
-            option = "--" + name.rstrip("_").replace("_", "-")
-            raise UserError(f"quantize: {option} beside --plan; the plan decides it, leave one of the two out")
+def _read_text(metrics: list[str]) -> bool:
+    """Whether one of the metrics looks at calibration text."""
+    from lq.importance import METRICS
+
+    return any("calibration" in METRICS[name].needs for name in metrics)
 
 
 def _read_plan(path: Path, source, model: str):
@@ -341,19 +362,6 @@ def _read_plan(path: Path, source, model: str):
     if plan.model != fingerprint(source):
         raise UserError(f"{path}: a plan of another model; make one from the scores of {model}")
     return plan
-
-
-def _plan_here(source, allocation, metric: str, calibration: str, *, budget: bool):
-    """Scores and allocates. What can be reached does not depend on the scores, and is checked before they are made."""
-    from lq.importance import METRICS
-    from lq.importance import score as score_source
-
-    METRICS.options(metric, {})
-    uniform = allocation.plan(score_source(source, "parameter_count"))
-    if not budget:
-        return uniform
-    windows = _calibration(source, [metric], calibration, samples=32, length=None, seed=0)
-    return allocation.plan(score_source(source, metric, windows))
 
 
 def _write(source, plan, out: Path, method: str, options, resume: bool, quiet: bool) -> None:
