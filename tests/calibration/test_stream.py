@@ -90,13 +90,13 @@ def test_windows_beyond_the_context_are_refused_whatever_the_positions(changes):
 def test_peak_memory_does_not_grow_with_the_number_of_blocks(tmp_path):
     """Twelve blocks more of the same width do not show: keeping them would cost twelve blocks.
 
-    The allocator is told to give freed memory back at once. Even so the peaks of equal runs differ by up to one block
-    (5 MB of 330), so the bound on the difference of two is three.
+    The allocator is told to give freed memory back at once, and a block (10.6 MB) is made larger than what peaks of
+    equal runs were still seen to differ by (5 MB of 330).
     """
     eager = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     peaks = {}
     for blocks in (12, 24):
-        config = llama_config(blocks, hidden=512)
+        config = llama_config(blocks, hidden=768)
         path = write_directory(tmp_path / str(blocks), config, random_params(config))
         script = f"""
             from lq.allocation import uniform_plan
@@ -107,12 +107,12 @@ def test_peak_memory_does_not_grow_with_the_number_of_blocks(tmp_path):
             from lq.runs.environment import peak_memory_bytes
             source = open_checkpoint({str(path)!r})
             plan = uniform_plan(source.config, QuantSpec(bits=3))
-            packed = PlannedSource(source, plan.specs, "rtn", QUANTIZERS.options("rtn", {{}}))
+            packed = PlannedSource(source, plan.specs, "rtn", QUANTIZERS.options("rtn", {{"clip": "none"}}))
             write_quantized(packed, plan, {str(tmp_path / f"q{blocks}")!r}, quantizer={{}}, description=source.path)
             print(peak_memory_bytes())
         """
         run = [sys.executable, "-c", textwrap.dedent(script)]
         done = subprocess.run(run, capture_output=True, text=True, check=True, env=os.environ | eager)
         peaks[blocks] = int(done.stdout)
-    block = sum(leaf.nbytes for leaf in jax.tree.leaves(random_params(llama_config(1, hidden=512))["block_0"]))
-    assert peaks[24] - peaks[12] <= 3 * block, peaks
+    block = sum(leaf.nbytes for leaf in jax.tree.leaves(random_params(llama_config(1, hidden=768))["block_0"]))
+    assert peaks[24] - peaks[12] <= block, peaks
