@@ -1,9 +1,9 @@
 """Which models an experiment evaluates: the original, the uniform baselines, a plan per order and budget, the moves."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
-from lq.allocation import Plan, allocate, uniform_plan
+from lq.allocation import Plan, allocate
 from lq.allocation.allocate import Pin
 from lq.importance import METRICS, Scores
 from lq.models.config import ModelConfig
@@ -37,7 +37,7 @@ def candidates(x: Experiment, config: ModelConfig, model: str, scores: AllScores
     for budget in x.allocation.budgets:
         for order in x.allocation.orders:
             for seed in order.each_seed():
-                plan = _allocated(x, scores[order.name, seed], budget)
+                plan = _plan(x, scores[order.name, seed], base_spec(x), x.allocation.bits, budget)
                 yield Candidate(
                     name=f"{_label(order, seed)} @ {budget:g}",
                     group="plan",
@@ -59,13 +59,7 @@ def check_orders_and_budgets(x: Experiment, config: ModelConfig) -> None:
 
     What can be reached does not depend on the scores, so any do.
     """
-    placeholder = Scores(
-        metric="none",
-        values={f"block_{i}": 0.0 for i in range(config.num_blocks)},
-        model="",
-        shapes=model_shapes(config),
-        other_weights=other_weights(config),
-    )
+    placeholder = _placeholder(config, "none")
     scores = {}
     for order in orders_of(x):
         for seed in order.each_seed():
@@ -86,23 +80,23 @@ def _label(order: Order, seed: int | None) -> str:
 
 
 def _uniform(x: Experiment, config: ModelConfig, model: str) -> Iterator[Candidate]:
-    spec = base_spec(x)
+    spec, scores = base_spec(x), _placeholder(config, "uniform", model)
     finer = [g for g in (64, 32) if spec.group_size is None or g < spec.group_size] if x.baselines.finer_groups else []
     for bits in x.baselines.uniform:
-        plan = uniform_plan(config, dataclasses.replace(spec, bits=bits), model=model)
-        yield Candidate(name=f"uniform {bits}", group="uniform", plan=plan)
+        yield Candidate(name=f"uniform {bits}", group="uniform", plan=_plan(x, scores, spec, [bits]))
         for group_size in finer if bits < 8 else []:
-            plan = uniform_plan(config, dataclasses.replace(spec, bits=bits, group_size=group_size), model=model)
+            plan = _plan(x, scores, dataclasses.replace(spec, group_size=group_size), [bits])
             yield Candidate(name=f"uniform {bits}, groups of {group_size}", group="finer_groups", plan=plan)
 
 
-def _allocated(x: Experiment, scores: Scores, budget: float) -> Plan:
+def _plan(x: Experiment, scores: Scores, spec: QuantSpec, bits: Sequence[int], budget: float | None = None) -> Plan:
+    """A plan under the conventions all plans of `x` share: what is pinned, how wide the tables are, what is counted."""
     a = x.allocation
     return allocate(
         scores,
         bpw=budget,
-        bits=a.bits,
-        spec=base_spec(x),
+        bits=bits,
+        spec=spec,
         method=a.method,
         pins=[Pin(pattern=pin.match, bits=pin.bits) for pin in a.pins],
         embedding_bits=a.embedding_bits,
@@ -111,24 +105,38 @@ def _allocated(x: Experiment, scores: Scores, budget: float) -> Plan:
     )
 
 
+def _placeholder(config: ModelConfig, metric: str, model: str = "") -> Scores:
+    """Scores for plans that do not depend on any."""
+    return Scores(
+        metric=metric,
+        values={f"block_{i}": 0.0 for i in range(config.num_blocks)},
+        model=model,
+        shapes=model_shapes(config),
+        other_weights=other_weights(config),
+    )
+
+
 def _moves(x: Experiment, config: ModelConfig, model: str, scores: AllScores) -> Iterator[Candidate]:
-    """The paper's sweep: the k least important blocks at the low width, the others at the high one, k = 0 .. L."""
+    """The paper's sweep: the k least important blocks at the low width, the others at the high one, k = 0 .. L.
+
+    What is pinned has one spec at either width, so it stays as it is.
+    """
     if x.moves is None:
         return
     moves, total = x.moves, config.num_blocks
-    spec = base_spec(x)
-    plan = uniform_plan(config, dataclasses.replace(spec, bits=moves.high), model=model)
-    low = dataclasses.replace(spec, bits=moves.low)
+    spec, none = base_spec(x), _placeholder(config, "uniform", model)
+    plan, low = (_plan(x, none, spec, [bits]) for bits in (moves.high, moves.low))
     for order in moves.orders:
         for seed in order.each_seed():
             ranking = scores[order.name, seed].ranking()
             for count in sorted({*range(0, total + 1, moves.every), total}):
                 lowered = set(ranking[total - count :])
-                specs = {path: low if path.split("/")[0] in lowered else s for path, s in plan.specs.items()}
+                specs = {p: low.specs[p] if p.split("/")[0] in lowered else s for p, s in plan.specs.items()}
+                provenance = {**plan.provenance, "metric": order.name, "moved": count, "bits": [moves.low, moves.high]}
                 yield Candidate(
                     name=f"{_label(order, seed)}: {count} of {total} blocks at {moves.low} bits",
                     group="move",
                     order=order.name,
                     seed=seed,
-                    plan=dataclasses.replace(plan, specs=specs, provenance={"metric": order.name, "moved": count}),
+                    plan=dataclasses.replace(plan, specs=specs, provenance=provenance),
                 )
