@@ -28,7 +28,7 @@ lint: $(VENV)/.installed-dev ## ruff and pyrefly
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/pyrefly check --python-interpreter-path $(VENV)/bin/python
 
-standin: $(VENV)/.installed-dev ## trains the shipped model again: an hour on two cores; resumes when repeated
+standin: $(VENV)/.installed-dev ## trains the shipped model again: an hour and a half on two cores; resumes when repeated
 	$(VENV)/bin/python -m experiments.standin.train --out runs/standin
 	$(VENV)/bin/python -m experiments.standin.export --run runs/standin
 
