@@ -49,9 +49,14 @@ def count_beyond(weight: Array, mean, deviation, threshold, two_sided: bool):
 
 
 def fraction_beyond(weights: list[Array], options: ZDOptions) -> float:
-    """ZD of one pool of weights. The pool is never concatenated: its moments are merged from its matrices'."""
+    """ZD of one pool of weights; NaN where their deviation is not finite.
+
+    The pool is never concatenated: its moments are merged from its matrices'.
+    """
     sizes = np.asarray([w.size for w in weights], np.float64)
     means, variances = (np.asarray(v, np.float64) for v in zip(*(moments(w) for w in weights), strict=True))
+    if not np.isfinite(means + variances).all():
+        return float("nan")
     share = sizes / sizes.sum()
     mean = (share * means).sum()
     deviation = np.sqrt((share * (variances + (means - mean) ** 2)).sum())
@@ -61,16 +66,26 @@ def fraction_beyond(weights: list[Array], options: ZDOptions) -> float:
 
 
 def zd(source: ParameterSource, windows: None, options: ZDOptions) -> dict:
-    """How few weights lie far above average: minus their share. Needs no text."""
+    """How few weights lie far above average: minus their share. Needs no text.
+
+    Raises UserError for a packed block, and, naming the matrix, for weights whose deviation is not finite.
+    """
     del windows
     values = {}
     for index, kind in enumerate(source.config.kinds):
         params = source.block(index)
-        weights = [_leaf(params, path)["kernel"] for path in block_matrices(source.config, kind)]
-        if any(isinstance(weight, QTensor) for weight in weights):
+        weights = {path: _leaf(params, path)["kernel"] for path in block_matrices(source.config, kind)}
+        if any(isinstance(weight, QTensor) for weight in weights.values()):
             raise UserError(f"metric zd: block_{index} is packed; score the original model")
-        pools = [weights] if options.pooling == "block" else [[w] for w in weights]
-        values[f"block_{index}"] = -float(np.mean([fraction_beyond(pool, options) for pool in pools]))
+        pools = [list(weights.values())] if options.pooling == "block" else [[w] for w in weights.values()]
+        share = float(np.mean([fraction_beyond(pool, options) for pool in pools]))
+        if np.isnan(share):
+            path = next(path for path, weight in weights.items() if not np.isfinite(moments(weight)).all())
+            raise UserError(
+                f"metric zd: block_{index}/{path}: its weights have no finite deviation; the model is damaged, give an "
+                f"intact one"
+            )
+        values[f"block_{index}"] = -share
     return {"values": values}
 
 

@@ -28,7 +28,7 @@ def quantize_matrix(weight: Array, spec: QuantSpec, method: str, options) -> QTe
 def quantize_part(params: Params, part: str, specs: Mapping[str, QuantSpec], method: str, options) -> Params:
     """One part of a model ("embed", "block_3", "head") with the matrices that `specs` names by full path packed.
 
-    Raises UserError, naming the matrix, when its weights need a scale beyond the largest float16.
+    Raises UserError, naming the matrix, when a weight is not finite or needs a scale beyond the largest of its dtype.
     """
     for path, spec in specs.items():
         if path == part or path.startswith(f"{part}/"):
@@ -38,10 +38,18 @@ def quantize_part(params: Params, part: str, specs: Mapping[str, QuantSpec], met
 
 
 def _packed(weight: Array, path: str, spec: QuantSpec, method: str, options) -> QTensor:
+    if not _finite(weight):
+        raise UserError(f"{path}: a weight is NaN or infinite; the model is damaged, give an intact one")
     tensor = quantize_matrix(weight.T if path == EMBEDDING else weight, spec, method, options)
-    if spec.scale_dtype == "float16" and not jnp.isfinite(tensor.scales).all():
-        raise UserError(f"{path}: weights too large for float16 scales; write scale_dtype bfloat16 or float32")
+    if not _finite(tensor.scales):
+        instead = "write scale_dtype bfloat16 or float32" if spec.scale_dtype == "float16" else "the model is damaged"
+        raise UserError(f"{path}: weights too large for {spec.scale_dtype} scales; {instead}")
     return tensor
+
+
+@jax.jit
+def _finite(array: Array) -> Array:
+    return jnp.isfinite(array).all()
 
 
 def _replace(tree: Params, keys: list[str], change) -> Params:

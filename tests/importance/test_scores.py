@@ -191,6 +191,17 @@ def test_missing_calibration_and_unknown_metric_are_one_line(source):
         score(source, "limm")
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("pooling", ["block", "matrix"])
+def test_zd_refuses_a_weight_that_is_not_finite_and_names_its_matrix(source, value, pooling):
+    params = {name: dict(part) for name, part in source.params().items()}
+    block = params["block_2"]
+    kernel = block["mlp"]["down_proj"]["kernel"].at[3, 5].set(value)
+    block["mlp"] = block["mlp"] | {"down_proj": {"kernel": kernel}}
+    with pytest.raises(UserError, match=r"^metric zd: block_2/mlp/down_proj: [^\n]* no finite deviation; [^\n]*$"):
+        score(InMemory(source.config, params), "zd", options={"pooling": pooling})
+
+
 def test_a_score_that_is_not_finite_is_refused(source):
     with pytest.raises(UserError, match="block_1 is nan"):
         dataclasses.replace(score(source, "zd"), values={"block_0": 1.0, "block_1": float("nan")})

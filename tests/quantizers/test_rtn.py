@@ -170,6 +170,15 @@ def test_a_weight_too_large_for_float16_scales_is_named():
         quantize_part(params, "block_2", specs, "rtn", RTNOptions())
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_a_weight_that_is_not_finite_is_refused_by_name(value, symmetric):
+    params = {"moe": {"experts": {"up_proj": {"kernel": jnp.ones((2, 64, 4), jnp.bfloat16).at[1, 40, 2].set(value)}}}}
+    specs = {"block_2/moe/experts/up_proj": QuantSpec(bits=2, group_size=32, symmetric=symmetric)}
+    with pytest.raises(UserError, match=r"^block_2/moe/experts/up_proj: a weight is NaN or infinite; [^\n]*$"):
+        quantize_part(params, "block_2", specs, "rtn", RTNOptions())
+
+
 def test_the_short_last_group_has_its_own_range():
     weight = np.ones((40, 1), np.float32)
     weight[32:] = np.linspace(-1e-3, 1e-3, 8)[:, None]
