@@ -1,0 +1,101 @@
+"""What every quantizer must give, whichever it is: codes that can be packed, and scales and zeros that fit them."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lq.numerics.qtensor import QTensor
+from lq.numerics.spec import QuantSpec
+from lq.quantizers import QUANTIZERS
+
+K, N = 80, 12  # of groups of 32 the last has 16 rows
+
+
+def weight_of(*lead):
+    return np.random.default_rng(0).standard_normal((*lead, K, N)).astype(np.float32)
+
+
+def quantizer(method, spec):
+    return functools.partial(QUANTIZERS[method].function, stats=None, spec=spec, options=QUANTIZERS.options(method, {}))
+
+
+@pytest.fixture(params=[1, 3, 8])
+def bits(request):
+    return request.param
+
+
+@pytest.fixture(params=[False, True], ids=["asymmetric", "symmetric"])
+def symmetric(request):
+    return request.param
+
+
+@pytest.mark.parametrize("method", QUANTIZERS)
+@pytest.mark.parametrize("scale_dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("group_size", [32, None])
+def test_codes_scales_and_zeros(method, bits, symmetric, scale_dtype, group_size):
+    spec = QuantSpec(bits=bits, group_size=group_size, symmetric=symmetric, scale_dtype=scale_dtype)
+    codes, scales, zeros = quantizer(method, spec)(weight_of())
+    groups = 1 if group_size is None else 3
+    assert codes.shape == (K, N)
+    assert scales.shape == (groups, N)
+    assert codes.dtype == jnp.uint32
+    assert 2 ** (bits - 1) <= int(codes.max()) <= 2**bits - 1, "in range, and its upper half is used"
+    assert np.isfinite(np.asarray(scales, np.float32)).all()
+    assert (np.asarray(scales) != 0).all()
+    stored = np.asarray(scales.astype(scale_dtype).astype(jnp.float32))
+    np.testing.assert_array_equal(stored, np.asarray(scales, np.float32), err_msg="codes fit the scale as stored")
+    assert (zeros is None) == symmetric
+    if zeros is not None:
+        assert zeros.shape == (groups, N)
+        assert zeros.dtype == jnp.uint32
+        assert int(zeros.max()) <= 2**bits - 1
+
+
+@pytest.mark.parametrize("method", QUANTIZERS)
+def test_the_weights_stay_within_the_signal(method, bits, symmetric):
+    """The error is less than the weights themselves, in every group: at one bit too, where two levels are left."""
+    weight = weight_of()
+    spec = QuantSpec(bits=bits, group_size=32, symmetric=symmetric)
+    tensor = QTensor.from_codes(*quantizer(method, spec)(weight), spec)
+    error = np.asarray(tensor.dequantize()) - weight
+    if bits == 1 and not symmetric:
+        assert np.square(error).mean() < 2 * np.square(weight).mean(), "zero and one end of the range are its levels"
+        return
+    for rows in np.split(np.arange(K), [32, 64]):
+        assert np.square(error[rows]).sum() < np.square(weight[rows]).sum()
+
+
+@pytest.mark.parametrize("method", QUANTIZERS)
+def test_under_jit(method, bits, symmetric):
+    spec = QuantSpec(bits=bits, group_size=32, symmetric=symmetric)
+    plain, jitted = quantizer(method, spec)(weight_of()), jax.jit(quantizer(method, spec))(weight_of())
+    assert jax.tree.structure(plain) == jax.tree.structure(jitted)
+    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(jitted), strict=True):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+        # Fused arithmetic may move a weight that lies on a tie; of 960 no more than a few do.
+        assert (np.asarray(a) != np.asarray(b)).mean() <= 0.01
+
+
+@pytest.mark.parametrize("method", QUANTIZERS)
+def test_a_stack_is_quantized_matrix_by_matrix(method, bits, symmetric):
+    spec, stack = QuantSpec(bits=bits, group_size=32, symmetric=symmetric), weight_of(2)
+    stacked = quantizer(method, spec)(stack)
+    assert stacked[0].shape == (2, K, N)
+    assert stacked[1].shape == (2, 3, N)
+    for i in range(2):
+        alone = quantizer(method, spec)(stack[i])
+        for a, b in zip(jax.tree.leaves(stacked), jax.tree.leaves(alone), strict=True):
+            assert (np.asarray(a[i]) != np.asarray(b)).mean() <= 0.01
+
+
+@pytest.mark.parametrize("method", QUANTIZERS)
+def test_the_short_last_group_is_as_if_it_were_alone(method, symmetric):
+    """Its padding has no say: with the rows before it far from zero and without them it gets the same codes."""
+    spec, weight = QuantSpec(bits=3, group_size=32, symmetric=symmetric), weight_of()
+    weight[64:] += 5.0
+    whole, alone = (quantizer(method, spec)(w) for w in (weight, weight[64:]))
+    np.testing.assert_array_equal(np.asarray(whole[0])[64:], np.asarray(alone[0]))
+    np.testing.assert_array_equal(np.asarray(whole[1])[2], np.asarray(alone[1])[0])
