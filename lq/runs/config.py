@@ -38,6 +38,8 @@ from lq.errors import UserError
 
 MOST_SAMPLES, MOST_SEEDS = 1_000_000, 1000  # beyond these a number is a slip of the pen
 
+BATCH_SIZE = "batch_size"  # the option of metrics that read the calibration windows in batches
+
 Bits = Annotated[int, Field(ge=1, le=8)]
 TableBits = Annotated[int, Field(ge=1, le=16)]
 Budget = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -54,6 +56,7 @@ class CalibrationSection(Section):
     samples: Annotated[PositiveInt, Field(le=MOST_SAMPLES)] = 32
     length: Annotated[int, Field(ge=2)] = 512  # tokens per sample
     seed: NonNegativeInt = 0
+    batch_size: PositiveInt = 8  # windows per device step, of every metric that reads them in batches
 
 
 class EvaluationSection(Section):
@@ -98,8 +101,12 @@ class Order(Section):
 
     @property
     def name(self) -> str:
-        """Tells orders apart: `lim`, `reverse lim`, `zd sides=two`. The seed of a random order is told by its rows."""
-        given = sorted((key, value) for key, value in self.options.items() if not (self.is_random and key == "seed"))
+        """Tells orders apart: `lim`, `reverse lim`, `zd sides=two`.
+
+        The seed of a random order is told by its rows, and a batch size is no part of what is measured.
+        """
+        unnamed = ("seed", BATCH_SIZE) if self.is_random else (BATCH_SIZE,)
+        given = sorted((key, value) for key, value in self.options.items() if key not in unnamed)
         options = "".join(f" {key}={value}" for key, value in given)
         return ("reverse " if self.reverse else "") + self.metric + options
 

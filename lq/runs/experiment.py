@@ -35,7 +35,7 @@ from lq.progress import Progress
 from lq.quantizers import QUANTIZERS, PlannedSource
 from lq.runs.candidates import Candidate, base_spec, candidates, check_orders_and_budgets, orders_of
 from lq.runs.conclusion import conclude, is_score
-from lq.runs.config import Experiment, Order, dump_experiment
+from lq.runs.config import BATCH_SIZE, Experiment, Order, dump_experiment
 from lq.runs.environment import describe_environment, peak_memory_bytes
 from lq.runs.results import Results, Row
 from lq.runs.weighed import Weighed
@@ -152,23 +152,27 @@ class Run:
     def scores(self) -> dict[tuple[str, int | None], Scores]:
         """Every order of the config, computed once; keys are (order name, seed)."""
         found = {}
+        straight: dict[tuple[str, int | None], Scores] = {}  # an order and its reverse are one computation
         wanted = [(order, seed) for order in orders_of(self.experiment) for seed in order.each_seed()]
         with self.progress.stage("score", len(wanted)) as step:
             for order, seed in wanted:
                 key = (order.name, seed)
                 if key not in found:
-                    found[key] = self._score(order, seed, found)
+                    measured = (order.name.removeprefix("reverse "), seed)
+                    if measured not in straight:
+                        straight[measured] = self._score(order, seed)
+                    found[key] = reverse(straight[measured]) if order.reverse else straight[measured]
                     name = order.name.replace(" ", "_") + ("" if seed is None else f"_{seed}")
                     found[key].write(self.directory / "scores" / f"{name}.json")
                 step(order.name)
         return found
 
-    def _score(self, order: Order, seed: int | None, found: dict) -> Scores:
+    def _score(self, order: Order, seed: int | None) -> Scores:
+        """The scores of an order's metric, not reversed. The batch size is the calibration's unless the order has one."""
         options = order.options if seed is None else {**order.options, "seed": seed}
-        straight = found.get((order.name.removeprefix("reverse "), seed))
-        if straight is None:
-            straight = score(self.source, order.metric, self.calibration, options)
-        return reverse(straight) if order.reverse else straight
+        if any(field.name == BATCH_SIZE for field in dataclasses.fields(METRICS[order.metric].options)):
+            options = {BATCH_SIZE: self.experiment.calibration.batch_size, **options}
+        return score(self.source, order.metric, self.calibration, options)
 
     def measure_all(self, todo: list[Candidate]) -> list[Row]:
         """A row for every candidate, in order; those that `rows.jsonl` holds are not measured again."""

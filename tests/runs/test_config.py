@@ -54,6 +54,7 @@ GOOD = "model: standin\noutput: out\n"
         (GOOD + "evaluation: {batch_size: 0}\n", "evaluation.batch_size: Input should be greater than 0 (got 0)"),
         (GOOD + "evaluation: {batch_size: -8}\n", "evaluation.batch_size: Input should be greater than 0 (got -8)"),
         (GOOD + "evaluation: {window: 8, stride: 9}\n", "evaluation: stride (9) must not be above window (8)"),
+        (GOOD + "calibration: {batch_size: 0}\n", "calibration.batch_size: Input should be greater than 0 (got 0)"),
         (GOOD + "calibration: {samples: 10000000}\n", "Input should be less than or equal to 1000000 (got"),
         (
             GOOD + "allocation: {orders: [{metric: random, seeds: 1000000}]}\n",
@@ -116,6 +117,14 @@ def test_random_orders_start_at_the_given_seed(config, order, seeds):
     (found,) = load_experiment(config(GOOD + f"allocation: {{orders: [{order}]}}\n")).allocation.orders
     assert found.each_seed() == seeds
     assert found.name in ("random", "lim")
+
+
+def test_a_batch_size_is_no_part_of_an_order(config):
+    lim = "{metric: lim, options: {batch_size: 4, aggregation: flat}}"
+    x = load_experiment(config(GOOD + f"allocation: {{orders: [{lim}, lim]}}\n"))
+    assert [order.name for order in x.allocation.orders] == ["lim aggregation=flat", "lim"]
+    with pytest.raises(UserError, match="the order 'lim' is listed twice"):
+        load_experiment(config(GOOD + "allocation: {orders: [lim, {metric: lim, options: {batch_size: 4}}]}\n"))
 
 
 def test_the_written_config_reads_back_the_same(config):

@@ -9,6 +9,7 @@ import pytest
 from small_models import llama_config, random_params, write_directory
 
 from lq.errors import UserError
+from lq.importance import score
 from lq.models.matrices import parameter_count
 from lq.progress import Progress
 from lq.runs.config import Experiment
@@ -216,6 +217,33 @@ def test_without_a_score_that_needs_it_no_calibration_text_is_read(small_model, 
     assert results.protocol["calibration"] is None
     assert results.environment["seeds"] == {"calibration seed": None, "seeds of random orders": [7]}
     assert "calibration" not in (tmp_path / "r" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("calibration", "orders", "batch_size"),
+    [
+        ({}, ["lim", {"metric": "lim", "reverse": True}], 8),
+        ({"batch_size": 2}, [{"metric": "lim", "reverse": True}, "zd", "lim"], 2),
+        ({"batch_size": 2}, [{"metric": "lim", "options": {"batch_size": 3}}, {"metric": "lim", "reverse": True}], 3),
+    ],
+)
+def test_an_order_and_its_reverse_are_scored_once(
+    small_model, text_file, tmp_path, monkeypatch, calibration, orders, batch_size
+):
+    scored = []
+
+    def counted(source, metric, windows, options):
+        scored.append((metric, options))
+        return score(source, metric, windows, options)
+
+    monkeypatch.setattr("lq.runs.experiment.score", counted)
+    changes = {"calibration": {"data": str(text_file), "samples": 4, "length": 32, **calibration}, "moves": None}
+    allocation = {"budgets": [3.0], "orders": orders}
+    experiment = experiment_for(small_model, text_file, tmp_path / "r", allocation=allocation, **changes)
+    scores = Run(experiment, Progress(quiet=True)).scores()
+    assert [options for metric, options in scored if metric == "lim"] == [{"batch_size": batch_size}]
+    assert all(options == {} for metric, options in scored if metric == "zd")
+    assert scores["reverse lim", None].ranking() == scores["lim", None].ranking()[::-1]
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
