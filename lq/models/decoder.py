@@ -12,7 +12,7 @@ not fit in memory:
 
     h = embed(config, params, tokens, context)
     for i, kind in enumerate(config.kinds):
-        h, _ = apply_block(config, kind, params[f"block_{i}"], h, context)
+        h = apply_block(config, kind, params[f"block_{i}"], h, context)
     logits = head(config, params, h)
 
 The compute dtype is the dtype of the embedding's output; pass `dtype` to fix it.

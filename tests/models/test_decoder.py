@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+import lq.models.decoder as decoder_module
 from lq.models.config import BlockKind, Experts, ModelConfig, Rope
 from lq.models.context import DecodeState, context_for
 from lq.models.decoder import Decoder, abstract_params, apply_block, embed, head
@@ -29,6 +30,19 @@ def model(request, recorded):
 @pytest.fixture
 def tokens():
     return np.random.default_rng(0).integers(0, 97, (2, 24)).astype(np.int32)
+
+
+def test_the_example_of_the_parts_in_the_docstring_runs(model, tokens):
+    """Both indented runs of the module's docstring, as they stand: one apply, and the same from the three parts."""
+    decoder, params = model
+    names = {"config": decoder.config, "params": params, "tokens": tokens, "context": context_for(tokens)}
+    names |= {"Decoder": Decoder, "embed": embed, "apply_block": apply_block, "head": head}
+    code = [line[4:] for line in decoder_module.__doc__.splitlines() if line.startswith("    ")]
+    cut = next(i for i, line in enumerate(code) if line.startswith("h = embed"))
+    exec("\n".join(code[:cut]), names)
+    whole = names.pop("logits")
+    exec("\n".join(code[cut:]), names)
+    np.testing.assert_array_equal(np.asarray(names["logits"]), np.asarray(whole))
 
 
 def test_parts_compose_to_the_decoder_bit_for_bit(model, tokens):
