@@ -9,6 +9,7 @@ import math
 
 import numpy as np
 
+from lq.errors import UserError
 from lq.importance.scores import Scores
 from lq.models.matrices import block_matrices
 from lq.models.source import ParameterSource
@@ -17,6 +18,10 @@ from lq.models.source import ParameterSource
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RandomOptions:
     seed: int = 0
+
+    def __post_init__(self):
+        if self.seed < 0:
+            raise UserError(f"seed: {self.seed}; write 0 or more")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

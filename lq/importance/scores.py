@@ -43,9 +43,18 @@ class Scores:
         """Raises UserError when `path` is no scores file."""
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
-            data["shapes"] = {name: tuple(shape) for name, shape in data["shapes"].items()}
+            data["shapes"] = {name: _shape(name, shape) for name, shape in data["shapes"].items()}
+            if type(data["other_weights"]) is not int:
+                raise ValueError(f"other_weights: {data['other_weights']!r} is no whole number")
             return cls(**data)
         except FileNotFoundError:
             raise UserError(f"{path}: no such scores file; make one with `lq score MODEL --metric lim`") from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: not a scores file ({error}); make one with `lq score`") from None
+
+
+def _shape(name: str, value: object) -> tuple[int, ...]:
+    """Raises ValueError unless `value` is a matrix's shape, `[in, out]`, or a stack's."""
+    if not isinstance(value, list) or len(value) < 2 or any(type(n) is not int or n < 1 for n in value):
+        raise ValueError(f"shapes: {name}: {value!r} is no [in, out]")
+    return tuple(value)

@@ -13,6 +13,7 @@ data.
 
 import dataclasses
 import functools
+import math
 from typing import Literal
 
 import jax
@@ -31,6 +32,10 @@ class ZDOptions:
     sides: Literal["one", "two"] = "one"
     pooling: Literal["block", "matrix"] = "block"
     threshold: float = 1.0  # standard deviations
+
+    def __post_init__(self):
+        if not math.isfinite(self.threshold):
+            raise UserError(f"threshold: {self.threshold} standard deviations; write a finite number such as 1.0")
 
 
 @jax.jit

@@ -1,6 +1,7 @@
 """Scores: closed forms, the planted block, direction, determinism, and the mistakes found in public code."""
 
 import dataclasses
+import json
 
 import jax.numpy as jnp
 import numpy as np
@@ -182,6 +183,38 @@ def test_other_files_are_no_scores(tmp_path, text):
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(UserError, match="not a scores file"):
         Scores.read(tmp_path / "x.json")
+
+
+@pytest.mark.parametrize("shape", [[], [64], [64, 2.5], [64, "64"], [64, 0], [64, True], 64, None])
+def test_a_damaged_shape_is_one_line(source, tmp_path, shape):
+    file = tmp_path / "zd.json"
+    score(source, "first_last").write(file)
+    data = json.loads(file.read_text())
+    data["shapes"]["block_1/mlp/up_proj"] = shape
+    file.write_text(json.dumps(data))
+    with pytest.raises(UserError, match=r"^[^\n]*zd\.json: not a scores file \(shapes: block_1/mlp/up_proj: [^\n]*$"):
+        Scores.read(file)
+
+
+def test_damaged_other_weights_are_one_line(source, tmp_path):
+    file = tmp_path / "zd.json"
+    score(source, "first_last").write(file)
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"other_weights": "many"}))
+    with pytest.raises(UserError, match=r"not a scores file \(other_weights: 'many' is no whole number\)"):
+        Scores.read(file)
+
+
+@pytest.mark.parametrize(
+    ("metric", "options", "message"),
+    [
+        ("random", {"seed": -1}, "seed: -1; write 0 or more"),
+        ("zd", {"threshold": float("nan")}, "threshold: nan standard deviations; write a finite number"),
+        ("zd", {"threshold": float("-inf")}, "threshold: -inf standard deviations; write a finite number"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(metric, options, message):
+    with pytest.raises(UserError, match=message):
+        METRICS.options(metric, options)
 
 
 def test_missing_calibration_and_unknown_metric_are_one_line(source):
