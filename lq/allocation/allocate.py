@@ -3,9 +3,10 @@
 import dataclasses
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from numbers import Integral, Real
 
-from lq.allocation.plan import Count, Plan
+from lq.allocation.plan import Count, Plan, check_count
 from lq.allocation.rank import RankOptions, rank
 from lq.errors import UserError
 from lq.importance.scores import Scores
@@ -24,6 +25,8 @@ class Pin:
     bits: int
 
     def __post_init__(self):
+        if not isinstance(self.pattern, str):
+            raise UserError(f"pin {self.pattern!r}: no pattern; write a text such as 'v_proj$'")
         try:
             re.compile(self.pattern)
         except re.error as error:
@@ -66,8 +69,10 @@ def allocate(
 
     Raises:
       UserError: a target out of reach (the message says the range), scores of another model, a width that does not
-        exist.
+        exist, an argument of another type.
     """
+    _check_types(bpw, nbytes, bits, spec, pins)
+    check_count(count)
     spec = spec or QuantSpec(bits=4)
     shapes = scores.shapes
     widths = sorted(set(bits))
@@ -122,6 +127,23 @@ def allocate(
         model=scores.model,
         provenance=provenance,
     )
+
+
+def _check_types(bpw, nbytes, bits, spec, pins) -> None:
+    """Raises UserError, naming the argument, for one that is of another type than `allocate` says."""
+    if bpw is not None and (not isinstance(bpw, Real) or isinstance(bpw, bool)):
+        raise UserError(f"bpw: {bpw!r} is not a number; write for example bpw=3.0")
+    if nbytes is not None and (not isinstance(nbytes, Integral) or isinstance(nbytes, bool)):
+        raise UserError(f"nbytes: {nbytes!r} is not a whole number; write for example nbytes=4000000")
+    if not isinstance(bits, Collection) or isinstance(bits, str) or any(type(width) is not int for width in bits):
+        raise UserError(f"bits: {bits!r} is no list of widths; write for example bits=(2, 4)")
+    if spec is not None and not isinstance(spec, QuantSpec):
+        raise UserError(f"spec: {spec!r} is no QuantSpec; write for example QuantSpec(bits=4)")
+    if not isinstance(pins, Collection):
+        raise UserError(f"pins: {pins!r} is no list; write for example pins=[Pin(pattern='v_proj$', bits=8)]")
+    for pin in pins:
+        if not isinstance(pin, Pin):
+            raise UserError(f"pins: {pin!r} is no Pin; write for example Pin(pattern='v_proj$', bits=8)")
 
 
 def _units(scores: Scores, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[str]]:

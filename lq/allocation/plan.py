@@ -11,7 +11,7 @@ import json
 import math
 from collections import defaultdict
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from lq.atomic import write_text
 from lq.errors import UserError
@@ -38,9 +38,12 @@ class Plan:
     provenance: dict = dataclasses.field(default_factory=dict)  # metric, allocator, target, seed ...
 
     def __post_init__(self):
-        for path in self.specs:
+        check_count(self.count)
+        for path, spec in self.specs.items():
             if path not in self.shapes:
                 raise UserError(f"plan: no matrix {path} in this model; make the plan from this model's scores")
+            if not isinstance(spec, QuantSpec):
+                raise UserError(f"plan: {path}: {spec!r} is no QuantSpec; write for example QuantSpec(bits=3)")
 
     def counted(self) -> list[str]:
         return [path for path in self.shapes if self.count == "all" or block_of(path) is not None]
@@ -107,8 +110,8 @@ class Plan:
         for path, (number, _) in entries.items():
             if number is not None and (type(number) is not int or not 0 <= number < len(specs)):
                 raise ValueError(f"matrices: {path}: no spec {number!r}")
-        if data["count"] not in ("blocks", "all") or type(data["other_weights"]) is not int:
-            raise ValueError(f"count {data['count']!r}, other_weights {data['other_weights']!r}")
+        if type(data["other_weights"]) is not int:
+            raise ValueError(f"other_weights {data['other_weights']!r}")
         return cls(
             specs={path: specs[number] for path, (number, _) in entries.items() if number is not None},
             shapes={path: tuple(shape) for path, (_, shape) in entries.items()},
@@ -132,6 +135,12 @@ class Plan:
             ) from None
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             raise UserError(f"{path}: not a plan ({error!r}); make one with `lq allocate`") from None
+
+
+def check_count(count: object) -> None:
+    """Raises UserError unless `count` is one of `Count`."""
+    if count not in get_args(Count):
+        raise UserError(f"count: {count!r}; write {' or '.join(get_args(Count))}")
 
 
 def uniform_plan(config: ModelConfig, spec: QuantSpec, *, model: str = "", count: Count = "blocks") -> Plan:

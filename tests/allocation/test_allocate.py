@@ -138,6 +138,47 @@ def test_a_budget_is_one_positive_number(budget):
         allocate(SCORES, **budget)
 
 
+PIN = Pin(pattern="v_proj$", bits=8)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"bpw": "3"}, "bpw: '3' is not a number; write for example bpw=3.0"),
+        ({"bpw": True}, "bpw: True is not a number"),
+        ({"nbytes": 4e6}, "nbytes: 4000000.0 is not a whole number; write"),
+        ({"bits": 4}, r"bits: 4 is no list of widths; write for example bits=\(2, 4\)"),
+        ({"bits": "24"}, "bits: '24' is no list of widths"),
+        ({"bits": (2, 4.0)}, r"bits: \(2, 4.0\) is no list of widths"),
+        ({"bits": (2, [4])}, r"bits: \(2, \[4\]\) is no list of widths"),
+        ({"spec": 4}, "spec: 4 is no QuantSpec; write for example QuantSpec"),
+        ({"pins": [PIN, ("q_proj", 4)]}, r"pins: \('q_proj', 4\) is no Pin; write for example Pin\(pattern="),
+        ({"pins": PIN}, "pins: Pin.* is no list"),
+        ({"count": "everything"}, "count: 'everything'; write blocks or all"),
+        ({"count": None}, "count: None; write blocks or all"),
+    ],
+)
+def test_arguments_of_another_type_are_one_line(given, message):
+    budget = {} if "nbytes" in given else {"bpw": 3.0}
+    with pytest.raises(UserError, match=f"^{message}") as error:
+        allocate(SCORES, **{**budget, **given})
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("given", [{"bpw": np.float32(3.0)}, {"bpw": 4, "bits": [2, 8]}, {"bpw": 3.0, "bits": {2, 4}}])
+def test_numbers_and_lists_of_other_kinds_are_as_good(given):
+    assert allocate(SCORES, **given).bpw <= given["bpw"]
+
+
+def test_a_plan_is_made_of_specs():
+    with pytest.raises(
+        UserError, match=r"^plan: block_0/\S+: 3 is no QuantSpec; write for example QuantSpec\(bits=3\)$"
+    ):
+        uniform_plan(CONFIG, 3)
+    with pytest.raises(UserError, match=r"^count: 'everything'; write blocks or all$"):
+        uniform_plan(CONFIG, QuantSpec(bits=3), count="everything")
+
+
 def test_pins_hold_and_unused_ones_are_reported():
     pins = [
         Pin(pattern=r"block_5/.*down_proj", bits=8),
@@ -186,7 +227,7 @@ def test_one_width_reaches_one_size():
     assert {s.bits for p, s in plan.specs.items() if not p.startswith("block_3/mlp")} == {4}
 
 
-@pytest.mark.parametrize(("pattern", "bits"), [("(", 4), ("x", 9), ("x", 0), ("x", 12)])
+@pytest.mark.parametrize(("pattern", "bits"), [("(", 4), (3, 4), ("x", 9), ("x", 0), ("x", 12), ("x", "4")])
 def test_a_bad_pin_is_refused(pattern, bits):
     with pytest.raises(UserError, match="pin "):
         Pin(pattern=pattern, bits=bits)
