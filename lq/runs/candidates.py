@@ -5,11 +5,12 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from lq.allocation import Plan, allocate
 from lq.allocation.allocate import Pin
-from lq.importance import METRICS, Scores
+from lq.errors import UserError
+from lq.importance import Scores
 from lq.models.config import ModelConfig
 from lq.models.matrices import model_shapes, other_weights
 from lq.numerics.spec import QuantSpec
-from lq.runs.config import Experiment, Order
+from lq.runs.config import Experiment, Order, at
 from lq.runs.results import Group
 
 AllScores = Mapping[tuple[str, int | None], Scores]  # (order name, seed) -> scores
@@ -34,10 +35,11 @@ def candidates(x: Experiment, config: ModelConfig, model: str, scores: AllScores
     """
     yield Candidate(name="original", group="original", plan=None)
     yield from _uniform(x, config, model)
-    for budget in x.allocation.budgets:
+    for number, budget in enumerate(x.allocation.budgets):
         for order in x.allocation.orders:
             for seed in order.each_seed():
-                plan = _plan(x, scores[order.name, seed], base_spec(x), x.allocation.bits, budget)
+                with at(f"allocation.budgets.{number}", drop="budget: "):
+                    plan = _plan(x, scores[order.name, seed], x.quantization.spec, x.allocation.bits, budget)
                 yield Candidate(
                     name=f"{_label(order, seed)} @ {budget:g}",
                     group="plan",
@@ -54,25 +56,18 @@ def orders_of(x: Experiment) -> list[Order]:
     return [*x.allocation.orders, *(x.moves.orders if x.moves else [])]
 
 
-def check_orders_and_budgets(x: Experiment, config: ModelConfig) -> None:
-    """Raises UserError for an unknown metric or option and for a budget out of reach, before anything is computed.
+def check_budgets(x: Experiment, config: ModelConfig) -> None:
+    """Raises UserError for a budget out of reach and a head there is not, before anything is computed.
 
     What can be reached does not depend on the scores, so any do.
     """
-    placeholder = _placeholder(config, "none")
-    scores = {}
-    for order in orders_of(x):
-        for seed in order.each_seed():
-            METRICS.options(order.metric, order.options if seed is None else {**order.options, "seed": seed})
-            scores[order.name, seed] = placeholder
-    for _ in candidates(x, config, "", scores):
+    if x.allocation.head_bits != 16 and config.tie_embeddings:
+        raise UserError("allocation.head_bits: this model's head is its embedding; write embedding_bits")
+    none = _placeholder(config, "none")
+    for _ in candidates(
+        x, config, "", {(order.name, seed): none for order in orders_of(x) for seed in order.each_seed()}
+    ):
         pass
-
-
-def base_spec(x: Experiment) -> QuantSpec:
-    """The spec all matrices share but for their width."""
-    q = x.quantization
-    return QuantSpec(bits=8, group_size=q.group_size, symmetric=q.symmetric, scale_dtype=q.scale_dtype)
 
 
 def _label(order: Order, seed: int | None) -> str:
@@ -80,7 +75,7 @@ def _label(order: Order, seed: int | None) -> str:
 
 
 def _uniform(x: Experiment, config: ModelConfig, model: str) -> Iterator[Candidate]:
-    spec, scores = base_spec(x), _placeholder(config, "uniform", model)
+    spec, scores = x.quantization.spec, _placeholder(config, "uniform", model)
     finer = [g for g in (64, 32) if spec.group_size is None or g < spec.group_size] if x.baselines.finer_groups else []
     for bits in x.baselines.uniform:
         yield Candidate(name=f"uniform {bits}", group="uniform", plan=_plan(x, scores, spec, [bits]))
@@ -124,7 +119,7 @@ def _moves(x: Experiment, config: ModelConfig, model: str, scores: AllScores) ->
     if x.moves is None:
         return
     moves, total = x.moves, config.num_blocks
-    spec, none = base_spec(x), _placeholder(config, "uniform", model)
+    spec, none = x.quantization.spec, _placeholder(config, "uniform", model)
     plan, low = (_plan(x, none, spec, [bits]) for bits in (moves.high, moves.low))
     for order in moves.orders:
         for seed in order.each_seed():

@@ -16,8 +16,9 @@ Orders times budgets is the sweep. Random orders have the seeds 0, 1, 2 ...; `{m
 7}}` are those of 7 to 11. An unknown key, a wrong type or an impossible value is one line that says where it stands.
 """
 
+import contextlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -30,18 +31,52 @@ from pydantic import (
     Field,
     NonNegativeInt,
     PositiveInt,
+    PrivateAttr,
     ValidationError,
+    ValidationInfo,
+    field_validator,
     model_validator,
 )
 
+from lq.allocation import ALLOCATORS
 from lq.errors import UserError
+from lq.importance import METRICS
+from lq.numerics.spec import QuantSpec
+from lq.quantizers import QUANTIZERS
+from lq.registry import Registry
 
 MOST_SAMPLES, MOST_SEEDS = 1_000_000, 1000  # beyond these a number is a slip of the pen
 
 BATCH_SIZE = "batch_size"  # the option of metrics that read the calibration windows in batches
 
+
+def _storable(bits: int) -> int:
+    if bits != 16 and bits not in range(1, 9):
+        raise ValueError(f"{bits}; write 1 to 8, or 16 to leave it dense")
+    return bits
+
+
+def _pattern(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ValueError(f"{text!r} is not a regular expression ({error})") from None
+    return text
+
+
+def _known(registry: Registry) -> AfterValidator:
+    """A name in `registry`."""
+
+    def check(name: str) -> str:
+        registry[name]
+        return name
+
+    return AfterValidator(check)
+
+
 Bits = Annotated[int, Field(ge=1, le=8)]
-TableBits = Annotated[int, Field(ge=1, le=16)]
+Pattern = Annotated[str, AfterValidator(_pattern)]  # a regular expression
+WidthOrDense = Annotated[int, AfterValidator(_storable)]
 Budget = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -75,22 +110,40 @@ class EvaluationSection(Section):
 
 
 class QuantizationSection(Section):
-    method: str = "rtn"
+    method: Annotated[str, _known(QUANTIZERS)] = "rtn"
     options: dict[str, Any] = Field(default_factory=dict)
     group_size: Literal[32, 64, 128, 256] | None = 128  # null: the whole column
     symmetric: bool = False
     scale_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
 
+    @property
+    def spec(self) -> QuantSpec:
+        """What all matrices share but for their width."""
+        return QuantSpec(bits=8, group_size=self.group_size, symmetric=self.symmetric, scale_dtype=self.scale_dtype)
+
+    @field_validator("options")
+    @classmethod
+    def _check_options(cls, options: dict, info: ValidationInfo) -> dict:
+        if "method" in info.data:
+            QUANTIZERS.options(info.data["method"], options)
+        return options
+
+    @model_validator(mode="after")
+    def _check(self):
+        if check := QUANTIZERS[self.method].check:
+            check(QUANTIZERS.options(self.method, self.options), self.spec)
+        return self
+
 
 class PinSection(Section):
-    match: str  # regular expression, anywhere in a matrix path such as block_0/mlp/down_proj
-    bits: TableBits
+    match: Pattern  # anywhere in a matrix path such as block_0/mlp/down_proj
+    bits: WidthOrDense
 
 
 class Order(Section):
     """An order of blocks: a metric, perhaps reversed, or random with several seeds, from `options.seed` on (0)."""
 
-    metric: str
+    metric: Annotated[str, _known(METRICS)]
     reverse: bool = False
     seeds: Annotated[PositiveInt, Field(le=MOST_SEEDS)] = 1  # random only: this many orders
     options: dict[str, Any] = Field(default_factory=dict)
@@ -119,10 +172,17 @@ class Order(Section):
     def _check(self):
         if self.seeds > 1 and not self.is_random:
             raise ValueError(f"seeds belongs to the metric random, not to {self.metric}")
-        first = self.options.get("seed", 0)
-        if self.is_random and (type(first) is not int or first < 0):
-            raise ValueError(f"options.seed: {first!r} is not a whole number from 0 up")
         return self
+
+    @field_validator("options")
+    @classmethod
+    def _check_options(cls, options: dict, info: ValidationInfo) -> dict:
+        metric, first = info.data.get("metric"), options.get("seed", 0)
+        if metric == "random" and (type(first) is not int or first < 0):
+            raise ValueError(f"seed: {first!r} is not a whole number from 0 up")
+        if metric is not None:
+            METRICS.options(metric, options)
+        return options
 
 
 def _different(orders: list[Order]) -> list[Order]:
@@ -154,13 +214,13 @@ Orders = Annotated[list[OrderField], AfterValidator(_different)]
 
 
 class AllocationSection(Section):
-    method: str = "rank"
+    method: Annotated[str, _known(ALLOCATORS)] = "rank"
     bits: Annotated[list[Bits], Field(min_length=1)] = Field(default_factory=lambda: [2, 4])
     budgets: Annotated[list[Budget], AfterValidator(_distinct)] = Field(default_factory=list)  # bits per weight
     orders: Orders = Field(default_factory=list)
     pins: list[PinSection] = Field(default_factory=list)
-    embedding_bits: TableBits = 16
-    head_bits: TableBits = 16
+    embedding_bits: WidthOrDense = 16
+    head_bits: WidthOrDense = 16
     count: Literal["blocks", "all"] = "blocks"  # what the average is taken over
 
 
@@ -194,6 +254,43 @@ class Experiment(Section):
     allocation: AllocationSection = AllocationSection()
     baselines: BaselineSection = BaselineSection()
     moves: MoveSection | None = None
+    _file: str = PrivateAttr("")
+
+    @property
+    def file(self) -> str:
+        """The config it was read from, as the user wrote it; empty when it was made in code."""
+        return self._file
+
+
+@contextlib.contextmanager
+def at(place: str, drop: str = "") -> Iterator[None]:
+    """Puts `place`, a file or the path of a key, before the message of a UserError, in place of `drop`."""
+    try:
+        yield
+    except UserError as error:
+        message = str(error).removeprefix(drop)
+        raise UserError(f"{place}: {message}" if place else message) from error
+
+
+class _Repeated(yaml.YAMLError):
+    """A key that a mapping holds twice; `line` counts from 1."""
+
+    def __init__(self, key: str, line: int):
+        super().__init__(f"the key {key} is given twice; keep one")
+        self.line = line
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is given twice, where YAML's own loader silently takes the last."""
+
+    def compose_mapping_node(self, anchor):
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if (key.tag, key.value) in seen:
+                raise _Repeated(key.value, key.start_mark.line + 1)
+            seen.add((key.tag, key.value))
+        return node
 
 
 def load_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
@@ -202,11 +299,15 @@ def load_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
     Raises UserError, one line with the path of the offending key.
     """
     try:
-        data = yaml.safe_load(Path(path).read_text())
+        data = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
         raise UserError(f"{path}: no such config; see configs/ for examples") from None
     except IsADirectoryError:
         raise UserError(f"{path}: a directory; give a YAML file") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give a YAML file") from None
+    except _Repeated as error:
+        raise UserError(f"{path}:{error.line}: {error}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else f"{path}"
@@ -216,9 +317,11 @@ def load_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
     for item in overrides:
         _override(data, item)
     try:
-        return Experiment.model_validate(data)
+        experiment = Experiment.model_validate(data)
     except ValidationError as error:
         raise UserError(f"{path}: {_first_problem(error)}") from None
+    experiment._file = str(path)
+    return experiment
 
 
 def dump_experiment(experiment: Experiment) -> str:
@@ -231,7 +334,9 @@ def _override(data: dict, item: str) -> None:
     if not separator or not re.fullmatch(r"\w+(\.\w+)*", key):
         raise UserError(f"--set {item}: write key.subkey=value")
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, _Loader)
+    except _Repeated as error:
+        raise UserError(f"--set {item}: {error}") from None
     except yaml.YAMLError:
         raise UserError(f"--set {item}: the value is not valid YAML") from None
     *parents, last = key.split(".")
@@ -254,7 +359,8 @@ def _first_problem(error: ValidationError) -> str:
         what = "required, not given"
     else:
         what = first["msg"].removeprefix("Value error, ")
-        if isinstance(value, str | int | float | bool) or value is None:
+        scalar = isinstance(value, str | int | float | bool) or value is None
+        if scalar and not (first["type"] == "value_error" and repr(value) in what):
             what = f"{what} (got {value!r})"
     more = f"; and {len(problems) - 1} more" if len(problems) > 1 else ""
     return f"{where}: {what}{more}" if where else f"{what}{more}"

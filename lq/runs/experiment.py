@@ -33,9 +33,9 @@ from lq.models.loading import load_tokenizer, open_checkpoint
 from lq.models.matrices import parameter_count
 from lq.progress import Progress
 from lq.quantizers import QUANTIZERS, PlannedSource
-from lq.runs.candidates import Candidate, base_spec, candidates, check_orders_and_budgets, orders_of
+from lq.runs.candidates import Candidate, candidates, check_budgets, orders_of
 from lq.runs.conclusion import conclude, is_score
-from lq.runs.config import BATCH_SIZE, Experiment, Order, dump_experiment
+from lq.runs.config import BATCH_SIZE, Experiment, Order, at, dump_experiment
 from lq.runs.environment import describe_environment, peak_memory_bytes
 from lq.runs.results import Results, Row
 from lq.runs.weighed import Weighed
@@ -57,20 +57,21 @@ def run_experiment(
     Raises:
       UserError: the directory is of another experiment, or holds this one and neither `resume` nor `overwrite` is set.
     """
-    run = Run(experiment, progress or Progress(quiet=True))
-    run.claim_directory(resume, overwrite)
-    scores = run.scores()
-    todo = list(candidates(experiment, run.source.config, run.fingerprint, scores))
-    for pattern in dict.fromkeys(p for c in todo if c.plan for p in c.plan.provenance.get("unused_pins", [])):
-        run.progress.note(f"pin {pattern!r} matches no matrix")
-    rows = run.measure_all(todo)
-    run.write_record()
-    results = run.results(scores, rows)
-    results.write(run.directory / "results.json")
-    from lq.runs.report import write_report
+    with at(experiment.file):
+        run = Run(experiment, progress or Progress(quiet=True))
+        run.claim_directory(resume, overwrite)
+        scores = run.scores()
+        todo = list(candidates(experiment, run.source.config, run.fingerprint, scores))
+        for pattern in dict.fromkeys(p for c in todo if c.plan for p in c.plan.provenance.get("unused_pins", [])):
+            run.progress.note(f"pin {pattern!r} matches no matrix")
+        rows = run.measure_all(todo)
+        run.write_record()
+        results = run.results(scores, rows)
+        results.write(run.directory / "results.json")
+        from lq.runs.report import write_report
 
-    write_report([(experiment.title, results)], run.directory)
-    return results
+        write_report([(experiment.title, results)], run.directory)
+        return results
 
 
 class Run:
@@ -80,14 +81,13 @@ class Run:
         self.started = time.perf_counter()
         self.experiment, self.progress = experiment, progress
         self.directory = Path(experiment.output)
-        self.source = open_checkpoint(resolve_model(experiment.model))
-        self.fingerprint = fingerprint(self.source)
-        check_orders_and_budgets(experiment, self.source.config)
+        with at("model"):
+            self.source = open_checkpoint(resolve_model(experiment.model))
+            self.fingerprint = fingerprint(self.source)
+        check_budgets(experiment, self.source.config)
         self.calibration, self.windows = self._cut_windows()
         q = experiment.quantization
         self.options = QUANTIZERS.options(q.method, q.options)
-        if check := QUANTIZERS[q.method].check:
-            check(self.options, base_spec(experiment))
         self.packed = {} if 2 * parameter_count(self.source.config) < CACHE_LIMIT else None
         self.earlier: dict = {}  # what run.json held when this session began
 
@@ -98,16 +98,28 @@ class Run:
         if needed:
             check_context(config, c.length, "calibration.length")
         check_context(config, e.window, "evaluation.window")
-        tokenizer = load_tokenizer(self.source.path)
+        with at("model"):
+            tokenizer = load_tokenizer(self.source.path)
         calibration = None
         if needed:
             data = resolve_data(c.data, "calibration")
-            calibration = calibration_windows(tokenizer, data, c.samples, c.length, c.seed)
+            with at("calibration.data"):
+                calibration = calibration_windows(tokenizer, data, c.samples, c.length, c.seed)
         data = resolve_data(e.data, "evaluation")
-        return calibration, evaluation_windows(tokenizer, data, e.window, stride=e.stride, limit=e.windows)
+        with at("evaluation.data"):
+            return calibration, evaluation_windows(tokenizer, data, e.window, stride=e.stride, limit=e.windows)
 
     def claim_directory(self, resume: bool, overwrite: bool) -> None:
-        """Makes the run directory this experiment's, or says why it cannot be."""
+        """Makes the run directory this experiment's. Raises UserError, with the key, when it cannot be."""
+        with at("output"):
+            try:
+                self._claim_directory(resume, overwrite)
+            except OSError as error:
+                raise UserError(
+                    f"{self.directory}: cannot be written ({error.strerror}); give another output"
+                ) from error
+
+    def _claim_directory(self, resume: bool, overwrite: bool) -> None:
         identity = self._identity()
         record, found = self.directory / "run.json", {}
         if (self.directory / "rows.jsonl").exists() and record.exists():
@@ -168,7 +180,7 @@ class Run:
         return found
 
     def _score(self, order: Order, seed: int | None) -> Scores:
-        """The scores of an order's metric, not reversed. The batch size is the calibration's unless the order has one."""
+        """The scores of an order's metric, not reversed; the calibration's batch size unless the order has its own."""
         options = order.options if seed is None else {**order.options, "seed": seed}
         if any(field.name == BATCH_SIZE for field in dataclasses.fields(METRICS[order.metric].options)):
             options = {BATCH_SIZE: self.experiment.calibration.batch_size, **options}

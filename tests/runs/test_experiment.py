@@ -12,7 +12,7 @@ from lq.errors import UserError
 from lq.importance import score
 from lq.models.matrices import parameter_count
 from lq.progress import Progress
-from lq.runs.config import Experiment
+from lq.runs.config import Experiment, dump_experiment, load_experiment
 from lq.runs.experiment import Run, run_experiment
 from lq.runs.results import Results
 
@@ -275,12 +275,30 @@ def test_windows_beyond_the_context_stop_before_anything_is_read(small_model, te
     assert not (tmp_path / "r").exists()
 
 
-def test_an_impossible_budget_stops_before_anything_is_evaluated(small_model, text_file, tmp_path):
-    experiment = experiment_for(
-        small_model, text_file, tmp_path / "r", allocation={"bits": [2, 4], "budgets": [0.5], "orders": ["zd"]}
-    )
-    with pytest.raises(UserError, match=r"budget: 0.5 bits per weight cannot be met"):
-        run_experiment(experiment)
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"allocation": {"bits": [2, 4], "budgets": [3, 0.5], "orders": ["zd"]}},
+            "allocation.budgets.1: 0.5 bits per weight cannot be met; widths 2, 4 (scales",
+        ),
+        ({"allocation": {"head_bits": 4}}, "allocation.head_bits: this model's head is its embedding; write embedding"),
+        ({"model": "nowhere/at/all"}, "model: nowhere/at/all: "),
+        ({"calibration": {"data": "none.txt", "length": 32}}, "calibration.data: none.txt: no such text file; give a"),
+        ({"evaluation": {"data": "none.txt", "window": 32}}, "evaluation.data: none.txt: no such text file; give a"),
+        ({"output": "{text}/r"}, "output: {text}/r: cannot be written ("),
+        ({"output": "{text}"}, "output: {text}: cannot be written ("),
+    ],
+)
+def test_what_cannot_be_run_is_one_line_with_file_and_key(small_model, text_file, tmp_path, changes, message):
+    if "output" in changes:
+        changes = {"output": changes["output"].format(text=text_file)}
+    config = tmp_path / "x.yaml"
+    config.write_text(dump_experiment(experiment_for(small_model, text_file, tmp_path / "r", **changes)))
+    with pytest.raises(UserError) as error:
+        run_experiment(load_experiment(config))
+    assert str(error.value).startswith(f"{config}: {message.format(text=text_file)}")
+    assert "\n" not in str(error.value)
     assert not (tmp_path / "r").exists()
 
 
