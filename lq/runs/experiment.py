@@ -38,7 +38,7 @@ from lq.runs.conclusion import conclude, is_score
 from lq.runs.config import BATCH_SIZE, Experiment, Order, at, dump_experiment
 from lq.runs.environment import describe_environment, peak_memory_bytes
 from lq.runs.results import Results, Row
-from lq.runs.weighed import Weighed
+from lq.runs.weighed import COUNTED, Weighed
 
 CACHE_LIMIT = 2_000_000_000  # bytes of bfloat16 weights up to which packed parts are kept between candidates
 
@@ -255,7 +255,6 @@ class Run:
         """Everything the report needs."""
         x, config, calibration = self.experiment, self.source.config, self.calibration
         a, q, taken = x.allocation, x.quantization, self.taken()
-        counted = "the blocks' matrices" if a.count == "blocks" else "the blocks' matrices, embedding and head"
         tables = f"embedding {a.embedding_bits} bits, head {a.head_bits} bits"
         seeds = {
             "calibration seed": x.calibration.seed if calibration else None,
@@ -287,7 +286,7 @@ class Run:
                 "scale dtype": q.scale_dtype,
                 "allocator": a.method,
                 "bits": list(a.bits),
-                "counted in bits per weight": f"{counted}; {tables}",
+                "counted in bits per weight": f"{COUNTED[a.count]}; {tables}",
             },
             environment=describe_environment(taken["seconds"], taken["peak_memory_bytes"], seeds),
             scores={order: tuple(s.values.values()) for (order, _), s in scores.items() if is_score(order)},
@@ -335,8 +334,8 @@ def _read_rows(file: Path) -> tuple[list[Row], int]:
     rows = []
     lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
     for line in lines:
-        with contextlib.suppress(json.JSONDecodeError, KeyError, TypeError):
-            rows.append(Row.from_dict(json.loads(line)))
+        with contextlib.suppress(ValueError):
+            rows.append(Row.from_json(line))
     write_text(file, "".join(json.dumps(dataclasses.asdict(row)) + "\n" for row in rows))
     return rows, len(lines) - len(rows)
 

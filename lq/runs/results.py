@@ -5,13 +5,18 @@ size, and every file carries the protocol the perplexity was measured by.
 """
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from lq.errors import UserError
 
 FORMAT = 1  # of results.json; raised when a field changes its meaning
+
+STRICT = ConfigDict(strict=True, extra="forbid")  # what is read must have these fields, of these types
 
 Group = Literal["original", "uniform", "finer_groups", "plan", "move"]
 
@@ -19,6 +24,8 @@ Group = Literal["original", "uniform", "finer_groups", "plan", "move"]
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
     """One model, measured."""
+
+    __pydantic_config__ = STRICT
 
     name: str  # unique in the file: "lim @ 3.0", "uniform 4", "original"
     group: Group  # what it is there for; "move" rows are the sweep that lowers blocks one by one
@@ -36,15 +43,16 @@ class Row:
     seconds: float  # wall time of quantizing and evaluating
 
     @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> "Row":
-        """From JSON, where tuples are lists."""
-        bits = tuple(fields["bits_per_block"])
-        return cls(bits_per_block=bits, **{name: fields[name] for name in fields if name != "bits_per_block"})
+    def from_json(cls, text: str | bytes) -> "Row":
+        """Raises ValueError, one line, unless `text` is a row with every field of its type."""
+        return _from_json(cls, text)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Results:
     """A whole run."""
+
+    __pydantic_config__ = STRICT
 
     title: str
     model: dict  # name, family, blocks, parameters, dtype
@@ -65,13 +73,10 @@ class Results:
     def read(cls, path: Path) -> "Results":
         """Raises UserError when `path` is no results file of this format."""
         try:
-            data = json.loads(Path(path).read_text())
-            rows = tuple(Row.from_dict(fields) for fields in data.pop("rows"))
-            scores = {metric: tuple(values) for metric, values in data.pop("scores").items()}
-            results = cls(rows=rows, scores=scores, **data)
+            results = _from_json(cls, Path(path).read_bytes())
         except FileNotFoundError:
             raise UserError(f"{path}: no such file; run `lq run` first, then `lq report` on its directory") from None
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        except ValueError as error:
             raise UserError(
                 f"{path}: not a results file of this version of lq ({error}); run the experiment again"
             ) from None
@@ -80,3 +85,18 @@ class Results:
                 f"{path}: results format {results.format}, this lq reads {FORMAT}; run the experiment again"
             )
         return results
+
+
+@functools.cache
+def _reader(cls: type) -> TypeAdapter:
+    return TypeAdapter(cls)
+
+
+def _from_json(cls: type, text: str | bytes):
+    """Lists become tuples; NaN and the infinities are numbers. Raises ValueError, one line that names the field."""
+    try:
+        return _reader(cls).validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{where}: {first['msg']}" if where else first["msg"]) from None

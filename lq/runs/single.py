@@ -12,7 +12,7 @@ from lq.errors import UserError
 from lq.evaluation import evaluate, make_reference
 from lq.models.loading import load_tokenizer
 from lq.runs.environment import device_name, peak_memory_bytes, versions
-from lq.runs.weighed import Weighed
+from lq.runs.weighed import COUNTED, Weighed
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -29,7 +29,8 @@ def evaluate_one(
 ) -> dict:
     """Perplexity, its protocol and sizes; with `original` KL and top-1 agreement too. Values are ready for JSON.
 
-    `window` is in tokens; 512 or the model's context when None.
+    `window` is in tokens; 512 or the model's context when None. Bits per weight of a quantized model are over what its
+    plan counts, those of an original over the blocks' matrices, as plans count by default; the facts say which.
     """
     if dtype not in DTYPES:
         raise UserError(f"--dtype {dtype}: write {', '.join(DTYPES)}")
@@ -60,6 +61,7 @@ def evaluate_one(
         "model": model,
         "bits per weight": source.plan.bpw if quantized else weighed.bits_per_weight(),
         "code bits": source.plan.code_bits if quantized else weighed.bits_per_weight(),
+        "counted in bits per weight": COUNTED[source.plan.count if quantized else "blocks"],
         "bytes on disk": sum(file.stat().st_size for file in source.path.glob("*.safetensors")),
         "bytes on device": source.plan.nbytes if quantized else weighed.nbytes,
         "perplexity": result.perplexity,

@@ -10,6 +10,11 @@ from lq.checkpoint.layout import leaf_path
 from lq.models.matrices import model_shapes
 from lq.models.source import ParameterSource, Params
 
+COUNTED: dict[Count, str] = {
+    "blocks": "the blocks' matrices",
+    "all": "the blocks' matrices, embedding and head",
+}  # what bits per weight are an average over, in words
+
 
 class Weighed(ParameterSource):
     """A dense source that counts the bytes of every leaf as it is read, in the dtype the device holds it in.

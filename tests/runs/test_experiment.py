@@ -1,7 +1,9 @@
 """A small experiment from end to end, interrupted, resumed, and refused where it does not belong."""
 
 import csv
+import dataclasses
 import json
+import math
 import time
 
 import jax.numpy as jnp
@@ -14,7 +16,7 @@ from lq.models.matrices import parameter_count
 from lq.progress import Progress
 from lq.runs.config import Experiment, dump_experiment, load_experiment
 from lq.runs.experiment import Run, run_experiment
-from lq.runs.results import Results
+from lq.runs.results import Results, Row
 
 
 def experiment_for(small_model, text_file, out, **changes):
@@ -159,6 +161,43 @@ def measured_again(finished, monkeypatch):
 
 
 DAMAGED = [b'{"name": "unif', b"{}", b"[]", b"null", b'"text"', b"\xff\x00", b'{"name": "x"}', b""]
+
+
+def with_wrong_types(line):
+    """The row of a line, with a value of another type in each of its fields that the report computes with."""
+    wrong = {"perplexity": ["12", None, True], "bpw": ["4", None], "kl": ["0"], "bits_per_block": [None, ["4"], 4.0]}
+    wrong |= {"seconds": [[]], "bytes_on_device": [1.5], "group": ["others"], "seed": ["0"], "name": [3], "more": [0]}
+    row = json.loads(line)
+    return [json.dumps({**row, field: value}).encode() for field, values in wrong.items() for value in values]
+
+
+def test_a_row_of_wrong_types_is_measured_again(finished, measured_again, small_model, text_file, tmp_path):
+    copy_run(finished[0], tmp_path / "r")
+    first, changed, *rest = (finished[0] / "rows.jsonl").read_bytes().splitlines()
+    (tmp_path / "r" / "rows.jsonl").write_bytes(b"\n".join([first, *with_wrong_types(changed), *rest]) + b"\n")
+    resumed = run_experiment(experiment_for(small_model, text_file, tmp_path / "r"), resume=True)
+    assert resumed.rows == finished[2].rows
+    assert measured_again == [json.loads(changed)["name"]]
+
+
+def test_a_results_file_of_wrong_types_is_one_line(finished, tmp_path):
+    data = json.loads((finished[0] / "results.json").read_text())
+    for row in with_wrong_types(json.dumps(data["rows"][1])):
+        (tmp_path / "results.json").write_text(json.dumps({**data, "rows": [data["rows"][0], json.loads(row)]}))
+        with pytest.raises(UserError) as error:
+            Results.read(tmp_path / "results.json")
+        assert str(error.value).startswith(
+            f"{tmp_path}/results.json: not a results file of this version of lq (rows.1."
+        )
+        assert "\n" not in str(error.value)
+
+
+def test_rows_that_are_no_numbers_read_back(finished, tmp_path):
+    row = dataclasses.replace(finished[2].rows[1], perplexity=math.inf, kl=-math.inf, seconds=4)
+    dataclasses.replace(finished[2], rows=(row,)).write(tmp_path / "results.json")
+    assert Results.read(tmp_path / "results.json").rows == (row,)
+    nan = dataclasses.replace(row, perplexity=math.nan)
+    assert math.isnan(Row.from_json(json.dumps(dataclasses.asdict(nan))).perplexity)
 
 
 def test_damaged_lines_cost_their_own_rows_and_no_others(

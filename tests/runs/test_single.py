@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import pytest
 from small_models import llama_config, random_params, write_directory
 
+import lq
 from lq.errors import UserError
 from lq.models.matrices import parameter_count
 from lq.runs.single import evaluate_one
@@ -19,9 +20,23 @@ def test_the_size_is_that_of_the_stored_dtype(tmp_path, text_file, dtype, itemsi
     path = write_directory(tmp_path / "model", config, random_params(config, dtype=dtype))
     facts = evaluate_one(str(path), str(text_file), original=None, **SETTINGS)
     assert facts["bits per weight"] == facts["code bits"] == 8 * itemsize
+    assert facts["counted in bits per weight"] == "the blocks' matrices"
     assert facts["bytes on device"] == itemsize * parameter_count(config)
     assert facts["bytes on disk"] >= facts["bytes on device"]
     assert facts["tokens scored"] == 2 * 31
+
+
+@pytest.mark.parametrize(
+    ("count", "words"), [("blocks", "the blocks' matrices"), ("all", "the blocks' matrices, embedding and head")]
+)
+def test_what_is_counted_is_that_of_the_plan(small_model, text_file, tmp_path, count, words):
+    model, params, _ = lq.load(small_model.path)
+    plan = lq.allocate(lq.score(model, params, metric="zd"), bits=[4], embedding_bits=8, count=count)
+    lq.save(tmp_path / "q", model, lq.quantize(model, params, plan), plan, original=small_model.path)
+    facts = evaluate_one(str(tmp_path / "q"), str(text_file), original=None, **SETTINGS)
+    assert facts["counted in bits per weight"] == words
+    assert facts["bits per weight"] == plan.bpw
+    assert (facts["code bits"] > 4) == (count == "all")
 
 
 def test_an_original_with_another_vocabulary_is_named(small_model, text_file, tmp_path):
