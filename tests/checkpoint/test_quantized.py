@@ -2,21 +2,27 @@
 
 import dataclasses
 import json
+import os
 import shutil
 
 import jax
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
+from small_models import llama_config
 
-from lq.allocation import allocate
+from lq.allocation import allocate, uniform_plan
 from lq.allocation.allocate import Pin
-from lq.checkpoint import open_quantized, write_quantized
+from lq.checkpoint import check_output, open_quantized, write_quantized
+from lq.checkpoint.layout import leaf_bytes
 from lq.checkpoint.quantized import measured_bits_per_weight
 from lq.errors import UserError
 from lq.importance import score
 from lq.models.decoder import Decoder
 from lq.models.loading import open_checkpoint
+from lq.models.source import InMemory
 from lq.numerics.qtensor import QTensor
+from lq.numerics.spec import QuantSpec
 from lq.quantizers import QUANTIZERS, PlannedSource
 
 OPTIONS = QUANTIZERS.options("rtn", {})
@@ -204,13 +210,137 @@ def test_a_damaged_record_of_an_interrupted_write_is_one_line(source, written, i
         write(source, written[1], interrupted, resume=True)
 
 
-def test_a_matrix_that_has_not_the_planned_size_is_a_defect(source, written, tmp_path):
+def write_params(source, params, plan, out, **kwargs):
+    """Writes parameters in memory, packed here, as a checkpoint of `source`."""
+    packed = PlannedSource(InMemory(source.config, params), plan.specs, "rtn", OPTIONS)
+    write_quantized(packed, plan, out, quantizer=RECORD, description=source.path, **kwargs)
+
+
+def with_weight(source, path, value):
+    """The parameters of `source` with one element of a leaf replaced."""
+    leaves = flatten_dict(source.params(), sep="/")
+    leaves[path] = leaves[path].at[0, 0].set(value)
+    return unflatten_dict(leaves, sep="/")
+
+
+def test_a_refused_write_leaves_nothing(source, written, tmp_path):
+    damaged = with_weight(source, "block_1/mlp/up_proj/kernel", np.nan)
+    (tmp_path / "empty").mkdir()
+    for out in (tmp_path / "empty", tmp_path / "new" / "deep" / "q"):
+        with pytest.raises(UserError, match="block_1/mlp/up_proj: a weight is NaN"):
+            write_params(source, damaged, written[1], out)
+    assert [file.name for file in tmp_path.rglob("*")] == ["empty"], "and the empty directory is left as it was"
+    write(source, written[1], tmp_path / "empty")
+    assert contents(tmp_path / "empty") == contents(written[0])
+
+
+def test_a_refused_float16_scale_leaves_nothing(source, tmp_path):
+    plan = plan_for(source, spec=QuantSpec(bits=4, scale_dtype="float16"))
+    with pytest.raises(UserError, match="block_1/mlp/up_proj: weights too large for float16 scales"):
+        write_params(source, with_weight(source, "block_1/mlp/up_proj/kernel", 3e7), plan, tmp_path / "q")
+    assert not (tmp_path / "q").exists()
+
+
+def test_a_refused_write_leaves_what_others_put_there(source, written, tmp_path):
+    damaged = with_weight(source, "block_1/mlp/up_proj/kernel", np.nan)
+    with pytest.raises(UserError, match="a weight is NaN"):
+        write_params(
+            source, damaged, written[1], tmp_path / "q", on_part=lambda _: (tmp_path / "q" / "notes").write_text("mine")
+        )
+    assert contents(tmp_path / "q") == {"notes": b"mine"}
+
+
+def test_a_refused_resumption_keeps_the_earlier_shards(source, written, tmp_path):
+    def killed(part):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write(source, written[1], tmp_path / "q", on_part=killed)
+    before, made = contents(tmp_path / "q"), []
+    assert set(before) == {"embed.safetensors", "shards.json"}
+    damaged = with_weight(source, "block_1/mlp/up_proj/kernel", np.nan)
+    with pytest.raises(UserError, match="a weight is NaN"):
+        write_params(source, damaged, written[1], tmp_path / "q", resume=True, on_part=made.append)
+    assert made == ["embed", "block_0"]
+    assert contents(tmp_path / "q") == before
+    write(source, written[1], tmp_path / "q", resume=True)
+    assert contents(tmp_path / "q") == contents(written[0])
+
+
+def test_a_matrix_that_has_not_the_planned_size_is_refused(source, written, tmp_path):
     plan = written[1]
     path, spec = next(iter(plan.specs.items()))
     other = PlannedSource(source, plan.specs | {path: dataclasses.replace(spec, bits=8)}, "rtn", OPTIONS)
-    with pytest.raises(RuntimeError, match=f"{path}: .* in the plan it was to be packed by"):
+    with pytest.raises(UserError, match=f"^{path}/kernel: [0-9]+ bytes, [0-9]+ in the plan[^\n]*$"):
         write_quantized(other, plan, tmp_path / "q", quantizer=RECORD, description=source.path)
-    assert not (tmp_path / "q" / "lq.json").exists()
+    assert not (tmp_path / "q").exists()
+
+
+@pytest.mark.parametrize("leaf", ["embed/tokens/embedding", "block_1/mlp_norm/scale"])
+def test_a_dense_leaf_of_more_than_16_bits_is_refused_by_name(source, written, tmp_path, leaf):
+    leaves = flatten_dict(PlannedSource(source, written[1].specs, "rtn", OPTIONS).params(), sep="/")
+    leaves[leaf] = leaves[leaf].astype("float32")
+    params = InMemory(source.config, unflatten_dict(leaves, sep="/"))
+    size = 2 * leaves[leaf].size
+    with pytest.raises(
+        UserError, match=rf"^{leaf}: {2 * size} bytes, {size} in the plan, where what stays dense has 16"
+    ):
+        write_quantized(params, written[1], tmp_path / "q", quantizer=RECORD, description=source.path)
+    assert not (tmp_path / "q").exists()
+
+
+def test_the_leaves_on_disk_are_the_plan(written):
+    out, plan = written
+    assert sum(sum(leaf_bytes(shard).values()) for shard in out.glob("*.safetensors")) == plan.nbytes
+
+
+def test_a_description_of_another_model_is_refused(source, written, tmp_path):
+    shutil.copytree(source.path, tmp_path / "other")
+    config = json.loads((tmp_path / "other" / "config.json").read_text())
+    (tmp_path / "other" / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.5}))
+    packed = PlannedSource(source, written[1].specs, "rtn", OPTIONS)
+    with pytest.raises(
+        UserError, match=r"other/config\.json: of another model than the weights \(they differ in norm_eps\)"
+    ):
+        write_quantized(packed, written[1], tmp_path / "q", quantizer=RECORD, description=tmp_path / "other")
+    assert not (tmp_path / "q").exists()
+
+
+def test_a_plan_of_another_model_is_refused(source, written, tmp_path):
+    for other in (uniform_plan(llama_config(2), QuantSpec(bits=3)), dataclasses.replace(written[1], other_weights=1)):
+        with pytest.raises(UserError, match="plan: made for another model; make it from this model's scores"):
+            write(source, other, tmp_path / "q")
+    assert not (tmp_path / "q").exists()
+
+
+def test_the_output_can_be_checked_before_any_work(written, interrupted, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    check_output(tmp_path / "new" / "q")
+    check_output(interrupted, resume=True)
+    for out, message in (
+        (written[0], "already holds a finished checkpoint; give another --out or remove it"),
+        (interrupted, "an interrupted write; add --resume to go on with it, or give another --out"),
+        (tmp_path / "full", "not empty, and no checkpoint of lq; give a new directory"),
+        (tmp_path / "file", "is no directory; give a new directory"),
+        (tmp_path / "file" / "q", "file is no directory; give a new directory"),
+        (tmp_path / "link", "is no directory; give a new directory"),
+    ):
+        with pytest.raises(UserError, match=rf"^{out}: [^\n]*{message}$"):
+            check_output(out)
+    assert sorted(tmp_path.rglob("*")) == before, "nothing is made"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_an_output_that_cannot_be_written_to_is_refused(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(
+        UserError, match=f"^{tmp_path / 'a' / 'q'}: {tmp_path} cannot be written to; give another --out$"
+    ):
+        check_output(tmp_path / "a" / "q")
 
 
 def test_a_quantized_checkpoint_is_no_original(written):
