@@ -9,6 +9,8 @@ from lq.errors import UserError
 
 __version__ = "0.1.0"
 __all__ = [
+    "Pin",
+    "QuantSpec",
     "UserError",
     "allocate",
     "calibration_windows",
@@ -24,8 +26,12 @@ __all__ = [
     "uniform_plan",
 ]
 
-_LAZY = {name: "lq.api" for name in __all__ if name not in ("UserError", "generate")}
-_LAZY["generate"] = "lq.models.generate"
+_LAZY = {name: "lq.api" for name in __all__ if name != "UserError"}
+_LAZY |= {
+    "generate": "lq.models.generate",
+    "Pin": "lq.allocation.allocate",
+    "QuantSpec": "lq.numerics.spec",
+}
 
 
 def __getattr__(name: str):

@@ -23,7 +23,7 @@ from lq.allocation import Plan, allocate, uniform_plan
 from lq.assets import resolve_data, resolve_model
 from lq.calibration import data as calibration_data
 from lq.calibration.data import Windows
-from lq.checkpoint import QuantizedCheckpoint, is_quantized, open_quantized, write_quantized
+from lq.checkpoint import QuantizedCheckpoint, check_output, is_quantized, open_quantized, write_quantized
 from lq.errors import UserError
 from lq.evaluation import Evaluation, Reference
 from lq.evaluation import evaluate as evaluate_source
@@ -146,9 +146,10 @@ def save(
       method, options: the quantizer that was used, for the record.
 
     Raises:
-      UserError: `out` is not empty, the plan is for matrices of other shapes, or `original` is itself quantized.
-      RuntimeError: `qparams` are not packed as the plan says.
+      UserError: `out` is not empty, the plan is for matrices of other shapes, `qparams` are not packed by it or hold
+        dense leaves of more than 16 bits, or `original` is another model or itself quantized.
     """
+    check_output(out)
     _check_fits(plan, model)
     description = open_checkpoint(resolve_model(str(original))).path
     quantizer = {"method": method, "options": dict(options or {})}

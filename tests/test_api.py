@@ -31,3 +31,26 @@ def test_packed_parameters_have_no_zd_but_a_lim():
     lim = lq.score(model, packed, windows, metric="lim")
     assert isinstance(lim, Scores)
     assert set(lim.values) == {"block_0", "block_1"}
+
+
+def test_weights_that_are_not_finite_are_refused_by_name():
+    params = random_params(CONFIG)
+    kernel = params["block_1"]["mlp"]["up_proj"]["kernel"]
+    params["block_1"]["mlp"]["up_proj"]["kernel"] = kernel.at[3, 4].set(float("nan"))
+    with pytest.raises(UserError, match="block_1/mlp/up_proj"):
+        lq.quantize(Decoder(CONFIG), params, lq.uniform_plan(CONFIG, SPEC))
+    with pytest.raises(UserError, match="block_1"):
+        lq.score(Decoder(CONFIG), params, metric="zd")
+
+
+def test_a_checkpoint_described_by_another_model_is_refused_and_nothing_is_written(tmp_path):
+    model, plan = Decoder(CONFIG), lq.uniform_plan(CONFIG, SPEC)
+    packed = lq.quantize(model, random_params(CONFIG), plan)
+    with pytest.raises(UserError, match="config"):
+        lq.save(tmp_path / "q", model, packed, plan, original="standin")
+    assert not (tmp_path / "q").exists()
+
+
+def test_the_names_that_messages_tell_to_write_are_there():
+    assert lq.Pin(pattern="v_proj", bits=4).bits == 4
+    assert lq.QuantSpec(bits=3).bits == 3

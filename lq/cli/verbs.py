@@ -176,6 +176,7 @@ def quantize(
 ) -> None:
     """A packed checkpoint, written block by block; holds one block at a time."""
     from lq.assets import resolve_model
+    from lq.checkpoint import check_output
     from lq.cli import arguments
     from lq.importance import METRICS
     from lq.importance import score as score_source
@@ -183,6 +184,7 @@ def quantize(
     from lq.quantizers import QUANTIZERS
 
     options = QUANTIZERS.options(method, arguments.settings(option))
+    check_output(out, resume)
     check = QUANTIZERS[method].check or (lambda options, spec: None)
     if plan is not None:
         arguments.refuse(context, arguments.PLAN, "--plan decides it")
