@@ -150,7 +150,6 @@ def save(
         dense leaves of more than 16 bits, or `original` is another model or itself quantized.
     """
     check_output(out)
-    _check_fits(plan, model)
     description = open_checkpoint(resolve_model(str(original))).path
     quantizer = {"method": method, "options": dict(options or {})}
     write_quantized(InMemory(model.config, qparams), plan, Path(out), quantizer=quantizer, description=description)

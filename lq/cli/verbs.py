@@ -384,8 +384,9 @@ def _write(source, plan, out: Path, method: str, options, resume: bool, quiet: b
 
 
 def _describe_plan(plan) -> None:
-    what = "the blocks' matrices" if plan.count == "blocks" else "the blocks' matrices, embedding and head"
-    print(f"{plan.bpw:.4f} bits per weight, {plan.code_bits:.4f} code bits, over {what}")
+    from lq.runs.weighed import COUNTED
+
+    print(f"{plan.bpw:.4f} bits per weight, {plan.code_bits:.4f} code bits, over {COUNTED[plan.count]}")
     print(f"{plan.nbytes} bytes for the whole model")
     print("bits per block: " + " ".join(f"{b:g}" for b in plan.bits_per_block()))
     for pattern in plan.provenance.get("unused_pins", []):
