@@ -1,64 +1,217 @@
-"""`quantized_matmul`: x @ w for a packed w. One public function, one registry of backends behind it.
+"""`quantized_matmul`: x @ w for a packed w, on whatever the program is compiled for.
 
-A backend is a function `(x, w, out_dtype) -> y` that raises `NotImplementedError` with its reason when it cannot serve
-a case. The dispatcher takes the first that can; when none can, the error carries every reason. The XLA backend, last in
-the list, serves everything.
+The product is one JAX primitive. It stays whole in the traced program, and becomes a kernel only when the program is
+lowered for a platform: the same traced function exports for a TPU from a laptop, and a CPU never traces a GPU kernel. What
+serves it is `dispatch.choose`'s decision. The primitive is linear in x; scales and fractional zeros may be
+differentiated too (through plain XLA), codes may not.
 """
 
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
 
-from lq_kernels.packed import PackedMatrix
+from lq_kernels import lowering
+from lq_kernels.backend import Config, Matrix, PreparedMatrix
+from lq_kernels.dispatch import Choice, choose, forced_backend, problem_of
+from lq_kernels.packed import check_matrix
+from lq_kernels.prepared import unprepared
+from lq_kernels.registry import load_backend
 
-Backend = Callable[[Array, PackedMatrix, jnp.dtype], Array]
-
-
-def xla_matmul(x: Array, w: PackedMatrix, out_dtype) -> Array:
-    """Unpacks to x's dtype, then one dot; XLA decides what is fused. The reference for every other backend."""
-    return jnp.matmul(x, w.dequantize(x.dtype), preferred_element_type=out_dtype)
-
-
-BACKENDS: dict[str, Backend] = {"xla": xla_matmul}
+X_DTYPES = ("bfloat16", "float16", "float32")
 
 
-def quantized_matmul(x: Array, w: PackedMatrix, *, backend: str | None = None, out_dtype=None) -> Array:
-    """y = x @ dequantize(w), without storing the dequantized matrix where a backend can avoid it.
+def quantized_matmul(
+    x: Array,
+    w: Matrix | Sequence[Matrix],
+    *,
+    backend: str | None = None,
+    config: Config | None = None,
+    out_dtype=None,
+    interpret: bool = False,
+) -> Array | tuple[Array, ...]:
+    """y = x @ w, w packed, without storing the unpacked matrix where a backend can avoid it.
 
     Args:
-      x: activations `[..., K]`, bfloat16, float16 or float32; K must equal `w.in_features`.
-      w: one packed matrix, no leading axes.
-      backend: a name from `BACKENDS` to force, or None for the first that can.
-      out_dtype: dtype of the result; x's when None.
+      x: activations `[..., K]`, bfloat16, float16 or float32. Any number of rows, none too.
+      w: a `PackedMatrix`, a `SegmentedMatrix`, or what `prepare` made of one; no leading axes (use `jax.vmap`). A sequence
+        of matrices that share the input, or several prepared as one, gives a tuple of products.
+      backend: one of `backend_names()` to force it; None: the first that can, in the platform's order. The environment
+        variable LQ_KERNELS_BACKEND forces one for the whole program.
+      config: the backend's own configuration; None: the tuning table's, else its heuristics.
+      out_dtype: dtype of the result; x's when None. Sums are float32 and rounded once.
+      interpret: run a Pallas kernel in interpret mode, on any platform. Needs `backend`.
+
+    Returns:
+      y `[..., N]`, or one per matrix.
 
     Raises:
-      ValueError: shapes do not fit, or `backend` is no known name.
-      NotImplementedError: the forced backend cannot serve this case.
+      ValueError: shapes or dtypes do not fit, or no backend has that name.
+      NotImplementedError: the forced backend cannot serve this product; at the time the program is lowered.
     """
-    _check(x, w)
+    if isinstance(w, Sequence):
+        options = dict(backend=backend, config=config, out_dtype=out_dtype, interpret=interpret)
+        return tuple(quantized_matmul(x, each, **options) for each in w)
+    backend = backend or forced_backend()
+    _check(x, w, backend, interpret)
     out_dtype = jnp.dtype(out_dtype or x.dtype)
-    if backend is not None:
-        if backend not in BACKENDS:
-            raise ValueError(f"unknown backend {backend!r}; known: {', '.join(BACKENDS)}")
-        return BACKENDS[backend](x, w, out_dtype)
-    refusals = []
-    for name, run in BACKENDS.items():
-        try:
-            return run(x, w, out_dtype)
-        except NotImplementedError as reason:
-            refusals.append(f"{name}: {reason}")
-    raise NotImplementedError("no backend can serve this product: " + "; ".join(refusals))
-
-
-def _check(x: Array, w: PackedMatrix) -> None:
-    if w.scales.ndim != 2:
-        raise ValueError(f"expected one packed matrix, got a stack of shape {w.scales.shape[:-2]}")
-    if x.shape[-1] != w.in_features:
-        raise ValueError(f"x has {x.shape[-1]} channels, the matrix takes {w.in_features}")
-    groups = math.ceil(w.in_features / w.group_size)
-    if w.scales.shape[0] != groups:
-        raise ValueError(
-            f"{w.in_features} channels in groups of {w.group_size} need {groups} scales, got {w.scales.shape[0]}"
+    leaves, structure = jax.tree.flatten(w)
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    if rows.shape[0] == 0:
+        y = jnp.zeros((0, w.out_features), out_dtype)
+    else:
+        operands = _vary_alike([rows, *leaves])
+        y = matmul_p.bind(
+            *operands, structure=structure, backend=backend, config=config, out_dtype=out_dtype, interpret=interpret
         )
+    y = y.reshape(*x.shape[:-1], w.out_features)
+    splits = getattr(w, "splits", None)
+    return y if splits is None else tuple(jnp.split(y, _ends(splits), axis=-1))
+
+
+def explain(
+    x: Array | jax.ShapeDtypeStruct,
+    w: Matrix,
+    *,
+    platform: str | None = None,
+    device_kind: str | None = None,
+    backend: str | None = None,
+    config: Config | None = None,
+    out_dtype=None,
+    interpret: bool = False,
+) -> Choice:
+    """Which backend `quantized_matmul(x, w)` takes, with what configuration, and why those before it refused.
+
+    Args:
+      x: `[..., K]`; only shape and dtype are looked at.
+      platform: "cpu", "cuda", "tpu" ...; that of the default device when None.
+      device_kind: as `jax.Device.device_kind` says it ("TPU v5 lite", "NVIDIA H200"); that of the platform's first
+        device when None, unknown where there is none.
+
+    Raises as `quantized_matmul` does.
+    """
+    backend = backend or forced_backend()
+    _check(x, w, backend, interpret)
+    platform = platform or lowering.default_platform()
+    device_kind = device_kind or lowering.device_kind(platform)
+    problem = problem_of(math.prod(x.shape[:-1]), x.dtype, w, jnp.dtype(out_dtype or x.dtype), device_kind)
+    return choose(problem, platform, w, forced=backend, config=config, interpret=interpret)
+
+
+def _check(x, w: Matrix, backend: str | None, interpret: bool) -> None:
+    if not isinstance(w, PreparedMatrix):
+        check_matrix(w)
+    if x.ndim == 0 or x.shape[-1] != w.in_features:
+        raise ValueError(
+            f"x of shape {x.shape} for a matrix of {w.in_features} input channels: its last axis must be that"
+        )
+    if str(x.dtype) not in X_DTYPES:
+        raise ValueError(f"x is {x.dtype}; quantized_matmul takes {', '.join(X_DTYPES)}")
+    if backend is not None:
+        load_backend(backend)
+    elif interpret:
+        raise ValueError("interpret=True needs a backend to interpret; name it, as in backend='mosaic_tpu'")
+
+
+def _ends(splits: tuple[int, ...]) -> list[int]:
+    return [sum(splits[: i + 1]) for i in range(len(splits) - 1)]
+
+
+def _vary_alike(operands: list[Array]) -> list[Array]:
+    """Inside `shard_map` with its checks on: every operand typed as varying over all axes any of them varies over."""
+    axes = [getattr(getattr(jax.typeof(a), "mat", None), "varying", frozenset()) for a in operands]
+    union = frozenset().union(*axes)
+    return [
+        a if own == union else jax.lax.pcast(a, tuple(sorted(union - own, key=str)), to="varying")
+        for a, own in zip(operands, axes, strict=True)
+    ]
+
+
+matmul_p = Primitive("quantized_matmul")
+
+
+@functools.lru_cache(maxsize=512)
+def _compiled(**params):
+    return jax.jit(functools.partial(matmul_p.bind, **params))
+
+
+matmul_p.def_impl(lambda *operands, **params: _compiled(**params)(*operands))
+
+
+@matmul_p.def_abstract_eval
+def _abstract_eval(x, *leaves, structure, out_dtype, **params):
+    w = jax.tree.unflatten(structure, leaves)
+    return x.update(shape=(x.shape[0], w.out_features), dtype=out_dtype, weak_type=False)
+
+
+def _batched(operands, dims, *, structure, **params):
+    """Rows of a batch are rows; a batch of matrices is a loop over them."""
+    x, *leaves = operands
+    x_dim, *leaf_dims = dims
+    bind = functools.partial(matmul_p.bind, structure=structure, **params)
+    if all(d is batching.not_mapped for d in leaf_dims):
+        x = jnp.moveaxis(x, x_dim, 0)
+        y = bind(x.reshape(-1, x.shape[-1]), *leaves)
+        return y.reshape(*x.shape[:2], y.shape[-1]), 0
+    mapped = [i for i, d in enumerate(dims) if d is not batching.not_mapped]
+    stacked = [jnp.moveaxis(operands[i], dims[i], 0) for i in mapped]
+
+    def one(slices):
+        whole = list(operands)
+        for i, a in zip(mapped, slices, strict=True):
+            whole[i] = a
+        return bind(*whole)
+
+    return jax.lax.map(one, stacked), 0
+
+
+batching.primitive_batchers[matmul_p] = _batched
+
+
+def _jvp(primals, tangents, *, structure, out_dtype, **params):
+    x, *leaves = primals
+    x_dot, *leaf_dots = tangents
+    y = matmul_p.bind(x, *leaves, structure=structure, out_dtype=out_dtype, **params)
+    y_dot = ad.Zero(jax.typeof(y).to_tangent_aval())
+    if not isinstance(x_dot, ad.Zero):
+        y_dot = matmul_p.bind(x_dot, *leaves, structure=structure, out_dtype=out_dtype, **params)
+    moving = [i for i, dot in enumerate(leaf_dots) if not isinstance(dot, ad.Zero)]
+    if moving:
+
+        def of_moving(values):
+            whole = list(leaves)
+            for i, value in zip(moving, values, strict=True):
+                whole[i] = value
+            return _unpacked_product(x, jax.tree.unflatten(structure, whole), out_dtype)
+
+        _, part = jax.jvp(of_moving, ([leaves[i] for i in moving],), ([leaf_dots[i] for i in moving],))
+        y_dot = part if isinstance(y_dot, ad.Zero) else y_dot + part
+    return y, y_dot
+
+
+def _transpose(y_bar, x, *leaves, structure, out_dtype, **params):
+    """x_bar = y_bar @ w^T, on the unpacked matrix: what training a part of a model around packed weights needs."""
+    if isinstance(y_bar, ad.Zero):
+        return (ad.Zero(x.aval), *[None] * len(leaves))
+    w = unprepared(jax.tree.unflatten(structure, leaves))
+    dense = w.dequantize(x.aval.dtype)
+    precision = jax.lax.Precision.HIGHEST if dense.dtype == jnp.float32 else None
+    x_bar = jnp.matmul(y_bar.astype(dense.dtype), dense.T, precision=precision, preferred_element_type=jnp.float32)
+    return (x_bar.astype(x.aval.dtype), *[None] * len(leaves))
+
+
+def _unpacked_product(x: Array, w: Matrix, out_dtype) -> Array:
+    y = jnp.matmul(x.astype(jnp.float32), unprepared(w).dequantize(), precision=jax.lax.Precision.HIGHEST)
+    return y.astype(out_dtype)
+
+
+ad.primitive_jvps[matmul_p] = _jvp
+ad.primitive_transposes[matmul_p] = _transpose
+for _platform in ("cpu", "cuda", "rocm", "tpu"):
+    mlir.register_lowering(matmul_p, lowering.rule(_platform), platform=_platform)
+mlir.register_lowering(matmul_p, lowering.rule("other"))

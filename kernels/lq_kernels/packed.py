@@ -1,20 +1,29 @@
-"""`PackedMatrix`: what every matmul backend takes. A pytree of arrays with static metadata.
+"""`PackedMatrix` and `SegmentedMatrix`: what every matmul backend takes. Pytrees of arrays with static metadata.
 
-Terms: a *group* is the run of input channels that shares one scale; a *plane* is one word array of `packing`. The
-matrix stands for the float array `[K, N]`
+Terms: a *group* is the run of input channels that shares one scale; a *plane* is one word array of `packing`; a
+*segment* is a run of input channels with a width of its own. A `PackedMatrix` stands for the float array `[K, N]`
 
     w[k, n] = (code[k, n] - zero[k // group_size, n]) * scale[k // group_size, n]
 
-The last group is shorter when K is no multiple of `group_size`.
+The last group is shorter when K is no multiple of `group_size`. A `SegmentedMatrix` stands for its segments one below
+the other, after a permutation of the input channels:
+
+    y = sum over segments s of  x[..., permutation[start_s : start_s + K_s]] @ w_s
+
+All but its last segment have a multiple of 128 channels, so that a cut between segments is a cut between words in every
+plane, between groups, and between tiles of every backend: the unit of sharding along the input axis.
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from lq_kernels.packing import unpack
+from lq_kernels.packing import plane_widths, unpack, words_along
+
+SEGMENT_CHANNELS = 128
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,19 +42,103 @@ class PackedMatrix:
     def out_features(self) -> int:
         return self.scales.shape[-1]
 
+    @property
+    def segments(self) -> tuple["PackedMatrix", ...]:
+        """Itself, as the one segment: a caller need not ask which of the two types it holds."""
+        return (self,)
+
+    @property
+    def permutation(self) -> None:
+        return None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
+
     def dequantize(self, dtype=jnp.float32) -> Array:
-        """The float matrix, computed in float32 and rounded once to `dtype`."""
+        """The float matrix `[..., K, N]`, computed in float32 and rounded once to `dtype`."""
         codes = unpack(self.planes, self.bits, self.in_features).astype(jnp.float32)
         zeros = self.zero_point if self.zeros is None else self._per_channel(self.zeros.astype(jnp.float32))
         return ((codes - zeros) * self._per_channel(self.scales.astype(jnp.float32))).astype(dtype)
+
+    def rows(self, start: int, length: int) -> "PackedMatrix":
+        """Input channels [start, start + length) as a matrix of their own. Raises ValueError where the cut is not
+        between two words of every plane and two groups; the end of the matrix is such a place too."""
+        stop = start + length
+        for cut in (start, stop):
+            if cut != self.in_features and (cut % 32 or cut % self.group_size):
+                raise ValueError(f"channel {cut} is inside a word, or a group of {self.group_size}")
+        widths = plane_widths(self.bits)
+        words = [(words_along(start, p), words_along(stop, p)) for p in widths]
+        groups = slice(start // self.group_size, math.ceil(stop / self.group_size))
+        return dataclasses.replace(
+            self,
+            planes=tuple(plane[..., a:b, :] for plane, (a, b) in zip(self.planes, words, strict=True)),
+            scales=self.scales[..., groups, :],
+            zeros=None if self.zeros is None else self.zeros[..., groups, :],
+            in_features=length,
+        )
 
     def _per_channel(self, grouped: Array) -> Array:
         """`[..., groups, N]` repeated to `[..., K, N]`, the last group cut to what is left."""
         return jnp.repeat(grouped, self.group_size, axis=-2)[..., : self.in_features, :]
 
 
-jax.tree_util.register_dataclass(
-    PackedMatrix,
-    data_fields=["planes", "scales", "zeros"],
-    meta_fields=["zero_point", "bits", "group_size", "in_features"],
-)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SegmentedMatrix:
+    """One weight whose input channels, once permuted, fall into segments of different widths.
+
+    `permutation` is int32 `[K]`, or None when the layer before already emits the channels in order.
+    """
+
+    segments: tuple[PackedMatrix, ...]
+    permutation: Array | None = None
+
+    @property
+    def in_features(self) -> int:
+        return sum(segment.in_features for segment in self.segments)
+
+    @property
+    def out_features(self) -> int:
+        return self.segments[0].out_features
+
+    @property
+    def nbytes(self) -> int:
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
+
+    def dequantize(self, dtype=jnp.float32) -> Array:
+        """The float matrix `[..., K, N]` in the channel order of x: the permutation is undone."""
+        rows = jnp.concatenate([segment.dequantize(dtype) for segment in self.segments], axis=-2)
+        return rows if self.permutation is None else jnp.take(rows, jnp.argsort(self.permutation), axis=-2)
+
+
+for _type, _data, _meta in (
+    (PackedMatrix, ["planes", "scales", "zeros"], ["zero_point", "bits", "group_size", "in_features"]),
+    (SegmentedMatrix, ["segments", "permutation"], []),
+):
+    jax.tree_util.register_dataclass(_type, data_fields=_data, meta_fields=_meta)
+
+
+def check_matrix(w: PackedMatrix | SegmentedMatrix) -> None:
+    """Raises ValueError, one line, when the arrays do not fit each other or a segment is cut where none may be."""
+    if not w.segments:
+        raise ValueError("a segmented matrix needs at least one segment")
+    for i, segment in enumerate(w.segments):
+        where = "" if len(w.segments) == 1 else f"segment {i}: "
+        if segment.scales.ndim != 2:
+            raise ValueError(f"{where}expected one packed matrix, got a stack of shape {segment.scales.shape[:-2]}")
+        groups = math.ceil(segment.in_features / segment.group_size)
+        if segment.scales.shape[0] != groups:
+            raise ValueError(
+                f"{where}{segment.in_features} channels in groups of {segment.group_size} need {groups} scales, "
+                f"got {segment.scales.shape[0]}"
+            )
+        if segment.out_features != w.out_features:
+            raise ValueError(f"{where}{segment.out_features} output channels beside {w.out_features}")
+        if i + 1 < len(w.segments) and segment.in_features % SEGMENT_CHANNELS:
+            raise ValueError(
+                f"{where}{segment.in_features} channels; every segment but the last has a multiple of "
+                f"{SEGMENT_CHANNELS}"
+            )
+    if w.permutation is not None and w.permutation.shape != (w.in_features,):
+        raise ValueError(f"a permutation of shape {w.permutation.shape} for {w.in_features} input channels")

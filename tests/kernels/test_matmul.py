@@ -71,11 +71,11 @@ def test_gradient_flows_to_the_activations():
 
 def test_wrong_channel_count_is_refused():
     w, _ = make(4, 64, 8, 32)
-    with pytest.raises(ValueError, match="x has 63 channels, the matrix takes 64"):
+    with pytest.raises(ValueError, match="for a matrix of 64 input channels"):
         quantized_matmul(jnp.ones((2, 63)), w)
 
 
 def test_unknown_backend_is_refused():
     w, _ = make(4, 64, 8, 32)
-    with pytest.raises(ValueError, match="unknown backend 'cuda'; known: xla"):
+    with pytest.raises(ValueError, match="no backend is called 'cuda'; known: "):
         quantized_matmul(jnp.ones((2, 64)), w, backend="cuda")

@@ -1,0 +1,78 @@
+"""From the primitive to a backend's program, for one platform, when JAX lowers for it."""
+
+import functools
+
+import jax
+from jax.core import ShapedArray
+from jax.interpreters import mlir
+
+from lq_kernels.backend import PreparedMatrix
+from lq_kernels.dispatch import choose, problem_of
+from lq_kernels.prepared import lay_out, unprepared
+from lq_kernels.registry import load_backend
+
+
+def rule(platform: str):
+    """The lowering rule for `mlir.register_lowering`."""
+
+    def lower(ctx, *operands, **params):
+        run = _program(platform=platform, kind=device_kind(platform), devices=_automatic_devices(ctx), **params)
+        # The kernels' own intermediate values carry no types of `shard_map`: each device's program is just a program.
+        plain = ctx.replace(
+            avals_in=[ShapedArray(a.shape, a.dtype) for a in ctx.avals_in],
+            avals_out=[ShapedArray(a.shape, a.dtype) for a in ctx.avals_out],
+        )
+        return mlir.lower_fun(run, multiple_results=False)(plain, *operands)
+
+    return lower
+
+
+@functools.lru_cache(maxsize=512)
+def _program(*, structure, platform, kind, devices, backend, config, out_dtype, interpret):
+    """A jitted function of the operands. Equal products share it: traced once, one function in the program."""
+
+    @jax.jit
+    def quantized_matmul(x, *leaves):
+        w = jax.tree.unflatten(structure, leaves)
+        problem = problem_of(x.shape[0], x.dtype, w, out_dtype, kind, devices)
+        choice = choose(problem, platform, w, forced=backend, config=config, interpret=interpret)
+        chosen = load_backend(choice.backend)
+        if w.permutation is not None:
+            x = x[:, w.permutation]
+        if not (isinstance(w, PreparedMatrix) and w.backend == chosen.name):
+            w = lay_out(unprepared(w), chosen, chosen.target_in_call(kind))
+        return chosen.matmul(x, w, out_dtype=out_dtype, config=choice.config, interpret=interpret)
+
+    return quantized_matmul
+
+
+def default_platform() -> str:
+    """The default device's platform, as lowering rules call it."""
+    platform = jax.devices()[0].platform
+    if platform == "gpu":
+        return "rocm" if "rocm" in jax.devices()[0].client.platform_version.lower() else "cuda"
+    return platform
+
+
+def device_kind(platform: str) -> str | None:
+    """The kind of device that is compiled for: the abstract mesh's when one is set (compiling ahead of time), else that of
+    the platform's first device, None where the platform has none."""
+    abstract = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    if abstract is not None:
+        return abstract.device_kind
+    try:
+        return jax.devices(platform)[0].device_kind
+    except RuntimeError:
+        return None
+
+
+def _automatic_devices(ctx) -> int:
+    """Over how many devices the compiler will partition this program by itself; manual axes (shard_map) do not count."""
+    context = ctx.module_context.axis_context
+    if hasattr(context, "num_devices"):
+        return context.num_devices or 1
+    mesh, manual = getattr(context, "mesh", None), getattr(context, "manual_axes", frozenset())
+    count = 1
+    for name, size in mesh.shape.items() if mesh is not None else ():
+        count *= 1 if name in manual else size
+    return count

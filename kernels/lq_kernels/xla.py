@@ -1,0 +1,53 @@
+"""Backend `xla`: no kernel of ours. The matrix is unpacked whole to x's dtype, then one dot.
+
+It serves everything, on every platform, under automatic partitioning too, and every other backend falls back on it. It saves
+memory at rest, not time: XLA writes the unpacked matrix out before the dot.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from lq_kernels.backend import Backend, PreparedMatrix
+from lq_kernels.packed import PackedMatrix
+
+
+@dataclasses.dataclass(frozen=True)
+class XlaConfig:
+    """Nothing to tune."""
+
+
+def unpacked_matmul(x: Array, w: PackedMatrix, out_dtype) -> Array:
+    """x `[..., K]` @ w, w unpacked to x's dtype, accumulated in float32; float32 x at the platform's highest precision."""
+    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    y = jnp.matmul(x, w.dequantize(x.dtype), precision=precision, preferred_element_type=jnp.float32)
+    return y.astype(out_dtype)
+
+
+def sum_over_segments(multiply, x: Array, segments: tuple[PackedMatrix, ...], out_dtype) -> Array:
+    """The sum of `multiply(x_s, segment, float32)`, rounded once."""
+    start, total = 0, 0.0
+    for segment in segments:
+        total = total + multiply(x[..., start : start + segment.in_features], segment, jnp.float32)
+        start += segment.in_features
+    return total.astype(out_dtype)
+
+
+def _matmul(x: Array, w: PreparedMatrix, *, out_dtype, config, interpret=False) -> Array:
+    return sum_over_segments(unpacked_matmul, x, w.arrays, out_dtype)
+
+
+BACKEND = Backend(
+    name="xla",
+    platforms=("cpu", "cuda", "rocm", "tpu"),
+    refuses=lambda problem: None,
+    target=lambda device_kind: "canonical",
+    target_in_call=lambda device_kind: "canonical",
+    prepare=lambda segments, target: segments,
+    restore=lambda prepared: prepared.arrays,
+    matmul=_matmul,
+    config_type=XlaConfig,
+    default_config=lambda problem, target: XlaConfig(),
+    candidates=lambda problem, target: [XlaConfig()],
+)
