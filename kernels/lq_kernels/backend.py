@@ -4,7 +4,8 @@ A backend declines a product by returning the reason from `refuses`; the dispatc
 It multiplies a matrix that was laid out for it: `prepare` does that once, at load, `restore` is its exact inverse, so
 that a prepared matrix can still be served anywhere else and differentiated through.
 
-`Problem` is everything about a product that is known before any array is: backends choose by it, tables are keyed by it.
+`Problem` is everything about a product that is known before any array is: backends choose by it, tables are keyed by
+it.
 """
 
 import dataclasses
@@ -108,6 +109,9 @@ class Backend:
     restore: Callable[[PreparedMatrix], tuple[PackedMatrix, ...]]
     # (x [M, K], prepared, out_dtype=, config=, interpret=) -> y [M, N], M >= 1, x already permuted.
     matmul: Callable[..., Array]
+    # Whether the compiler can partition the program over devices by itself. A kernel is opaque to it: it would gather
+    # every operand whole.
+    partitionable: bool = False
     config_type: type
     # (problem, target)
     default_config: Callable[[Problem, str], Config]

@@ -55,8 +55,11 @@ def default_platform() -> str:
 
 
 def device_kind(platform: str) -> str | None:
-    """The kind of device that is compiled for: the abstract mesh's when one is set (compiling ahead of time), else that of
-    the platform's first device, None where the platform has none."""
+    """The kind of device that is compiled for.
+
+    The abstract mesh's when one is set (compiling ahead of time), else that of the platform's first device; None where
+    the platform has none.
+    """
     abstract = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     if abstract is not None:
         return abstract.device_kind
@@ -67,7 +70,7 @@ def device_kind(platform: str) -> str | None:
 
 
 def _automatic_devices(ctx) -> int:
-    """Over how many devices the compiler will partition this program by itself; manual axes (shard_map) do not count."""
+    """Over how many devices the compiler will partition this program by itself; shard_map's axes do not count."""
     context = ctx.module_context.axis_context
     if hasattr(context, "num_devices"):
         return context.num_devices or 1

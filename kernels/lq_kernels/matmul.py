@@ -1,8 +1,8 @@
 """`quantized_matmul`: x @ w for a packed w, on whatever the program is compiled for.
 
 The product is one JAX primitive. It stays whole in the traced program, and becomes a kernel only when the program is
-lowered for a platform: the same traced function exports for a TPU from a laptop, and a CPU never traces a GPU kernel. What
-serves it is `dispatch.choose`'s decision. The primitive is linear in x; scales and fractional zeros may be
+lowered for a platform: the same traced function exports for a TPU from a laptop, and a CPU never traces a GPU kernel.
+What serves it is `dispatch.choose`'s decision. The primitive is linear in x; scales and fractional zeros may be
 differentiated too (through plain XLA), codes may not.
 """
 
@@ -39,8 +39,8 @@ def quantized_matmul(
 
     Args:
       x: activations `[..., K]`, bfloat16, float16 or float32. Any number of rows, none too.
-      w: a `PackedMatrix`, a `SegmentedMatrix`, or what `prepare` made of one; no leading axes (use `jax.vmap`). A sequence
-        of matrices that share the input, or several prepared as one, gives a tuple of products.
+      w: a `PackedMatrix`, a `SegmentedMatrix`, or what `prepare` made of one; no leading axes (use `jax.vmap`). A
+        sequence of matrices that share the input, or several prepared as one, gives a tuple of products.
       backend: one of `backend_names()` to force it; None: the first that can, in the platform's order. The environment
         variable LQ_KERNELS_BACKEND forces one for the whole program.
       config: the backend's own configuration; None: the tuning table's, else its heuristics.
@@ -55,7 +55,7 @@ def quantized_matmul(
       NotImplementedError: the forced backend cannot serve this product; at the time the program is lowered.
     """
     if isinstance(w, Sequence):
-        options = dict(backend=backend, config=config, out_dtype=out_dtype, interpret=interpret)
+        options = {"backend": backend, "config": config, "out_dtype": out_dtype, "interpret": interpret}
         return tuple(quantized_matmul(x, each, **options) for each in w)
     backend = backend or forced_backend()
     _check(x, w, backend, interpret)
@@ -146,7 +146,13 @@ matmul_p.def_impl(lambda *operands, **params: _compiled(**params)(*operands))
 @matmul_p.def_abstract_eval
 def _abstract_eval(x, *leaves, structure, out_dtype, **params):
     w = jax.tree.unflatten(structure, leaves)
-    return x.update(shape=(x.shape[0], w.out_features), dtype=out_dtype, weak_type=False)
+    shape = (x.shape[0], w.out_features)
+    if x.sharding.mesh.empty:
+        return x.update(shape=shape, dtype=out_dtype, weak_type=False)
+    # On explicit mesh axes the result is sharded as the rows of x and the output channels of w are.
+    columns = None if isinstance(w, PreparedMatrix) else w.segments[0].scales.sharding.spec[-1]
+    sharding = x.sharding.update(spec=jax.P(x.sharding.spec[0], columns))
+    return x.update(shape=shape, dtype=out_dtype, weak_type=False, sharding=sharding)
 
 
 def _batched(operands, dims, *, structure, **params):
@@ -154,11 +160,11 @@ def _batched(operands, dims, *, structure, **params):
     x, *leaves = operands
     x_dim, *leaf_dims = dims
     bind = functools.partial(matmul_p.bind, structure=structure, **params)
-    if all(d is batching.not_mapped for d in leaf_dims):
+    if all(d is None for d in leaf_dims):
         x = jnp.moveaxis(x, x_dim, 0)
         y = bind(x.reshape(-1, x.shape[-1]), *leaves)
         return y.reshape(*x.shape[:2], y.shape[-1]), 0
-    mapped = [i for i, d in enumerate(dims) if d is not batching.not_mapped]
+    mapped = [i for i, d in enumerate(dims) if d is not None]
     stacked = [jnp.moveaxis(operands[i], dims[i], 0) for i in mapped]
 
     def one(slices):
@@ -200,8 +206,13 @@ def _transpose(y_bar, x, *leaves, structure, out_dtype, **params):
         return (ad.Zero(x.aval), *[None] * len(leaves))
     w = unprepared(jax.tree.unflatten(structure, leaves))
     dense = w.dequantize(x.aval.dtype)
-    precision = jax.lax.Precision.HIGHEST if dense.dtype == jnp.float32 else None
-    x_bar = jnp.matmul(y_bar.astype(dense.dtype), dense.T, precision=precision, preferred_element_type=jnp.float32)
+    x_bar = jnp.matmul(
+        y_bar.astype(dense.dtype),
+        dense.T,
+        precision=jax.lax.Precision.HIGHEST if dense.dtype == jnp.float32 else None,
+        preferred_element_type=jnp.float32,
+        out_sharding=None if x.aval.sharding.mesh.empty else x.aval.sharding,
+    )
     return (x_bar.astype(x.aval.dtype), *[None] * len(leaves))
 
 

@@ -22,14 +22,14 @@ def prepare(
     """Lays `w` out for one backend, once, at load.
 
     Args:
-      w: a matrix, or several that share the input channels and have equal widths, groups and permutation (query, key and
-        value projections, gate and up): these become one matrix whose product is a tuple.
+      w: a matrix, or several that share the input channels and have equal widths, groups and permutation (query, key
+        and value projections, gate and up): these become one matrix whose product is a tuple.
       backend: by name; None: what serves one row of bfloat16 on `platform`.
       platform, device_kind: where it will run; the default device's when None.
 
     Returns:
-      A `PreparedMatrix`; its `nbytes` are the bytes on the device. `w` itself when it is a single matrix and the backend
-      takes the canonical layout as it is.
+      A `PreparedMatrix`; its `nbytes` are the bytes on the device. `w` itself when it is a single matrix and the
+      backend takes the canonical layout as it is.
 
     Raises:
       ValueError: several matrices that cannot be one; no backend of that name.
@@ -79,8 +79,8 @@ def unprepared(w: Matrix) -> PackedMatrix | SegmentedMatrix:
 def side_by_side(matrices: Sequence[PackedMatrix | SegmentedMatrix]) -> PackedMatrix | SegmentedMatrix:
     """Matrices that share their input as one, output channels one after the other.
 
-    Raises ValueError when their segments differ in anything but the output channels, or a permutation is not the very same
-    array.
+    Raises ValueError when their segments differ in anything but the output channels, or a permutation is not the very
+    same array.
     """
     first = matrices[0]
     for i, other in enumerate(matrices[1:], start=1):

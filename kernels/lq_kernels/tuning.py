@@ -1,4 +1,4 @@
-"""Tuning tables: the configuration that was fastest, by device kind, backend and problem. JSON, one file per device kind.
+"""Tuning tables: the configuration that was fastest, by device kind, backend and problem. JSON, a file per device kind.
 
     {"device_kind": "...", "versions": {"jax": "..."},
      "entries": {"cpu": {"4g128a K4096 N4096 M1 bfloat16": {"threads": 1}}}}

@@ -1,7 +1,8 @@
 """Backend `xla`: no kernel of ours. The matrix is unpacked whole to x's dtype, then one dot.
 
-It serves everything, on every platform, under automatic partitioning too, and every other backend falls back on it. It saves
-memory at rest, not time: XLA writes the unpacked matrix out before the dot.
+It serves everything, on every platform, under automatic partitioning too, and every other backend falls back on it. It
+saves memory at rest, not time: XLA writes the unpacked matrix out before the dot. For bfloat16 and float16 x each
+weight is rounded to that dtype; the other backends keep codes exact and scale after the sum.
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ class XlaConfig:
 
 
 def unpacked_matmul(x: Array, w: PackedMatrix, out_dtype) -> Array:
-    """x `[..., K]` @ w, w unpacked to x's dtype, accumulated in float32; float32 x at the platform's highest precision."""
+    """x `[..., K]` @ w, w unpacked to x's dtype, accumulated in float32; float32 x at the highest precision."""
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     y = jnp.matmul(x, w.dequantize(x.dtype), precision=precision, preferred_element_type=jnp.float32)
     return y.astype(out_dtype)
@@ -47,6 +48,7 @@ BACKEND = Backend(
     prepare=lambda segments, target: segments,
     restore=lambda prepared: prepared.arrays,
     matmul=_matmul,
+    partitionable=True,
     config_type=XlaConfig,
     default_config=lambda problem, target: XlaConfig(),
     candidates=lambda problem, target: [XlaConfig()],

@@ -47,8 +47,6 @@ def _matmul(x: Array, w: PreparedMatrix, *, out_dtype, config: ScanConfig, inter
 
 
 def _refuses(problem: Problem) -> str | None:
-    if problem.devices > 1:
-        return "under automatic partitioning a loop over the input channels would gather a matrix cut along them"
     if problem.rows > MAX_ROWS:
         return f"more than {MAX_ROWS} rows: unpacking once and one dot are faster"
     return None
@@ -59,6 +57,7 @@ BACKEND = dataclasses.replace(
     name="xla_scan",
     refuses=_refuses,
     matmul=_matmul,
+    partitionable=False,  # a loop over the input channels would gather a matrix that is cut along them
     config_type=ScanConfig,
     default_config=lambda problem, target: ScanConfig(),
     candidates=lambda problem, target: [ScanConfig(chunk=chunk) for chunk in (128, 256, 512, 1024, 2048)],
