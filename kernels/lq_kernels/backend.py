@@ -1,6 +1,6 @@
 """What a matmul backend is: a name, the platforms it runs on, and a handful of pure functions.
 
-A backend declines a product by returning the reason from `refuses`; the dispatcher (`dispatch.py`) takes the next one.
+A backend that cannot serve a product returns the reason from `refuses`; the dispatcher (`dispatch.py`) takes the next.
 It multiplies a matrix that was laid out for it: `prepare` does that once, at load, `restore` is its exact inverse, so
 that a prepared matrix can still be served anywhere else and differentiated through.
 
@@ -109,6 +109,8 @@ class Backend:
     restore: Callable[[PreparedMatrix], tuple[PackedMatrix, ...]]
     # (x [M, K], prepared, out_dtype=, config=, interpret=) -> y [M, N], M >= 1, x already permuted.
     matmul: Callable[..., Array]
+    # One line why something else is faster, or None. Asked only when no backend is forced.
+    declines: Callable[[Problem], str | None] = lambda problem: None
     # Whether the compiler can partition the program over devices by itself. A kernel is opaque to it: it would gather
     # every operand whole.
     partitionable: bool = False

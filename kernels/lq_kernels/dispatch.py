@@ -84,6 +84,8 @@ def choose(
     for name in automatic(platform) if forced is None else (forced,):
         backend = load_backend(name)
         reason = _why_not(backend, problem, platform, config, interpret)
+        if reason is None and forced is None:
+            reason = backend.declines(problem)
         if reason is None:
             config, source = _config(backend, problem, platform, w, config)
             return Choice(platform, problem, name, config, source, _note(backend, problem, w), refusals)

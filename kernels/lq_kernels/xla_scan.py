@@ -46,7 +46,7 @@ def _matmul(x: Array, w: PreparedMatrix, *, out_dtype, config: ScanConfig, inter
     return xla.sum_over_segments(functools.partial(scan_matmul, chunk=config.chunk), x, w.arrays, out_dtype)
 
 
-def _refuses(problem: Problem) -> str | None:
+def _declines(problem: Problem) -> str | None:
     if problem.rows > MAX_ROWS:
         return f"more than {MAX_ROWS} rows: unpacking once and one dot are faster"
     return None
@@ -55,7 +55,7 @@ def _refuses(problem: Problem) -> str | None:
 BACKEND = dataclasses.replace(
     xla.BACKEND,
     name="xla_scan",
-    refuses=_refuses,
+    declines=_declines,
     matmul=_matmul,
     partitionable=False,  # a loop over the input channels would gather a matrix that is cut along them
     config_type=ScanConfig,
