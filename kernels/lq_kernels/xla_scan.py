@@ -16,7 +16,7 @@ from lq_kernels import xla
 from lq_kernels.backend import PreparedMatrix, Problem
 from lq_kernels.packed import PackedMatrix
 
-MAX_ROWS = 64
+MAX_ROWS = 512
 
 
 @dataclasses.dataclass(frozen=True)
