@@ -17,11 +17,7 @@ def rule(platform: str):
 
     def lower(ctx, *operands, **params):
         run = _program(platform=platform, kind=device_kind(platform), devices=_automatic_devices(ctx), **params)
-        # The kernels' own intermediate values carry no types of `shard_map`: each device's program is just a program.
-        plain = ctx.replace(
-            avals_in=[ShapedArray(a.shape, a.dtype) for a in ctx.avals_in],
-            avals_out=[ShapedArray(a.shape, a.dtype) for a in ctx.avals_out],
-        )
+        plain = ctx.replace(avals_in=_untyped(ctx.avals_in), avals_out=_untyped(ctx.avals_out))
         return mlir.lower_fun(run, multiple_results=False)(plain, *operands)
 
     return lower
@@ -44,6 +40,12 @@ def _program(*, structure, platform, kind, devices, backend, config, out_dtype, 
         return chosen.matmul(x, w, out_dtype=out_dtype, config=choice.config, interpret=interpret)
 
     return quantized_matmul
+
+
+def _untyped(avals) -> list:
+    """Without the types of `shard_map`: one device's program is just a program to a kernel. Explicit axes stay."""
+    explicit = jax.sharding.AxisType.Explicit
+    return [a if explicit in a.sharding.mesh.axis_types else ShapedArray(a.shape, a.dtype) for a in avals]
 
 
 def default_platform() -> str:

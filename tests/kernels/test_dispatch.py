@@ -1,0 +1,138 @@
+"""Which backend is taken, what `explain` says, the forced fallback, lowering for other platforms, tuning tables."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from products import assert_product, random_matrix, random_rows
+
+from lq_kernels import explain, prepare, quantized_matmul, tuning
+from lq_kernels.dispatch import choose, problem_of
+from lq_kernels.registry import automatic, backend_names, load_backend
+from lq_kernels.xla_scan import ScanConfig
+
+W = random_matrix(4, 256, 64, 64)
+X = random_rows(3, 256)
+
+
+@pytest.mark.parametrize("name", backend_names())
+def test_every_backend_keeps_the_contract(name):
+    backend = load_backend(name)
+    assert backend.name == name
+    for rows in (1, 16, 300):
+        problem = problem_of(rows, "bfloat16", W, "bfloat16", None)
+        target = backend.target(None)
+        candidates = backend.candidates(problem, target)
+        assert isinstance(backend.default_config(problem, target), backend.config_type)
+        assert candidates
+        assert all(isinstance(c, backend.config_type) for c in candidates)
+        assert len(set(candidates)) == len(candidates)
+        assert hash(problem) == hash(problem_of(rows, "bfloat16", W, "bfloat16", None))
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu", "rocm", "metal"])
+def test_xla_is_the_last_resort_of_every_platform(platform):
+    assert automatic(platform)[-1] == "xla"
+    problem = problem_of(3, "float32", W, "float32", "unheard of", devices=8)
+    assert choose(problem, platform if platform != "metal" else "cpu", W).backend == "xla"
+
+
+def test_explain_says_what_is_taken_and_why_not_the_others():
+    choice = explain(jax.ShapeDtypeStruct((2, 300, 256), jnp.float32), W, platform="cpu", config=None)
+    assert choice.problem.rows == 600
+    text = str(choice)
+    assert text.startswith(f"{choice.backend}: [600, 256] @ [256, 64] at 4 bits, float32 -> float32, on cpu")
+    assert "not xla_scan: more than 512 rows: unpacking once and one dot are faster" in text
+
+
+def test_explain_takes_the_decision_that_is_taken():
+    for rows in (1, 600):
+        taken = explain(jax.ShapeDtypeStruct((rows, 256), jnp.float32), W).backend
+        automatically = jax.jit(quantized_matmul).lower(random_rows(rows, 256), W).as_text()
+        forced = jax.jit(lambda x, w, b=taken: quantized_matmul(x, w, backend=b)).lower(random_rows(rows, 256), W)
+        assert automatically == forced.as_text().replace("@jit__lambda ", "@jit_quantized_matmul ")
+
+
+def test_a_matrix_prepared_for_another_backend_is_served_and_noted():
+    pair = prepare([W], backend="xla_scan")
+    choice = explain(X, pair, backend="xla")
+    assert "prepared for xla_scan; its layout is undone in every call" in choice.note
+    assert_product(quantized_matmul(X, pair, backend="xla")[0], X, W)
+
+
+class TestForcedFallback:
+    def test_the_environment_forces_a_backend(self, monkeypatch):
+        monkeypatch.setenv("LQ_KERNELS_BACKEND", "xla")
+        assert explain(X, W).backend == "xla"
+        assert_product(quantized_matmul(X, W), X, W)
+
+    def test_an_argument_goes_before_it(self, monkeypatch):
+        monkeypatch.setenv("LQ_KERNELS_BACKEND", "xla")
+        assert explain(X, W, backend="xla_scan").backend == "xla_scan"
+
+    def test_a_name_that_is_none_is_refused(self, monkeypatch):
+        monkeypatch.setenv("LQ_KERNELS_BACKEND", "cublas")
+        with pytest.raises(ValueError, match="LQ_KERNELS_BACKEND: no backend is called 'cublas'; known: "):
+            quantized_matmul(X, W)
+
+
+class TestExport:
+    def test_round_trip_on_this_platform(self):
+        leaves, structure = jax.tree.flatten(W)
+        product = jax.jit(lambda x, *leaves: quantized_matmul(x, jax.tree.unflatten(structure, leaves)))
+        exported = jax.export.export(product, disabled_checks=custom_calls())(X, *leaves)
+        again = jax.export.deserialize(exported.serialize())
+        assert_product(again.call(X, *leaves), X, W)
+
+    def test_the_traced_program_does_not_know_its_platform(self):
+        text = str(jax.make_jaxpr(quantized_matmul)(X, W))
+        assert "quantized_matmul[" in text
+        assert "pallas" not in text
+
+
+def custom_calls():
+    return [jax.export.DisabledSafetyCheck.custom_call(name) for name in ("tpu_custom_call", "mosaic_gpu_v2")]
+
+
+class TestTuningTables:
+    problem = problem_of(3, "float32", W, "float32", "Some CPU (R) 9000")
+
+    @pytest.mark.parametrize(("rows", "bucket"), [(1, 1), (3, 4), (4, 4), (5, 8), (4096, 4096), (9999, 4096)])
+    def test_rows_fall_into_the_next_larger_bucket(self, rows, bucket):
+        assert tuning.row_bucket(rows) == bucket
+
+    def test_keys_tell_problems_apart(self):
+        assert tuning.key(self.problem) == "4g64a K256 N64 M4 float32"
+        column = random_matrix(3, 100, 8, 100, asymmetric=False)
+        assert tuning.key(problem_of(1, "bfloat16", column, "bfloat16", None)) == "3column K100 N8 M1 bfloat16"
+
+    def write(self, folder, fields):
+        table = {"device_kind": "x", "entries": {"xla_scan": {tuning.key(self.problem): fields}}}
+        (folder / tuning.file_name("Some CPU (R) 9000")).write_text(json.dumps(table), encoding="utf-8")
+
+    def test_an_entry_is_taken(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("LQ_KERNELS_TABLES", str(tmp_path))
+        self.write(tmp_path, {"chunk": 64})
+        assert (tmp_path / "some_cpu_r_9000.json").exists()
+        choice = choose(self.problem, "cpu", W, forced="xla_scan")
+        assert (choice.config, choice.config_from) == (ScanConfig(chunk=64), "table")
+        other = problem_of(300, "float32", W, "float32", "Some CPU (R) 9000")
+        assert choose(other, "cpu", W, forced="xla_scan").config_from == "heuristics"
+
+    def test_an_entry_of_another_version_is_refused(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("LQ_KERNELS_TABLES", str(tmp_path))
+        self.write(tmp_path, {"chunks": 64})
+        with pytest.raises(ValueError, match=r"unknown field 'chunks'; fields are chunk. Tune again"):
+            choose(self.problem, "cpu", W, forced="xla_scan")
+
+    def test_shipped_tables_hold_configurations_of_their_backends(self):
+        for file in tuning.SHIPPED.glob("*.json"):
+            for name, entries in json.loads(file.read_text(encoding="utf-8"))["entries"].items():
+                for fields in entries.values():
+                    load_backend(name).config_type(**fields)
+
+
+def test_numpy_rows_are_taken():
+    assert_product(quantized_matmul(np.asarray(X), W), X, W)
