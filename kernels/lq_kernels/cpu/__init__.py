@@ -1,0 +1,140 @@
+"""Backend `cpu`: C++ through `jax.ffi`, with AMX, AVX-512, AVX2, NEON or portable code chosen at run time.
+
+`src/` is compiled when the package is installed and a C++ compiler is found, or by `python -m lq_kernels.cpu.build`.
+Without it the backend refuses, with the reason that `status()` gives.
+
+Prepared layout: panels of 128 output channels, `[N/128, rows, 128]`, so that a panel is one contiguous stream. The
+canonical layout is read as it is; only the stream is less even.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from lq_kernels.backend import Backend, PreparedMatrix, Problem
+from lq_kernels.cpu.call import PANEL, X_TYPES, Operand, call
+from lq_kernels.cpu.library import library, status
+from lq_kernels.packed import PackedMatrix
+from lq_kernels.packing import plane_widths
+
+__all__ = ["BACKEND", "CpuConfig", "codebook_matmul", "status"]
+
+BLOCKED = "blocked"
+
+
+@dataclasses.dataclass(frozen=True)
+class CpuConfig:
+    threads: int = 1  # of XLA's pool; 0: all of them
+    isa: str | None = None  # "amx", "avx512", "avx2", "neon", "plain"; None: the best this processor has
+
+
+def codebook_matmul(
+    x: Array,
+    planes: tuple[Array, ...],
+    scales: Array,
+    codebook: Array,
+    *,
+    bits: int,
+    group_size: int,
+    config: CpuConfig | None = None,
+    out_dtype=None,
+) -> Array:
+    """y = x @ (codebook[code] * scale): NormalFloat and any other table of up to 16 numbers.
+
+    Args:
+      x: `[M, K]`, float32, bfloat16 or float16.
+      planes: uint32 `[words, N]`, as `lq_kernels.pack(codes, bits)` returns them.
+      scales: float `[groups, N]`.
+      codebook: float `[2**bits]`.
+      bits: 1 to 4.
+      group_size: input channels that share a scale: a multiple of 32, or K and more for one scale a column.
+      out_dtype: x's when None.
+
+    Returns:
+      `[M, N]`, accumulated in float32.
+
+    Reference: Dettmers et al., QLoRA, 2023, arXiv:2305.14314, for NF4.
+    """
+    if not 1 <= bits <= 4:
+        raise ValueError(f"a codebook has codes of 1 to 4 bits, not {bits}")
+    if codebook.shape != (1 << bits,):
+        raise ValueError(f"codes of {bits} bits need {1 << bits} numbers, got a codebook of shape {codebook.shape}")
+    if reason := _refuses_group(group_size, x.shape[1]) or library().reason:
+        raise NotImplementedError(f"cpu: {reason}")
+    config = config or CpuConfig()
+    table = jnp.zeros(16, jnp.float32).at[: 1 << bits].set(codebook.astype(jnp.float32))
+    segment = Operand(planes, scales, None, 0.0, bits, group_size, x.shape[1])
+    return call(
+        x,
+        [segment],
+        out_features=scales.shape[1],
+        out_dtype=jnp.dtype(out_dtype or x.dtype),
+        prepared=False,
+        codebook=table,
+        isa=config.isa,
+        threads=config.threads,
+    )
+
+
+def _refuses_group(group_size: int, in_features: int) -> str | None:
+    if group_size % 32 and group_size < in_features:
+        return f"groups of {group_size} channels: multiples of 32 are served, and one group a column"
+    return None
+
+
+def _refuses(problem: Problem) -> str | None:
+    if reason := library().reason:
+        return reason
+    for dtype in (problem.x_dtype, problem.out_dtype):
+        if dtype not in X_TYPES:
+            return f"{dtype}: {', '.join(X_TYPES)} are served"
+    reasons = (_refuses_group(s.group_size, s.in_features) for s in problem.segments)
+    return next(filter(None, reasons), None)
+
+
+def _prepare(segments: tuple[PackedMatrix, ...], target: str) -> tuple[PackedMatrix, ...]:
+    """Every array `[..., rows, N]` of every segment as panels `[N/128, rows, 128]`, columns padded with zeros."""
+    return segments if target == "canonical" else jax.tree.map(_panels, segments)
+
+
+def _panels(array: Array) -> Array:
+    rows, N = array.shape
+    padded = jnp.pad(array, ((0, 0), (0, -N % PANEL)))
+    return padded.reshape(rows, -1, PANEL).swapaxes(0, 1)
+
+
+def _restore(w: PreparedMatrix) -> tuple[PackedMatrix, ...]:
+    if w.target == "canonical":
+        return w.arrays
+    columns = lambda a: a.swapaxes(0, 1).reshape(a.shape[1], -1)[:, : w.out_features]  # noqa: E731
+    return jax.tree.map(columns, w.arrays)
+
+
+def _matmul(x: Array, w: PreparedMatrix, *, out_dtype, config: CpuConfig, interpret: bool = False) -> Array:
+    fields = [f.name for f in dataclasses.fields(Operand)]
+    return call(
+        x,
+        [Operand(**{name: getattr(segment, name) for name in fields}) for segment in w.arrays],
+        out_features=w.out_features,
+        out_dtype=out_dtype,
+        prepared=w.target == BLOCKED,
+        isa=config.isa,
+        threads=config.threads,
+    )
+
+
+BACKEND = Backend(
+    name="cpu",
+    platforms=("cpu",),
+    refuses=_refuses,
+    target=lambda device_kind: BLOCKED,
+    target_in_call=lambda device_kind: "canonical",
+    prepare=_prepare,
+    restore=_restore,
+    matmul=_matmul,
+    config_type=CpuConfig,
+    default_config=lambda problem, target: CpuConfig(),
+    candidates=lambda problem, target: [CpuConfig(threads=threads) for threads in (1, 0)],
+)
