@@ -68,3 +68,8 @@ def _entries(directory: str | None, device_kind: str) -> dict:
             for backend, entries in json.loads(file.read_text(encoding="utf-8"))["entries"].items():
                 merged[backend] = merged.get(backend, {}) | entries
     return merged
+
+
+def forget() -> None:
+    """Tables are read once; after writing one, read anew."""
+    _entries.cache_clear()
