@@ -35,7 +35,7 @@ def _program(*, structure, platform, kind, devices, backend, config, out_dtype, 
         choice = choose(problem, platform, w, forced=backend, config=config, interpret=interpret)
         chosen = load_backend(choice.backend)
         if w.permutation is not None:
-            # The barrier keeps XLA from folding the gather's own layout into a dot: its CPU has no bfloat16 dot for that.
+            # The barrier keeps XLA from folding the gather's layout into a dot: its CPU has no bfloat16 dot for that.
             x = jax.lax.optimization_barrier(jnp.take(x, w.permutation, axis=1, mode="clip"))
         if not (isinstance(w, PreparedMatrix) and w.backend == chosen.name):
             w = lay_out(unprepared(w), chosen, chosen.target_in_call(kind))
