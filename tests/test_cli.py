@@ -88,6 +88,14 @@ def test_generate_continues_each_prompt(quantized):
     assert "\nimport" in printed
 
 
+def test_generate_says_what_a_quantized_cache_takes(quantized):
+    """Three blocks of two key/value heads of 16 channels, 64 slots: all of it still in the residual."""
+    status, printed, error = lq("generate", quantized, "--prompt", "import", "--max-new-tokens", 5, "--kv-bits", 4)
+    assert (status, printed) == lq("generate", quantized, "--prompt", "import", "--max-new-tokens", 5)[:2]
+    size = 2 * 3 * 2 * 16 * 64 * 4
+    assert f"key/value cache: {size} bytes at 4 bits; {size} as computed" in error
+
+
 def test_quantize_can_score_and_allocate_itself(small_model, text_file, tmp_path):
     status, printed, _ = lq(
         "quantize", small_model.path, "--bpw", 2.85, "--metric", "lim", "--calibration", text_file, "--group-size", 64,
@@ -232,6 +240,7 @@ def test_a_reference_that_does_not_fit(small_model, quantized, tmp_path, text_fi
         (("score", "MODEL", "--metric", "zd", "--out", "SCORES"), "a file; give a directory"),
         (("eval", "MODEL", "--json", "/"), "--json /: a directory; give a file"),
         (("generate", "MODEL", "--prompt", "a", "--top-k", "3"), "--top-k is given, but at temperature 0 nothing is"),
+        (("generate", "MODEL", "--prompt", "a", "--kv-bits", "5"), "kv_bits: 5; write 4 or 8, or 16 for a cache"),
         (("quantize", "MODEL", "--out", "q", "--plan", "p", "--method", "gptq"), "unknown quantizer 'gptq'"),
         (("quantize", "MODEL", "--out", "q", "--plan", "p", "--option", "clip=never"), "clip: 'never' is not one of"),
         (("report", "nowhere"), "no such file"),

@@ -172,13 +172,14 @@ class QuantizedKVCache:
           valid: `[B, capacity]`, by slot: a real token stands there.
         """
         S, W = k.shape[1], self.recent_k.shape[1]
-        packed = self._pack_oldest(k, v, written, valid)
+        k, v = (jnp.asarray(x, self.recent_k.dtype) for x in (k, v))
+        packed = self._pack_oldest(k, v, written, jnp.asarray(valid))
         kept = min(S, W)
         at = (written + S - kept + jnp.arange(kept)) % W
         return dataclasses.replace(
             packed,
-            recent_k=self.recent_k.at[:, at].set(k[:, S - kept :].astype(self.recent_k.dtype), unique_indices=True),
-            recent_v=self.recent_v.at[:, at].set(v[:, S - kept :].astype(self.recent_v.dtype), unique_indices=True),
+            recent_k=self.recent_k.at[:, at].set(k[:, S - kept :], unique_indices=True),
+            recent_v=self.recent_v.at[:, at].set(v[:, S - kept :], unique_indices=True),
         )
 
     def _pack_oldest(self, k: Array, v: Array, written: Array, valid: Array) -> "QuantizedKVCache":
@@ -192,7 +193,7 @@ class QuantizedKVCache:
 
         def tokens(ring: Array, new: Array) -> Array:
             old = ring[:, slots % ring.shape[1]]
-            new = new.astype(ring.dtype).at[:, slots - written].get(mode="clip")
+            new = new.at[:, slots - written].get(mode="clip")
             x = jnp.where((slots < written)[:, None, None], old, new)
             return x.reshape(x.shape[0], count, G, *x.shape[2:])
 

@@ -258,13 +258,15 @@ def generate(
     top_k: Annotated[int | None, typer.Option(min=1)] = None,
     top_p: Annotated[float | None, typer.Option()] = None,
     seed: int = 0,
+    kv_bits: Annotated[int, typer.Option(help="Key/value cache: 4 or 8, quantized (KIVI); 16, as computed.")] = 16,
 ) -> None:
     """Continues a prompt."""
     from lq.api import load
     from lq.cli import arguments
-    from lq.models.generate import decode_continuation
+    from lq.models.generate import cache_nbytes, decode_continuation, kv_cache_spec
     from lq.models.generate import generate as continue_prompts
 
+    kv_cache_spec(kv_bits)  # refused before any work
     if temperature == 0.0:
         arguments.refuse(context, arguments.SAMPLING, "at temperature 0 nothing is drawn")
     decoder, params, tokenizer = load(model)
@@ -278,7 +280,13 @@ def generate(
         top_k=top_k,
         top_p=top_p,
         seed=seed,
+        kv_bits=kv_bits,
     )
+    if kv_bits != 16:
+        sizes = [
+            cache_nbytes(decoder, params, prompts, max_new_tokens=max_new_tokens, kv_bits=b) for b in (kv_bits, 16)
+        ]
+        print(f"key/value cache: {sizes[0]} bytes at {kv_bits} bits; {sizes[1]} as computed", file=sys.stderr)
     for text, ids, new in zip(prompt, prompts, continuations, strict=True):
         print(text + decode_continuation(tokenizer, ids, new))
 

@@ -3,6 +3,8 @@
 A call without a cache attends to its own tokens. A call with one writes its keys and values into the next free slots
 and attends to every slot written so far. Positions count real tokens only, so padding on the left or on the right does
 not shift them; a slot's number and its token's position differ by the padding before it.
+
+The cache is dense (`KVCache`) or quantized (`lq_kernels.kv_cache.QuantizedKVCache`); keys are cached after rotation.
 """
 
 import dataclasses
@@ -13,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from lq.models.config import ModelConfig
+from lq_kernels.kv_cache import KVCacheSpec, QuantizedKVCache
 
 
 @flax.struct.dataclass
@@ -28,6 +31,9 @@ class KVCache:
         return KVCache(write(self.k, k.astype(self.k.dtype), at), write(self.v, v.astype(self.v.dtype), at))
 
 
+Cache = KVCache | QuantizedKVCache
+
+
 @flax.struct.dataclass
 class Context:
     """What every block needs besides its input: the place of each query and of each key."""
@@ -38,10 +44,17 @@ class Context:
     start: Int[Array, ""]  # the cache slot of the first query
     length: Int[Array, ""]  # tokens of the longest context, padding left out; selects longrope's table
 
-    def mask(self, window: int | None) -> Bool[Array, "B S T"]:
-        """True where a query may look: itself and before, inside the window, real tokens only."""
-        distance = self.positions[:, :, None] - self.key_positions[:, None, :]
-        visible = (distance >= 0) & self.key_valid[:, None, :]
+    def mask(self, window: int | None, slots: Int[Array, " T"] | None = None) -> Bool[Array, "B S T"]:
+        """True where a query may look: itself and before, inside the window, real tokens only.
+
+        The keys are those at `slots`, all when None; no query sees a slot past the last.
+        """
+        key_positions, key_valid = self.key_positions, self.key_valid
+        if slots is not None:
+            key_positions = key_positions.at[:, slots].get(mode="clip")
+            key_valid = key_valid.at[:, slots].get(mode="fill", fill_value=False)
+        distance = self.positions[:, :, None] - key_positions[:, None, :]
+        visible = (distance >= 0) & key_valid[:, None, :]
         return visible & (distance < window) if window is not None else visible
 
 
@@ -56,7 +69,7 @@ def context_for(tokens: Int[Array, "B S"], valid: Bool[Array, "B S"] | None = No
 class DecodeState:
     """All that `generate` carries from token to token."""
 
-    caches: tuple[KVCache, ...]
+    caches: tuple[Cache, ...]
     positions: Int[Array, "B T"]
     valid: Bool[Array, "B T"]
     filled: Int[Array, ""]  # slots written
@@ -64,18 +77,35 @@ class DecodeState:
 
     @classmethod
     def empty(
-        cls, config: ModelConfig, batch: int, capacity: int, dtype=jnp.float32, length: Int[Array, ""] | None = None
+        cls,
+        config: ModelConfig,
+        batch: int,
+        capacity: int,
+        dtype=jnp.float32,
+        length: Int[Array, ""] | None = None,
+        quantized: KVCacheSpec | None = None,
     ) -> "DecodeState":
-        """Room for `capacity` tokens a row.
+        """Room for `capacity` tokens a row, in `dtype` or `quantized`.
 
         `length` is how long the longest row will get, `capacity` when None. It is fixed beforehand because longrope has
         one table for short and one for long contexts, and keys in the cache must have been rotated by the one in use.
         """
         shape = (batch, capacity, config.num_kv_heads, config.head_dim)
-        caches = tuple(KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in config.kinds)
+
+        def cache() -> Cache:
+            if quantized is not None:
+                return QuantizedKVCache.empty(quantized, *shape, dtype)
+            return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+        caches = tuple(cache() for _ in config.kinds)
         slots = (batch, capacity)
         length = jnp.int32(capacity if length is None else length)
         return cls(caches, jnp.zeros(slots, jnp.int32), jnp.zeros(slots, bool), jnp.int32(0), length)
+
+    @property
+    def cache_nbytes(self) -> int:
+        """Bytes of all blocks' keys and values; of an abstract state too."""
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.caches))
 
     def extend(self, valid: Bool[Array, "B S"]) -> tuple["DecodeState", Context]:
         """Makes room for the next `valid.shape[1]` tokens; returns the state with their places and their context."""

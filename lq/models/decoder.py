@@ -28,7 +28,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from lq.models.config import BlockKind, ModelConfig
-from lq.models.context import Context, DecodeState, KVCache, context_for
+from lq.models.context import Cache, Context, DecodeState, context_for
 from lq.models.layers import MLP, Attention, MixtureOfExperts, Norm, read_or_init
 from lq.numerics.matmul import lookup, matmul
 from lq.numerics.qtensor import QTensor
@@ -84,8 +84,8 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, h: Float[Array, "B S D"], context: Context, cache: KVCache | None = None
-    ) -> tuple[Float[Array, "B S D"], KVCache | None]:
+        self, h: Float[Array, "B S D"], context: Context, cache: Cache | None = None
+    ) -> tuple[Float[Array, "B S D"], Cache | None]:
         config = self.config
         y = Norm(config, name="attention_norm")(h)
         y, cache = Attention(config, self.kind, name="attention")(y, context, cache)

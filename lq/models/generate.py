@@ -19,8 +19,10 @@ from lq.errors import UserError
 from lq.models.config import ModelConfig
 from lq.models.context import DecodeState, context_for
 from lq.models.decoder import Decoder, embed
+from lq_kernels.kv_cache import KVCacheSpec
 
-STEP = 32
+STEP = 32  # a group of the quantized cache too: a row's groups then do not depend on the padding before it
+KV_BITS = (4, 8, 16)
 
 
 class Sampling(NamedTuple):
@@ -42,6 +44,7 @@ def generate(
     top_p: float | None = None,
     seed: int = 0,
     stop_ids: Iterable[int] | None = None,
+    kv_bits: int = 16,
 ) -> list[list[int]]:
     """The continuation of each prompt, without the prompt.
 
@@ -56,6 +59,8 @@ def generate(
       seed: of the draws. A row's draws depend on the seed, the row's number and the step alone.
       stop_ids: a row ends with the first of these it produces, which is kept. `config.eos_token_ids` when None; when
         empty, no row stops early.
+      kv_bits: width of the key/value cache: 4 or 8, quantized as in KIVI (arXiv 2402.02750, see `lq_kernels.kv_cache`)
+        beyond the newest tokens; 16 keeps it in the dtype of the computation.
 
     Returns:
       New token ids, one list a row, each of 1 to `max_new_tokens`.
@@ -69,6 +74,7 @@ def generate(
     """
     config = model.config
     _check(config, prompts, max_new_tokens, temperature, top_k, top_p)
+    quantized = kv_cache_spec(kv_bits)
     if not prompts:
         return []
     longest = max(map(len, prompts))
@@ -95,8 +101,26 @@ def generate(
         np.uint32(seed % 2**32),
         room=_round_up(max_new_tokens),
         greedy=temperature == 0,
+        quantized=quantized,
     )
     return [row[:count].tolist() for row, count in zip(np.asarray(new), np.asarray(counts), strict=True)]
+
+
+def kv_cache_spec(bits: int) -> KVCacheSpec | None:
+    """How a cache of `bits` bits is quantized; None at 16. UserError for a width there is none of."""
+    if bits not in KV_BITS:
+        raise UserError(f"kv_bits: {bits}; write 4 or 8, or 16 for a cache that is not quantized")
+    return None if bits == 16 else KVCacheSpec(bits=bits)
+
+
+def cache_nbytes(
+    model: Decoder, params, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, kv_bits: int = 16
+) -> int:
+    """Bytes of keys and values that `generate` allocates for these arguments. Allocates nothing."""
+    capacity = _round_up(max(map(len, prompts))) + _round_up(max_new_tokens)
+    dtype, quantized = _compute_dtype(model, params), kv_cache_spec(kv_bits)
+    empty = lambda: DecodeState.empty(model.config, len(prompts), capacity, dtype, quantized=quantized)  # noqa: E731
+    return jax.eval_shape(empty).cache_nbytes
 
 
 def decode_continuation(tokenizer, prompt: Sequence[int], new: Sequence[int]) -> str:
@@ -124,8 +148,22 @@ class _Progress(NamedTuple):
     stopped: Bool[Array, " B"]
 
 
-@functools.partial(jax.jit, static_argnames=("model", "room", "greedy"))
-def _run(model: Decoder, params, tokens, valid, length, limit, stop_ids, sampling, seed, *, room: int, greedy: bool):
+@functools.partial(jax.jit, static_argnames=("model", "room", "greedy", "quantized"))
+def _run(
+    model: Decoder,
+    params,
+    tokens,
+    valid,
+    length,
+    limit,
+    stop_ids,
+    sampling,
+    seed,
+    *,
+    room: int,
+    greedy: bool,
+    quantized: KVCacheSpec | None,
+):
     """Prefill and decoding loop. Returns `[B, room]` tokens and how many of each row count."""
     batch, width = tokens.shape
 
@@ -156,13 +194,18 @@ def _run(model: Decoder, params, tokens, valid, length, limit, stop_ids, samplin
     def advance(progress: _Progress) -> _Progress:
         return record(progress, *feed(progress.last[:, None], progress.state))
 
-    dtype = jax.eval_shape(lambda p: embed(model.config, p, tokens, context_for(tokens), model.dtype), params).dtype
-    state = DecodeState.empty(model.config, batch, width + room, dtype, length)
+    dtype = _compute_dtype(model, params)
+    state = DecodeState.empty(model.config, batch, width + room, dtype, length, quantized)
     zeros = jnp.zeros(batch, jnp.int32)
     start = _Progress(jnp.int32(0), zeros, state, jnp.zeros((batch, room), jnp.int32), zeros, jnp.zeros(batch, bool))
     progress = record(start, *feed(tokens, state, valid))
     progress = jax.lax.while_loop(unfinished, advance, progress)
     return progress.new, progress.counts
+
+
+def _compute_dtype(model: Decoder, params):
+    token = jnp.zeros((1, 1), jnp.int32)
+    return jax.eval_shape(lambda p: embed(model.config, p, token, context_for(token), model.dtype), params).dtype
 
 
 def sample(logits: Float[Array, " V"], key: jax.Array, sampling: Sampling) -> Int[Array, ""]:

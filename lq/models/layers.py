@@ -15,9 +15,12 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from lq.models.config import Activation, BlockKind, ModelConfig, Rope
+from lq.models.context import Context
 from lq.numerics.matmul import expert_matmul, matmul
+from lq_kernels.kv_cache import QuantizedKVCache
 
 CAUSAL_SLICES, SHORTEST_SLICED = 4, 256  # see `attend_causally`
+CHUNK = 512  # tokens; see `attend_quantized`
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -120,19 +123,89 @@ def attend(
     softcap: float | None,
 ) -> Float[Array, "B S H C"]:
     """Softmax attention; each key/value head serves H/G query heads. A query that sees no key gets a finite average."""
+    scores = attention_scores(stack_queries(q, k.shape[2]), k, mask, scale, softcap)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return unstack_queries(jnp.einsum("bgxt,btgc->bgxc", weights, v), q.shape)
+
+
+def stack_queries(q: Float[Array, "B S H C"], G: int) -> Float[Array, "B G X C"]:
+    """One matrix per key/value head, its query heads stacked along the rows, X = H/G * S.
+
+    On the CPU one product per key/value head is twice as fast as leaving the five axes to the compiler.
+    """
     B, S, H, C = q.shape
-    T, G = k.shape[1:3]
-    # One product per key/value head, its query heads stacked along the rows: on the CPU twice as fast as leaving the
-    # five axes to the compiler.
-    q = q.reshape(B, S, G, H // G, C).transpose(0, 2, 3, 1, 4).reshape(B, G, -1, C)
+    return q.reshape(B, S, G, H // G, C).transpose(0, 2, 3, 1, 4).reshape(B, G, -1, C)
+
+
+def unstack_queries(y: Float[Array, "B G X C"], shape: tuple[int, ...]) -> Float[Array, "B S H C"]:
+    """The inverse of `stack_queries`; `shape` is what it took."""
+    B, S, H, C = shape
+    G = y.shape[1]
+    return y.reshape(B, G, H // G, S, C).transpose(0, 3, 1, 2, 4).reshape(shape)
+
+
+def attention_scores(
+    q: Float[Array, "B G X C"],
+    k: Float[Array, "B T G C"],
+    mask: Bool[Array, "B S T"],
+    scale: float,
+    softcap: float | None,
+) -> Float[Array, "B G X T"]:
+    """Scaled, capped and masked, in float32. A key not to be seen has the least finite score."""
     scores = jnp.einsum("bgxc,btgc->bgxt", q, k, preferred_element_type=jnp.float32) * scale
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
-    scores = scores.reshape(B, G, H // G, S, T)
-    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(B, G, -1, T)
-    y = jnp.einsum("bgxt,btgc->bgxc", weights, v).reshape(B, G, H // G, S, C)
-    return y.transpose(0, 3, 1, 2, 4).reshape(B, S, H, C)
+    B, G, X, T = scores.shape
+    scores = scores.reshape(B, G, -1, mask.shape[1], T)
+    return jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min).reshape(B, G, X, T)
+
+
+def attend_quantized(
+    q: Float[Array, "B S H C"],
+    k: Float[Array, "B S G C"],
+    v: Float[Array, "B S G C"],
+    cache: QuantizedKVCache,
+    context: Context,
+    window: int | None,
+    scale: float,
+    softcap: float | None,
+) -> Float[Array, "B S H C"]:
+    """`attend` over what the cache holds and then the new `k`, `v`, which it does not hold yet.
+
+    So what one call brings is seen in full precision by all of its own queries, as in KIVI's prefill. The packed part
+    is dequantized `CHUNK` tokens at a time and its softmax summed as it goes (arXiv 1805.02867): the dense cache is
+    never there, and chunks not written yet cost nothing.
+    """
+    stacked = stack_queries(q, k.shape[2])
+
+    def absorb(seen, k, v, mask):
+        """(largest score, sum of exponentials, their weighted sum of values), with more keys."""
+        largest, total, y = seen
+        scores = attention_scores(stacked, k, mask, scale, softcap)
+        now = jnp.maximum(largest, scores.max(-1, keepdims=True))
+        weights, kept = jnp.exp(scores - now), jnp.exp(largest - now)
+        added = jnp.einsum("bgxt,btgc->bgxc", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+        return now, total * kept + weights.sum(-1, keepdims=True), y * kept + added
+
+    least = jnp.full((*stacked.shape[:3], 1), jnp.finfo(jnp.float32).min)
+    seen = (least, jnp.zeros_like(least), jnp.zeros(stacked.shape, jnp.float32))
+    slots = jnp.concatenate([cache.ring_slots(context.start), context.start + jnp.arange(q.shape[1])])
+    dense = lambda recent, new: jnp.concatenate([recent.astype(new.dtype), new], axis=1)  # noqa: E731
+    seen = absorb(seen, dense(cache.recent_k, k), dense(cache.recent_v, v), context.mask(window, slots))
+    if cache.groups:
+        size = cache.spec.group_size
+        count = min(max(CHUNK // size, 1), cache.groups)
+        packed = cache.quantized(context.start)
+
+        def chunk(i, seen):
+            first = jnp.minimum(i * count, cache.groups - count)  # the last chunk overlaps the one before
+            slots = first * size + jnp.arange(count * size)
+            new = (slots >= i * count * size) & (slots < packed)
+            return absorb(seen, *cache.read(first, count, k.dtype), context.mask(window, slots) & new)
+
+        seen = jax.lax.fori_loop(0, -(-packed // (count * size)), chunk, seen)
+    _, total, y = seen
+    return unstack_queries((y / total).astype(v.dtype), q.shape)
 
 
 def attend_causally(q, k, v, mask, scale, softcap) -> Float[Array, "B S H C"]:
@@ -157,7 +230,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x, context, cache=None):
-        """`x [B, S, D]` -> `[B, S, D]` and the updated `KVCache` (None when none was given)."""
+        """`x [B, S, D]` -> `[B, S, D]` and the updated cache (None when none was given)."""
         config = self.config
         q = self._heads("q", x, config.num_heads)
         k = self._heads("k", x, config.num_kv_heads)
@@ -165,12 +238,15 @@ class Attention(nn.Module):
         if self.kind.rope is not None:
             q = rotate(q, context.positions, self.kind.rope, context.length)
             k = rotate(k, context.positions, self.kind.rope, context.length)
-        if cache is not None:
+        window, options = self.kind.window, (config.query_scale, config.attention_softcap)
+        if cache is None:
+            y = attend_causally(q, k, v, context.mask(window), *options)
+        elif isinstance(cache, QuantizedKVCache):
+            y = attend_quantized(q, k, v, cache, context, window, *options)
+            cache = cache.append(k, v, context.start, context.key_valid)
+        else:
             cache = cache.write(k, v, context.start)
-            k, v = cache.k.astype(x.dtype), cache.v.astype(x.dtype)
-        mask = context.mask(self.kind.window)
-        attention = attend_causally if cache is None else attend
-        y = attention(q, k, v, mask, config.query_scale, config.attention_softcap)
+            y = attend(q, cache.k.astype(x.dtype), cache.v.astype(x.dtype), context.mask(window), *options)
         y = y.reshape(*x.shape[:2], config.num_heads * config.head_dim)
         return Linear(config.hidden_size, config.attention_out_bias, name="o_proj")(y), cache
 
