@@ -104,20 +104,22 @@ inline float centre_of(const Segment& segment, const Plane& plane) {
 
 // Room for the words of a chunk that cannot be used where they are.
 struct Copies {
-  alignas(64) uint32_t words[kChunk * 8 / 32][kPanel];  // as stored, ragged columns filled with zeros
+  alignas(64) uint32_t words[kChunk * 8 / 32][kPanel];  // as stored, what is missing filled with zeros
   alignas(64) uint32_t nibbles[kChunk / 8][kPanel];     // codes of a codebook, widened to four bits
 };
 
-inline Words words_of(const Plane& plane, const Chunk& chunk, int64_t panel, int64_t columns, bool padded, Copies* copies) {
+// The words where they are, or their copy in `copy` where columns are missing, or rows of a short last block when
+// `whole_blocks` are wanted.
+inline Words words_of(const Plane& plane, const Chunk& chunk, int64_t panel, int64_t columns, bool padded,
+                      bool whole_blocks, uint32_t (*copy)[kPanel]) {
   const int64_t first = chunk.begin * plane.width / 32;
   const int64_t rows = at_most(divide_up(chunk.length * plane.width, 32), plane.rows - first);
+  const int64_t wanted = whole_blocks ? divide_up(chunk.length, kBlock) * plane.width : rows;
   const uint32_t* data = plane.words + panel * plane.panel + first * plane.row;
-  if (columns == kPanel || padded) return {data, plane.row, rows};
-  for (int64_t r = 0; r < rows; ++r) {
-    memcpy(copies->words[r], data + r * plane.row, static_cast<size_t>(columns) * 4);
-    memset(copies->words[r] + columns, 0, static_cast<size_t>(kPanel - columns) * 4);
-  }
-  return {copies->words[0], kPanel, rows};
+  if ((columns == kPanel || padded) && rows == wanted) return {data, plane.row, rows};
+  memset(copy, 0, static_cast<size_t>(wanted * kPanel) * 4);
+  for (int64_t r = 0; r < rows; ++r) memcpy(copy[r], data + r * plane.row, static_cast<size_t>(columns) * 4);
+  return {copy[0], kPanel, wanted};
 }
 
 // Codes of one to four bits as one plane of four, so that one table serves every codebook.
@@ -126,7 +128,7 @@ inline Words as_nibbles(const Chunk& chunk, int64_t panel, int64_t columns, bool
   memset(copies->nibbles, 0, static_cast<size_t>(rows * kPanel) * 4);
   for (int i = 0; i < chunk.segment->planes; ++i) {
     const Plane& plane = chunk.segment->plane[i];
-    const Words words = words_of(plane, chunk, panel, columns, padded, copies);
+    const Words words = words_of(plane, chunk, panel, columns, padded, false, copies->words);
     const int per_word = 32 / plane.width;
     const uint32_t mask = (1u << plane.width) - 1;
     for (int64_t k = 0; k < at_most(words.rows * per_word, rows * 8); ++k) {
@@ -180,12 +182,13 @@ inline void plane_any_rows(const Words& w, const float* x, int64_t x_row, int64_
   if (rows > m) V::template plane<W, 1>(w, x + m * x_row, x_row, low, centre, decode, acc + m * kPanel);
 }
 
-// block[kBlock, kPanel] += 2^low * fields, for the rows of words there are.
+// block[kBlock, begin..end of kPanel] += 2^low * fields, for the rows of words there are; = when `first`.
 template <class V, int W>
-inline void unpack_block(const Words& w, float low, float centre, const float* codebook, bool first, float* block) {
+inline void unpack_block(const Words& w, float low, float centre, const float* codebook, bool first, int64_t begin,
+                         int64_t end, float* block) {
   const typename V::template Decoder<W> decode(centre, codebook);
   for (int64_t r = 0; r < at_most(w.rows, W); ++r)
-    for (int64_t n = 0; n < kPanel; n += V::kLanes) {
+    for (int64_t n = begin; n < end; n += V::kLanes) {
       const typename V::I word = V::load(w.data + r * w.row + n);
       float* to = block + r * (32 / W) * kPanel + n;
 #pragma GCC unroll 32
@@ -242,7 +245,7 @@ inline void for_each_plane(const Product& p, const Chunk& chunk, int64_t panel, 
   if (p.codebook) return f(Width<4>{}, as_nibbles(chunk, panel, columns, p.padded_N, copies), 1.0f, 0.0f);
   for (int i = 0; i < chunk.segment->planes; ++i) {
     const Plane& plane = chunk.segment->plane[i];
-    const Words words = words_of(plane, chunk, panel, columns, p.padded_N, copies);
+    const Words words = words_of(plane, chunk, panel, columns, p.padded_N, false, copies->words);
     const float low = static_cast<float>(1 << plane.low), centre = centre_of(*chunk.segment, plane);
     switch (plane.width) {
       case 1: f(Width<1>{}, words, low, centre); break;
@@ -271,7 +274,7 @@ inline void many_rows(const Product& p, const Chunk& chunk, int64_t panel, int64
     if (!whole) memset(block, 0, sizeof(block));  // what a short plane leaves out meets zeros of x, but must be finite
     bool first = whole;
     for_each_plane(p, part, panel, columns, copies, [&](auto width, const Words& words, float low, float centre) {
-      unpack_block<V, decltype(width)::value>(words, low, centre, p.codebook, first, block);
+      unpack_block<V, decltype(width)::value>(words, low, centre, p.codebook, first, 0, kPanel, block);
       first = false;
     });
     multiply_rows<V>(block, x + k, p.padded_K, rows, acc);
