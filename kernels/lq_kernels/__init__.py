@@ -6,7 +6,7 @@ from lq_kernels.packed import PackedMatrix, SegmentedMatrix
 from lq_kernels.packing import pack, packed_bits, plane_widths, unpack, words_along
 from lq_kernels.prepared import prepare, unprepared
 from lq_kernels.reference import reference_matmul
-from lq_kernels.registry import backend_names
+from lq_kernels.registry import backend_names, export_checks
 
 __all__ = [
     "PackedMatrix",
@@ -14,6 +14,7 @@ __all__ = [
     "SegmentedMatrix",
     "backend_names",
     "explain",
+    "export_checks",
     "pack",
     "packed_bits",
     "plane_widths",

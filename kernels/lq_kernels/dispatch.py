@@ -123,6 +123,6 @@ def _note(backend: Backend, problem: Problem, w: Matrix) -> str | None:
         if w.backend != backend.name:
             return f"the matrix was prepared for {w.backend}; its layout is undone in every call"
         return None
-    if backend.target(problem.device_kind) != "canonical":
+    if backend.target_in_call(problem.device_kind) != "canonical":
         return f"the matrix is laid out for {backend.name} in every call; lq_kernels.prepare does it once"
     return None

@@ -5,6 +5,8 @@ A backend's module is imported when it is first asked for: a program on a CPU ne
 
 import importlib
 
+import jax
+
 from lq_kernels.backend import Backend
 
 # name -> module that holds it as BACKEND
@@ -16,8 +18,11 @@ MODULES = {
     "xla": "lq_kernels.xla",
 }
 
+# What the backends' programs call by name. JAX promises nothing about such calls from one version to the next.
+CUSTOM_CALLS = ("tpu_custom_call", "mosaic_gpu_v2", "lq_quantized_matmul")
+
 ORDER = {
-    "cpu": ("xla_scan", "xla"),
+    "cpu": ("cpu", "xla_scan", "xla"),
 }
 
 
@@ -35,3 +40,13 @@ def load_backend(name: str) -> Backend:
     if name not in MODULES:
         raise ValueError(f"no backend is called {name!r}; known: {', '.join(MODULES)}")
     return importlib.import_module(MODULES[name]).BACKEND
+
+
+def export_checks() -> list[jax.export.DisabledSafetyCheck]:
+    """For `jax.export.export(f, platforms=..., disabled_checks=export_checks())` of a program with packed products.
+
+    `jax.export` refuses custom calls it makes no promises for; this allows ours. The program then runs with the versions
+    of JAX and lq_kernels it was exported with; on a CPU `lq_kernels` must be imported first, if its C++ extension was
+    there at export. A program that runs anywhere is exported with LQ_KERNELS_BACKEND=xla, and needs no such list.
+    """
+    return [jax.export.DisabledSafetyCheck.custom_call(name) for name in CUSTOM_CALLS]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from products import assert_product, random_matrix, random_rows
 
-from lq_kernels import explain, prepare, quantized_matmul, tuning
+from lq_kernels import explain, export_checks, prepare, quantized_matmul, tuning
 from lq_kernels.dispatch import choose, problem_of
 from lq_kernels.registry import automatic, backend_names, load_backend
 from lq_kernels.xla_scan import ScanConfig
@@ -40,11 +40,17 @@ def test_xla_is_the_last_resort_of_every_platform(platform):
 
 
 def test_explain_says_what_is_taken_and_why_not_the_others():
-    choice = explain(jax.ShapeDtypeStruct((2, 300, 256), jnp.float32), W, platform="cpu", config=None)
-    assert choice.problem.rows == 600
-    text = str(choice)
-    assert text.startswith(f"{choice.backend}: [600, 256] @ [256, 64] at 4 bits, float32 -> float32, on cpu")
-    assert "not xla_scan: more than 512 rows: unpacking once and one dot are faster" in text
+    problem = problem_of(2000, "float32", W, "bfloat16", "cpu", devices=8)
+    text = str(choose(problem, "cpu", W))
+    assert text.startswith("xla: [2000, 256] @ [256, 64] at 4 bits, float32 -> bfloat16, on cpu")
+    assert (
+        "\n  not xla_scan: the compiler would gather the operands whole to run it on 8 devices; use jax.shard_map"
+        in text
+    )
+    rows = jax.ShapeDtypeStruct((2, 5, 256), jnp.float32)
+    assert explain(rows, W).problem.rows == 10
+    forced = str(explain(rows, W, backend="xla_scan", config=ScanConfig(64)))
+    assert forced.splitlines()[1:] == ["  ScanConfig(chunk=64) (from caller)"]
 
 
 def test_explain_takes_the_decision_that_is_taken():
@@ -79,21 +85,28 @@ class TestForcedFallback:
 
 
 class TestExport:
+    leaves, structure = jax.tree.flatten(W)
+
+    def export(self, *platforms, **options):
+        """`jax.export` takes arrays, not our types."""
+        product = jax.jit(lambda x, *leaves: quantized_matmul(x, jax.tree.unflatten(self.structure, leaves)))
+        return jax.export.export(product, platforms=platforms, **options)(X, *self.leaves)
+
     def test_round_trip_on_this_platform(self):
-        leaves, structure = jax.tree.flatten(W)
-        product = jax.jit(lambda x, *leaves: quantized_matmul(x, jax.tree.unflatten(structure, leaves)))
-        exported = jax.export.export(product, disabled_checks=custom_calls())(X, *leaves)
+        exported = self.export("cpu", disabled_checks=export_checks())
         again = jax.export.deserialize(exported.serialize())
-        assert_product(again.call(X, *leaves), X, W)
+        assert_product(again.call(X, *self.leaves), X, W)
+
+    def test_a_forced_fallback_exports_for_every_platform_without_custom_calls(self, monkeypatch):
+        monkeypatch.setenv("LQ_KERNELS_BACKEND", "xla")
+        again = jax.export.deserialize(self.export("cpu", "tpu", "cuda").serialize())
+        assert "stablehlo.custom_call" not in again.mlir_module()
+        assert_product(again.call(X, *self.leaves), X, W)
 
     def test_the_traced_program_does_not_know_its_platform(self):
         text = str(jax.make_jaxpr(quantized_matmul)(X, W))
         assert "quantized_matmul[" in text
         assert "pallas" not in text
-
-
-def custom_calls():
-    return [jax.export.DisabledSafetyCheck.custom_call(name) for name in ("tpu_custom_call", "mosaic_gpu_v2")]
 
 
 class TestTuningTables:
