@@ -17,7 +17,6 @@ from lq_kernels.backend import Backend, PreparedMatrix, Problem
 from lq_kernels.cpu.call import PANEL, X_TYPES, Operand, call
 from lq_kernels.cpu.library import library, status
 from lq_kernels.packed import PackedMatrix
-from lq_kernels.packing import plane_widths
 
 __all__ = ["BACKEND", "CpuConfig", "codebook_matmul", "status"]
 

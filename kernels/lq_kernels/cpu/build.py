@@ -1,11 +1,11 @@
 """Builds the C++ of this package into one shared library: `python -m lq_kernels.cpu.build`.
 
 The standard library is all that is imported, so that the build hook can run this file in an empty environment. The
-library needs neither Python's headers nor jaxlib's: it is loaded through ctypes, and XLA's C interface is one header that
-is kept with the sources. One library therefore serves every Python and every JAX from the floor on.
+library needs neither Python's headers nor jaxlib's: it is loaded through ctypes, and XLA's C interface is one header
+that is kept with the sources. One library therefore serves every Python and every JAX from the floor on.
 
-Its name holds a digest of the sources: a library of other sources is never loaded, and several checkouts or installations
-do not disturb each other. Environment: `CXX` names the compiler, `CXXFLAGS` is appended to the flags.
+Its name holds a digest of the sources: a library of other sources is never loaded, and several checkouts or
+installations do not disturb each other. Environment: `CXX` names the compiler, `CXXFLAGS` is appended to the flags.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent
 SOURCES = PACKAGE / "src"
-FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-w")
+FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off")
 
 
 @dataclasses.dataclass(frozen=True)

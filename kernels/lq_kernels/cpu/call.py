@@ -1,4 +1,4 @@
-"""The call into C++: operands, attributes and shapes of `lq_quantized_matmul`. `src/ffi.cc` reads what is written here."""
+"""The call into C++: operands and attributes of `lq_quantized_matmul`, in the order in which `src/ffi.cc` reads them."""
 
 import dataclasses
 from collections.abc import Sequence

@@ -25,6 +25,7 @@ namespace {
 constexpr int64_t kHalf = kPanel / 2;          // columns at a time: four tiles of sums
 constexpr int64_t kTile = 16 * 64;             // bytes
 constexpr int64_t kMostRows = 128;             // rows of x that share one unpacking
+constexpr int64_t kPanelsAtOnce = 4;
 constexpr int64_t kMostBlocks = kChunk / kBlock;
 
 // How x is cut into tiles.
@@ -105,8 +106,11 @@ void amx_begin(const Product& p, void* scratch) {
   }
 }
 
+// Also fetches the same words of the next chunk.
 inline __m512i load_words(const Words& w, int64_t row, int64_t column) {
-  return _mm512_loadu_si512(w.data + row * w.row + column);
+  const uint32_t* words = w.data + row * w.row + column;
+  _mm_prefetch(words + w.rows * w.row, _MM_HINT_T0);
+  return _mm512_loadu_si512(words);
 }
 
 // 32 bfloat16: the number less the centre, of the index's lowest `bits` bits; those above do not matter.
@@ -245,28 +249,33 @@ inline void multiply_terms(const uint8_t* x, const uint8_t* codes) {
 #undef LQ_COLUMN
 }
 
-// Sums of one tile of rows over a chunk, in `sums` [tile rows, kHalf]. Blocks are unpacked one ahead of their use where
-// `unpack` is given: vector and tile units work side by side.
+// One tile of rows and half a panel over a chunk.
 struct Blocks {
   Unpack unpack;  // null: they are unpacked already
   const Words* planes;
   int64_t count, column;
-  uint8_t* codes;      // [count, 4, kTile]
-  const uint8_t* x;    // the first block's tiles of these rows
-  int64_t x_step;      // bytes from one block to the next
+  uint8_t* codes;    // [count, 4, kTile]
+  const uint8_t* x;  // the first block's tiles of these rows
+  int64_t x_step;    // bytes from one block to the next
 };
 
+// The sums stay in tiles 0..3. A block is unpacked while the one before is multiplied: vector and tile units work side by
+// side. The loads come before the stores of the next block, 4096 bytes further: loads that only look like a
+// recent store, by the lowest twelve bits of their addresses, have to wait for it.
 template <int T>
-inline void multiply_chunk(const Blocks& b, float* sums) {
+inline void multiply_chunk(const Blocks& b) {
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
   _tile_zero(3);
   if (b.unpack) b.unpack(b.planes, 0, b.column, b.codes);
   for (int64_t i = 0; i < b.count; ++i) {
-    if (b.unpack && i + 1 < b.count) b.unpack(b.planes, i + 1, b.column, b.codes + (i + 1) * 4 * kTile);
     multiply_terms<T>(b.x + i * b.x_step, b.codes + i * 4 * kTile);
+    if (b.unpack && i + 1 < b.count) b.unpack(b.planes, i + 1, b.column, b.codes + (i + 1) * 4 * kTile);
   }
+}
+
+inline void store_sums(float* sums) {
   _tile_stored(0, sums, kHalf * 4);
   _tile_stored(1, sums + 16, kHalf * 4);
   _tile_stored(2, sums + 32, kHalf * 4);
@@ -274,31 +283,50 @@ inline void multiply_chunk(const Blocks& b, float* sums) {
 }
 
 // total += (the terms' sums - zero * sum(x)) * scale, for `rows` rows and half a panel.
-inline void finish_half(const Tiling& t, const Epilogue& e, int64_t column, const float* sums, const float* x_sums,
-                        int64_t rows, float* total) {
-  for (int64_t m = 0; m < rows; ++m)
+struct Finish {
+  const Epilogue* epilogue;
+  const float *sums, *x_sums;
+  int64_t column, rows;
+  float* total;
+};
+
+inline void finish_half(const Tiling& t, const Finish& f) {
+  const Epilogue& e = *f.epilogue;
+  for (int64_t m = 0; m < f.rows; ++m)
     for (int64_t n = 0; n < kHalf; n += 16) {
-      __m512 v = _mm512_loadu_ps(sums + m * kHalf + n);
+      __m512 v = _mm512_loadu_ps(f.sums + m * kHalf + n);
       for (int64_t i = 1; t.stacked && i < t.terms; ++i)
-        v = _mm512_add_ps(v, _mm512_loadu_ps(sums + (i * t.rows + m) * kHalf + n));
-      if (e.has_zero) v = _mm512_fnmadd_ps(_mm512_set1_ps(x_sums[m]), _mm512_loadu_ps(e.zero + column + n), v);
-      float* to = total + m * kPanel + column + n;
-      _mm512_storeu_ps(to, _mm512_fmadd_ps(v, _mm512_loadu_ps(e.scale + column + n), _mm512_loadu_ps(to)));
+        v = _mm512_add_ps(v, _mm512_loadu_ps(f.sums + (i * t.rows + m) * kHalf + n));
+      if (e.has_zero) v = _mm512_fnmadd_ps(_mm512_set1_ps(f.x_sums[m]), _mm512_loadu_ps(e.zero + f.column + n), v);
+      float* to = f.total + m * kPanel + f.column + n;
+      _mm512_storeu_ps(to, _mm512_fmadd_ps(v, _mm512_loadu_ps(e.scale + f.column + n), _mm512_loadu_ps(to)));
     }
 }
 
+// What one thread works in.
 struct Room {
   alignas(64) uint8_t codes[kMostBlocks * 4 * kTile];
-  alignas(64) float total[kMostRows * kPanel];
-  alignas(64) float sums[16 * kHalf];
+  alignas(64) float sums[2][16 * kHalf];
+  alignas(64) float total[kPanelsAtOnce * kMostRows * kPanel];
   Copies copies;
-  Epilogue epilogue;
+  Epilogue epilogue[2];
+  // Sums are used when the next ones are on their way: the tiles need some hundred cycles to come out. Before these
+  // are stored, for the reason given at `multiply_chunk`.
+  Finish pending;
+  bool waiting;
+  int64_t steps, chunks;
 };
+
+inline void finish_pending(const Tiling& t, Room* room) {
+  if (room->waiting) finish_half(t, room->pending);
+  room->waiting = false;
+}
 
 // One chunk of one panel, for tiles [first, last) of rows.
 inline void chunk_of_panel(const Product& p, const Tiling& t, const Chunk& chunk, int64_t index, int64_t panel,
-                           int64_t columns, const void* scratch, int64_t first, int64_t last, Room* room) {
+                           const void* scratch, int64_t first, int64_t last, Room* room, float* total) {
   const Segment& segment = *chunk.segment;
+  const int64_t columns = at_most(kPanel, p.N - panel * kPanel);
   const float* x_sums = activations(p, scratch).sums + index * p.M;
   const int64_t x_step = tiles_of_block(t) * kTile;
   const uint8_t* x = reinterpret_cast<const uint8_t*>(tiles_begin(p, scratch)) +
@@ -306,36 +334,53 @@ inline void chunk_of_panel(const Product& p, const Tiling& t, const Chunk& chunk
   Words planes[3];
   for (int64_t i = 0, copied = 0; i < segment.planes; copied += kChunk / 32 * segment.plane[i].width, ++i)
     planes[i] = words_of(segment.plane[i], chunk, panel, columns, p.padded_N, true, room->copies.words + copied);
-  load_epilogue(p, chunk, panel, columns, &room->epilogue);
+  Epilogue* epilogue = &room->epilogue[room->chunks++ % 2];
+  load_epilogue(p, chunk, panel, columns, epilogue);
   const auto multiply = t.stacked || t.terms == 1 ? multiply_chunk<1> : t.terms == 2 ? multiply_chunk<2> : multiply_chunk<3>;
   Blocks blocks = {nullptr, planes, divide_up(chunk.length, kBlock), 0, room->codes, nullptr, x_step};
-  for (int64_t column = 0; column < at_most(kPanel, divide_up(columns, kHalf) * kHalf); column += kHalf)
+  for (int64_t column = 0; column < columns; column += kHalf)
     for (int64_t tile = first; tile < last; ++tile) {
+      float* sums = room->sums[room->steps++ % 2];
       blocks.unpack = tile == first ? unpack_of(segment.bits) : nullptr;
       blocks.column = column;
       blocks.x = x + tile * t.terms * kTile;
-      multiply(blocks, room->sums);
+      multiply(blocks);
+      finish_pending(t, room);
+      store_sums(sums);
       const int64_t m = tile * t.rows;
-      finish_half(t, room->epilogue, column, room->sums, x_sums + m, at_most(t.rows, p.M - m),
-                  room->total + (m - first * t.rows) * kPanel);
+      room->pending = {epilogue, sums, x_sums + m, column, at_most(t.rows, p.M - m), total + (m - first * t.rows) * kPanel};
+      room->waiting = true;
     }
+}
+
+// Panels that are taken together, chunk by chunk: many when the tiles of x would not stay in the second-level cache
+// from one panel to the next; one when they do, since a panel by itself is one stream from memory.
+inline int64_t panels_at_once(const Product& p, const Tiling& t) {
+  return p.padded_K / kBlock * tiles_of_block(t) * kTile > (512 << 10) ? kPanelsAtOnce : 1;
 }
 
 void amx_panels(const Product& p, const void* scratch, int64_t first, int64_t last) {
   const Tiling t = tiling_of(p);
-  const int64_t at_once = kMostRows / t.rows;
+  const int64_t tiles_at_once = kMostRows / t.rows, width = panels_at_once(p, t);
   Room room;
+  room.waiting = false;
+  room.steps = room.chunks = 0;
   configure(t.tile_rows);
-  for (int64_t panel = first; panel < last; ++panel) {
-    const int64_t columns = at_most(kPanel, p.N - panel * kPanel);
-    for (int64_t tile = 0; tile < t.tiles; tile += at_once) {
-      const int64_t end = at_most(t.tiles, tile + at_once), m = tile * t.rows, rows = at_most(p.M, end * t.rows) - m;
-      memset(room.total, 0, static_cast<size_t>(rows * kPanel) * sizeof(float));
+  for (int64_t panel = first; panel < last; panel += width) {
+    const int64_t stop = at_most(last, panel + width);
+    for (int64_t tile = 0; tile < t.tiles; tile += tiles_at_once) {
+      const int64_t end = at_most(t.tiles, tile + tiles_at_once), m = tile * t.rows, rows = at_most(p.M, end * t.rows) - m;
+      const auto total = [&](int64_t each) { return room.total + (each - panel) * rows * kPanel; };
+      memset(room.total, 0, static_cast<size_t>((stop - panel) * rows * kPanel) * sizeof(float));
       for_each_chunk(p, [&](int64_t index, const Chunk& chunk) {
-        chunk_of_panel(p, t, chunk, index, panel, columns, scratch, tile, end, &room);
+        for (int64_t each = panel; each < stop; ++each)
+          chunk_of_panel(p, t, chunk, index, each, scratch, tile, end, &room, total(each));
       });
-      for (int64_t r = 0; r < rows; ++r)
-        store_floats(room.total + r * kPanel, p.y, p.y_type, (m + r) * p.N + panel * kPanel, columns);
+      finish_pending(t, &room);
+      for (int64_t each = panel; each < stop; ++each)
+        for (int64_t r = 0; r < rows; ++r)
+          store_floats(total(each) + r * kPanel, p.y, p.y_type, (m + r) * p.N + each * kPanel,
+                       at_most(kPanel, p.N - each * kPanel));
     }
   }
   _tile_release();
@@ -356,8 +401,11 @@ bool amx_supported() {
 // A codebook's numbers have more than eight bits.
 bool amx_serves(const Product& p) { return !p.codebook; }
 
+// The tiles of one or two rows are nearly empty.
+bool amx_prefers(const Product& p) { return p.M > 2; }
+
 }  // namespace
 
-const Kernel kAmx = {"amx", amx_supported, amx_serves, amx_scratch_bytes, amx_begin, amx_panels};
+const Kernel kAmx = {"amx", amx_supported, amx_serves, amx_prefers, amx_scratch_bytes, amx_begin, amx_panels};
 
 }  // namespace lq

@@ -50,6 +50,6 @@ bool supported() { return __builtin_cpu_supports("avx2") && __builtin_cpu_suppor
 
 }  // namespace
 
-const Kernel kAvx2 = {"avx2", supported, serves_all, scratch_bytes, begin, panels<Avx2>};
+const Kernel kAvx2 = {"avx2", supported, always, always, scratch_bytes, begin, panels<Avx2>};
 
 }  // namespace lq

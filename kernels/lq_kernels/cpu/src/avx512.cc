@@ -3,6 +3,6 @@
 
 namespace lq {
 
-const Kernel kAvx512 = {"avx512", supports_avx512, serves_all, scratch_bytes, begin, panels<Avx512>};
+const Kernel kAvx512 = {"avx512", supports_avx512, always, always, scratch_bytes, begin, panels<Avx512>};
 
 }  // namespace lq

@@ -344,7 +344,7 @@ inline void panels(const Product& p, const void* scratch, int64_t first, int64_t
   }
 }
 
-inline bool serves_all(const Product&) { return true; }
+inline bool always(const Product&) { return true; }
 
 }  // namespace
 }  // namespace lq

@@ -6,6 +6,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 
+#include <algorithm>
 #include <atomic>
 #include <memory>
 #include <string>
@@ -223,7 +224,7 @@ const Kernel& choose(const Product& p, int64_t isa) {
     return kernel;
   }
   for (const Kernel* kernel : kernels())
-    if (kernel->supported() && kernel->serves(p)) return *kernel;
+    if (kernel->supported() && kernel->serves(p) && kernel->prefers(p)) return *kernel;
   return kPlain;
 }
 
@@ -234,12 +235,14 @@ struct Work {
   const Product* product;
   const void* scratch;
   int64_t panels;
+  int64_t share;  // panels taken at a time
   std::atomic<int64_t> next{0}, finished{0};
 
   void run() {
-    for (int64_t panel; (panel = next.fetch_add(1)) < panels;) {
-      kernel->panels(*product, scratch, panel, panel + 1);
-      finished.fetch_add(1, std::memory_order_release);
+    for (int64_t first; (first = next.fetch_add(share)) < panels;) {
+      const int64_t last = std::min(panels, first + share);
+      kernel->panels(*product, scratch, first, last);
+      finished.fetch_add(last - first, std::memory_order_release);
     }
   }
 };
@@ -278,6 +281,22 @@ void schedule(const XLA_FFI_CallFrame& frame, const std::shared_ptr<Work>& work)
   share.release();
 }
 
+// Kept by the calling thread from one product to the next: fresh memory of this size would come from the system, page
+// by page, in every call. A product that needs a lot takes it for itself alone.
+void* scratch_of_thread(size_t bytes) {
+  constexpr size_t kKeep = 16 << 20;
+  static thread_local std::unique_ptr<void, decltype(&free)> memory(nullptr, free);
+  static thread_local size_t size = 0;
+  if (bytes > size || size > kKeep) {
+    size = (bytes + 4095) / 4096 * 4096;
+    memory.reset();
+    memory.reset(aligned_alloc(64, size));
+    if (!memory) size = 0;
+    if (!memory) throw Failure{XLA_FFI_Error_Code_RESOURCE_EXHAUSTED, "lq_kernels: out of memory"};
+  }
+  return memory.get();
+}
+
 void compute(const XLA_FFI_CallFrame& frame) {
   int64_t integers = 0;
   const int64_t* raw = attribute<int64_t>(frame.attrs, "layout", XLA_FFI_DataType_S64, &integers);
@@ -291,15 +310,14 @@ void compute(const XLA_FFI_CallFrame& frame) {
   work->kernel = &choose(product, layout.isa);
   work->product = &product;
   work->panels = divide_up(product.N, kPanel);
-  const size_t bytes = divide_up(static_cast<int64_t>(work->kernel->scratch_bytes(product)), 64) * 64;
-  const std::unique_ptr<void, decltype(&free)> scratch(aligned_alloc(64, bytes + 64), free);
-  if (!scratch) throw Failure{XLA_FFI_Error_Code_RESOURCE_EXHAUSTED, "lq_kernels: out of memory"};
-  work->scratch = scratch.get();
-  work->kernel->begin(product, scratch.get());
+  void* scratch = scratch_of_thread(work->kernel->scratch_bytes(product));
+  work->scratch = scratch;
+  work->kernel->begin(product, scratch);
 
   int64_t threads = layout.threads == 1 ? 1 : pool_size(frame);
   if (layout.threads > 1 && layout.threads < threads) threads = layout.threads;
   if (work->panels < threads) threads = work->panels;
+  work->share = threads == 1 ? work->panels : std::max<int64_t>(1, std::min<int64_t>(8, work->panels / (4 * threads)));
   for (int64_t i = 1; i < threads; ++i) schedule(frame, work);
   work->run();
   // Only panels that a helper has begun are waited for: this can't hang on threads that never come.

@@ -48,6 +48,6 @@ bool supported() { return true; }
 
 }  // namespace
 
-const Kernel kNeon = {"neon", supported, serves_all, scratch_bytes, begin, panels<Neon>};
+const Kernel kNeon = {"neon", supported, always, always, scratch_bytes, begin, panels<Neon>};
 
 }  // namespace lq

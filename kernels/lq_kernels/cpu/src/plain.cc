@@ -47,6 +47,6 @@ bool supported() { return true; }
 
 }  // namespace
 
-const Kernel kPlain = {"plain", supported, serves_all, scratch_bytes, begin, panels<Plain>};
+const Kernel kPlain = {"plain", supported, always, always, scratch_bytes, begin, panels<Plain>};
 
 }  // namespace lq

@@ -71,6 +71,7 @@ struct Kernel {
   const char* name;
   bool (*supported)();
   bool (*serves)(const Product&);
+  bool (*prefers)(const Product&);  // unless forced, the next one is taken where this says no
   size_t (*scratch_bytes)(const Product&);
   void (*begin)(const Product&, void* scratch);
   void (*panels)(const Product&, const void* scratch, int64_t first, int64_t last);
