@@ -1,4 +1,4 @@
-"""The call into C++: operands and attributes of `lq_quantized_matmul`, in the order in which `src/ffi.cc` reads them."""
+"""The call into C++: operands and attributes of `lq_quantized_matmul`, in the order that `src/ffi.cc` reads."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -46,7 +46,8 @@ def call(
       isa: one of `library().supported`; None: the best of them.
       threads: of XLA's pool; 0: all of them. The result does not depend on it.
     """
-    index = -1 if isa is None else library().compiled.index(isa)
+    compiled = library().compiled  # also registers the target
+    index = -1 if isa is None else compiled.index(isa)
     head = [index, threads, prepared, codebook is not None, out_features, len(segments)]
     each = [(s.bits, s.in_features, s.group_size, s.zeros is not None) for s in segments]
     operands = [x]
