@@ -10,6 +10,7 @@ installations do not disturb each other. Environment: `CXX` names the compiler, 
 
 import argparse
 import dataclasses
+import functools
 import hashlib
 import os
 import platform
@@ -18,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent
@@ -92,31 +94,36 @@ def build(directory: Path | None = None) -> Path:
     directory = Path(directory or (PACKAGE if os.access(PACKAGE, os.W_OK) else cache_directory()))
     directory.mkdir(parents=True, exist_ok=True)
     extra = tuple(shlex.split(os.environ.get("CXXFLAGS", "")))
-    with tempfile.TemporaryDirectory(prefix="lq_cpu-") as scratch:
-        objects, defines = [], []
-        for unit in UNITS:
-            if platform.machine().lower() in unit.machines:
-                try:
-                    objects.append(_compile(command, unit.name, unit.flags, extra, scratch))
-                    defines.append(f"-DLQ_{unit.name.upper()}")
-                except BuildError:
-                    continue
-        objects.append(_compile(command, "plain", (), extra, scratch))
-        objects.append(_compile(command, "ffi", tuple(defines), extra, scratch))
+    units = [unit for unit in UNITS if platform.machine().lower() in unit.machines]
+    with tempfile.TemporaryDirectory(prefix="lq_cpu-") as scratch, ThreadPoolExecutor(os.cpu_count()) as pool:
+        compile_one = functools.partial(_compile, command, extra, scratch)
+        plain = pool.submit(compile_one, Unit("plain", (), ()))
+        optional = [pool.submit(compile_one, unit) for unit in units]
+        built = [unit for unit, future in zip(units, optional, strict=True) if future.exception() is None]
+        compile_one(Unit("ffi", (), tuple(f"-DLQ_{unit.name.upper()}" for unit in built)))
+        plain.result()
+        objects = [str(Path(scratch) / f"{name}.o") for name in ("ffi", "plain", *(unit.name for unit in built))]
         linked = Path(scratch) / "library.so"
         _run([*command, "-shared", *extra, *objects, "-o", str(linked)])
-        target = directory / library_name()
-        with tempfile.NamedTemporaryFile(dir=directory, prefix=".lq_cpu-", delete=False) as staged:
-            staged.write(linked.read_bytes())
-        Path(staged.name).chmod(0o755)
-        Path(staged.name).replace(target)
+        return _install(linked.read_bytes(), directory)
+
+
+def _install(library: bytes, directory: Path) -> Path:
+    """Writes the library in one step, and removes those of earlier sources."""
+    target = directory / library_name()
+    with tempfile.NamedTemporaryFile(dir=directory, prefix=".lq_cpu-", delete=False) as staged:
+        staged.write(library)
+    Path(staged.name).chmod(0o755)
+    Path(staged.name).replace(target)
+    for old in directory.glob("lq_cpu-*.so"):
+        if old != target and directory == PACKAGE:
+            old.unlink(missing_ok=True)
     return target
 
 
-def _compile(command: list[str], name: str, flags: tuple[str, ...], extra: tuple[str, ...], scratch: str) -> str:
-    target = str(Path(scratch) / f"{name}.o")
-    _run([*command, *FLAGS, *extra, *flags, f"-I{SOURCES}", "-c", str(SOURCES / f"{name}.cc"), "-o", target])
-    return target
+def _compile(command: list[str], extra: tuple[str, ...], scratch: str, unit: Unit) -> None:
+    source, target = SOURCES / f"{unit.name}.cc", Path(scratch) / f"{unit.name}.o"
+    _run([*command, *FLAGS, *extra, *unit.flags, f"-I{SOURCES}", "-c", str(source), "-o", str(target)])
 
 
 def _run(command: list[str]) -> None:
