@@ -4,8 +4,8 @@ Optional throughout: without a compiler, or with one that fails, the wheel is th
 `lq_kernels.cpu.status()` tells the user. Nothing but the sources is needed (see `kernels/lq_kernels/cpu/build.py`), so
 the hook adds no requirement to the isolated environment in which pip builds.
 
-- `pip install .`, a wheel from the sdist: the library goes into the wheel, which then is for this platform. It is loaded
-  without Python's ABI, so one wheel serves every Python 3.
+- `pip install .`, a wheel from the sdist: the library goes into the wheel, which then is for this platform. It does not
+  use Python's ABI, so one wheel serves every Python 3.
 - `pip install --editable .`: it goes beside the sources.
 """
 

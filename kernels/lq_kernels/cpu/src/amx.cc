@@ -116,7 +116,7 @@ inline __m512i load_words(const Words& w, int64_t row, int64_t column) {
 // 32 bfloat16: the number less the centre, of the index's lowest `bits` bits; those above do not matter.
 inline __m512i table_of_bits(int bits) {
   alignas(64) uint16_t entry[32];
-  for (int i = 0; i < 32; ++i) entry[i] = to_bf16(static_cast<float>(i & ((1 << bits) - 1)) - static_cast<float>(1 << bits) / 2);
+  for (int i = 0; i < 32; ++i) entry[i] = to_bf16(static_cast<float>(i & ((1 << bits) - 1)) - centre_of(bits));
   return _mm512_load_si512(entry);
 }
 

@@ -19,12 +19,11 @@ struct Avx2 {
   static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
   static F fnma(F a, F b, F c) { return _mm256_fnmadd_ps(a, b, c); }
 
-  // The field is or-ed into the mantissa of 2^23; 2^23 and the centre are subtracted at once.
   template <int W>
   struct Decoder {
-    F offset, low, high;
+    F centre, low, high;
     bool lookup;
-    Decoder(float centre, const float* codebook) : offset(set1(8388608.0f + centre)), lookup(codebook) {
+    Decoder(float c, const float* codebook) : centre(set1(c)), lookup(codebook) {
       low = lookup ? load(codebook) : zero();
       high = lookup ? load(codebook + 8) : zero();
     }
@@ -34,9 +33,7 @@ struct Avx2 {
         const F upper = _mm256_castsi256_ps(_mm256_slli_epi32(field, 28));
         return _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, field), _mm256_permutevar8x32_ps(high, field), upper);
       }
-      const I mantissa = _mm256_or_si256(_mm256_and_si256(field, _mm256_set1_epi32((1 << W) - 1)),
-                                         _mm256_set1_epi32(0x4B000000));
-      return _mm256_sub_ps(_mm256_castsi256_ps(mantissa), offset);
+      return _mm256_sub_ps(_mm256_cvtepi32_ps(_mm256_and_si256(field, _mm256_set1_epi32((1 << W) - 1))), centre);
     }
   };
 

@@ -97,9 +97,13 @@ struct Words {
   int64_t rows;  // those that exist; a short last block has fewer
 };
 
-// One value subtracted from the codes of a plane: half the code range lies in the highest plane.
+// The zero point of a symmetric matrix.
+inline float centre_of(int bits) { return bits == 1 ? 0.5f : static_cast<float>(1 << (bits - 1)); }
+
+// What is subtracted from the fields of one plane: the highest takes it all.
 inline float centre_of(const Segment& segment, const Plane& plane) {
-  return plane.low + plane.width == segment.bits ? static_cast<float>(1 << (plane.width - 1)) : 0.0f;
+  const bool highest = plane.low + plane.width == segment.bits;
+  return highest ? centre_of(segment.bits) / static_cast<float>(1 << plane.low) : 0.0f;
 }
 
 // Room for the words of a chunk that cannot be used where they are.
@@ -294,7 +298,7 @@ inline void load_epilogue(const Product& p, const Chunk& chunk, int64_t panel, i
   const auto offset = [&](const Grouped& g) { return panel * g.panel + chunk.group * g.row; };
   if (row < kPanel) memset(e, 0, sizeof(*e));
   load_floats(s.scales.data, s.scales.type, offset(s.scales), row, e->scale);
-  const float centre = p.codebook ? 0.0f : static_cast<float>(1 << s.bits) / 2;
+  const float centre = p.codebook ? 0.0f : centre_of(s.bits);
   if (s.zeros.data) {
     load_floats(s.zeros.data, s.zeros.type, offset(s.zeros), row, e->zero);
     for (int64_t n = 0; n < kPanel; ++n) e->zero[n] -= centre;
