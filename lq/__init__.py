@@ -20,6 +20,7 @@ __all__ = [
     "load",
     "make_reference",
     "open_model",
+    "prepare",
     "quantize",
     "save",
     "score",

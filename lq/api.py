@@ -6,6 +6,7 @@
     plan = lq.allocate(scores, bpw=3.0, bits=(2, 3, 4))
     qparams = lq.quantize(model, params, plan)
     logits = model.apply({"params": qparams}, tokens)          # the same model definition
+    texts = lq.generate(model, lq.prepare(qparams), prompts, max_new_tokens=64)
 
 These hold a whole model in memory. For one that does not fit, use the streaming functions underneath with a
 `ParameterSource`: `lq.models.open_checkpoint`, `lq.importance.score`, `lq.quantizers.PlannedSource`,
@@ -32,6 +33,7 @@ from lq.importance import Scores
 from lq.models.decoder import Decoder
 from lq.models.loading import Checkpoint, load_tokenizer, open_checkpoint
 from lq.models.matrices import model_shapes
+from lq.models.prepared import prepare
 from lq.models.source import InMemory, Params
 from lq.quantizers import QUANTIZERS, PlannedSource
 
@@ -43,6 +45,7 @@ __all__ = [
     "load",
     "make_reference",
     "open_model",
+    "prepare",
     "quantize",
     "save",
     "score",

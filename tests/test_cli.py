@@ -135,7 +135,8 @@ def test_version():
     status, printed, _ = lq("version")
     assert status == 0
     assert "jax" in printed
-    assert "xla" in printed
+    assert "cpu, xla_scan, xla: the first that can, on cpu" in printed
+    assert any(line.startswith("C++ on CPU") and line.split("CPU", 1)[1].strip() for line in printed.splitlines())
 
 
 # Mistakes.

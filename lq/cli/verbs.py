@@ -261,7 +261,7 @@ def generate(
     kv_bits: Annotated[int, typer.Option(help="Key/value cache: 4 or 8, quantized (KIVI); 16, as computed.")] = 16,
 ) -> None:
     """Continues a prompt."""
-    from lq.api import load
+    from lq.api import load, prepare
     from lq.cli import arguments
     from lq.models.generate import cache_nbytes, decode_continuation, kv_cache_spec
     from lq.models.generate import generate as continue_prompts
@@ -270,6 +270,7 @@ def generate(
     if temperature == 0.0:
         arguments.refuse(context, arguments.SAMPLING, "at temperature 0 nothing is drawn")
     decoder, params, tokenizer = load(model)
+    params = prepare(params)
     prompts = [tokenizer(text)["input_ids"] for text in prompt]
     continuations = continue_prompts(
         decoder,
@@ -320,12 +321,16 @@ def list_(kind: Annotated[Kind, typer.Argument(help="What to list.", show_defaul
 def version() -> None:
     """Versions, devices, and which matmul backends this installation has."""
     from lq.runs.environment import device_name, versions
-    from lq_kernels import BACKENDS
+    from lq_kernels.cpu import status
+    from lq_kernels.lowering import default_platform
+    from lq_kernels.registry import automatic
 
     for name, number in versions().items():
         print(f"{name:13} {number}")
     print(f"{'device':13} {device_name()}")
-    print(f"{'backends':13} {', '.join(BACKENDS)}")
+    platform = default_platform()
+    print(f"{'products':13} {', '.join(automatic(platform))}: the first that can, on {platform}")
+    print(f"{'C++ on CPU':13} {status()}")
 
 
 def _experiment(

@@ -41,19 +41,33 @@ def read_or_init(module: nn.Module, name: str, init, shape, dtype=jnp.float32):
 
 
 class Linear(nn.Module):
-    """y = x @ kernel + bias, where `kernel` is a dense `[in, out]` array or a `QTensor` of that logical shape."""
+    """y = x @ kernel + bias, where `kernel` is a dense `[in, out]` array or packed, of that logical shape."""
 
     features: int
     use_bias: bool = False
 
     @nn.compact
-    def __call__(self, x: Float[Array, "... in"]) -> Float[Array, "... out"]:
-        init = nn.initializers.normal(0.02)
-        kernel = read_or_init(self, "kernel", init, (x.shape[-1], self.features))
-        y = matmul(x, kernel)
+    def __call__(self, x: Float[Array, "... in"], product: Array | None = None) -> Float[Array, "... out"]:
+        """`product` is x @ kernel where it was computed with others' (see `linear_maps`)."""
+        if product is None:
+            init = nn.initializers.normal(0.02)
+            product = matmul(x, read_or_init(self, "kernel", init, (x.shape[-1], self.features)))
         if self.use_bias:
-            y += self.param("bias", nn.initializers.zeros, (self.features,)).astype(y.dtype)
-        return y
+            product += self.param("bias", nn.initializers.zeros, (self.features,)).astype(product.dtype)
+        return product
+
+
+def linear_maps(module: nn.Module, x: Array, features: dict[str, int], use_bias: bool) -> list[Array]:
+    """`Linear` maps of one input, by name, as children of `module`, the one whose `__call__` this is part of.
+
+    One product where their kernels were prepared as one, under their joined names (`lq.models.prepared`).
+    """
+    products = [None] * len(features)
+    joint = "+".join(features)
+    if len(features) > 1 and module.has_variable("params", joint):
+        products = matmul(x, module.get_variable("params", joint))
+    maps = zip(features.items(), products, strict=True)
+    return [Linear(count, use_bias, name=name)(x, product) for (name, count), product in maps]
 
 
 class Norm(nn.Module):
@@ -232,9 +246,7 @@ class Attention(nn.Module):
     def __call__(self, x, context, cache=None):
         """`x [B, S, D]` -> `[B, S, D]` and the updated cache (None when none was given)."""
         config = self.config
-        q = self._heads("q", x, config.num_heads)
-        k = self._heads("k", x, config.num_kv_heads)
-        v = self._heads("v", x, config.num_kv_heads)
+        q, k, v = self._heads(x)
         if self.kind.rope is not None:
             q = rotate(q, context.positions, self.kind.rope, context.length)
             k = rotate(k, context.positions, self.kind.rope, context.length)
@@ -250,11 +262,16 @@ class Attention(nn.Module):
         y = y.reshape(*x.shape[:2], config.num_heads * config.head_dim)
         return Linear(config.hidden_size, config.attention_out_bias, name="o_proj")(y), cache
 
-    def _heads(self, which: str, x, count: int):
-        config = self.config
-        y = Linear(count * config.head_dim, config.qkv_bias, name=f"{which}_proj")(x)
-        y = y.reshape(*x.shape[:2], count, config.head_dim)
-        return Norm(config, name=f"{which}_norm")(y) if config.qk_norm and which != "v" else y
+    def _heads(self, x) -> list[Array]:
+        """Queries, keys and values `[B, S, heads, C]`."""
+        config, kv = self.config, self.config.num_kv_heads
+        counts = {"q": config.num_heads, "k": kv, "v": kv}
+        features = {f"{which}_proj": count * config.head_dim for which, count in counts.items()}
+        maps = linear_maps(self, x, features, config.qkv_bias)
+        heads = [y.reshape(*x.shape[:2], -1, config.head_dim) for y in maps]
+        if config.qk_norm:
+            heads[:2] = [Norm(config, name=f"{which}_norm")(y) for which, y in zip("qk", heads, strict=False)]
+        return heads
 
 
 class MLP(nn.Module):
@@ -266,11 +283,9 @@ class MLP(nn.Module):
     def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         config = self.config
         act = ACTIVATIONS[config.activation]
-        up = Linear(config.intermediate_size, config.mlp_bias, name="up_proj")(x)
-        if config.gated_mlp:
-            hidden = act(Linear(config.intermediate_size, config.mlp_bias, name="gate_proj")(x)) * up
-        else:
-            hidden = act(up)
+        names = ("gate_proj", "up_proj") if config.gated_mlp else ("up_proj",)
+        maps = linear_maps(self, x, dict.fromkeys(names, config.intermediate_size), config.mlp_bias)
+        hidden = act(maps[0]) * maps[1] if config.gated_mlp else act(maps[0])
         return Linear(config.hidden_size, config.mlp_bias, name="down_proj")(hidden)
 
 

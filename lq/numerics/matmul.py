@@ -5,11 +5,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from lq.numerics.qtensor import QTensor
-from lq_kernels import PackedMatrix, quantized_matmul
+from lq_kernels import PackedMatrix, PreparedMatrix, quantized_matmul
 
 
-def matmul(x: Float[Array, "... in"], w: Array | QTensor) -> Float[Array, "... out"]:
-    """x @ w in x's dtype."""
+def matmul(x: Float[Array, "... in"], w: Array | QTensor | PackedMatrix | PreparedMatrix) -> Float[Array, "... out"]:
+    """x @ w in x's dtype; a tuple of products when w was prepared of several matrices."""
+    if isinstance(w, PackedMatrix | PreparedMatrix):
+        return quantized_matmul(x, w)
     if isinstance(w, QTensor):
         return quantized_matmul(x, w.packed())
     return x @ w.astype(x.dtype)
