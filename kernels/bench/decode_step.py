@@ -47,7 +47,7 @@ LLAMA_3_8B = Shape()
 
 
 def random_matrix(key: Array, K: int, N: int, bits: int) -> PackedMatrix:
-    """`bits` + 32 / 128 bits per weight: a bfloat16 scale and a bfloat16 zero point for every 128 weights."""
+    """`bits` + 32 / 128 bits per weight: a bfloat16 scale and a 16-bit zero point for every 128 weights."""
     keys = jax.random.split(key, len(plane_widths(bits)) + 1)
     groups = K // GROUP
     return PackedMatrix(
@@ -56,7 +56,7 @@ def random_matrix(key: Array, K: int, N: int, bits: int) -> PackedMatrix:
             for k, p in zip(keys, plane_widths(bits), strict=False)
         ),
         scales=jnp.full((groups, N), 0.02 / 2**bits, jnp.bfloat16),
-        zeros=jax.random.uniform(keys[-1], (groups, N), jnp.float32, 0, 2**bits).astype(jnp.bfloat16),
+        zeros=jax.random.randint(keys[-1], (groups, N), 0, 2**bits).astype(jnp.uint16),
         zero_point=0.0,
         bits=bits,
         group_size=GROUP,

@@ -1,6 +1,7 @@
 """From the primitive to a backend's program, for one platform, when JAX lowers for it."""
 
 import functools
+import logging
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +13,15 @@ from lq_kernels.dispatch import choose, problem_of
 from lq_kernels.prepared import lay_out, unprepared
 from lq_kernels.registry import load_backend
 
+ACCELERATORS = ("cuda", "tpu")
+logger = logging.getLogger("lq_kernels")
+
 
 def rule(platform: str):
     """The lowering rule for `mlir.register_lowering`."""
 
     def lower(ctx, *operands, **params):
-        run = _program(platform=platform, kind=device_kind(platform), devices=_automatic_devices(ctx), **params)
+        run = _jitted(platform=platform, kind=device_kind(platform), devices=_automatic_devices(ctx), **params)
         plain = ctx.replace(avals_in=_untyped(ctx.avals_in), avals_out=_untyped(ctx.avals_out))
         return mlir.lower_fun(run, multiple_results=False)(plain, *operands)
 
@@ -25,14 +29,25 @@ def rule(platform: str):
 
 
 @functools.lru_cache(maxsize=512)
-def _program(*, structure, platform, kind, devices, backend, config, out_dtype, interpret):
-    """A jitted function of the operands. Equal products share it: traced once, one function in the program."""
+def _jitted(**params):
+    """Equal products share it: traced once, one function in the program."""
+    return jax.jit(program(**params, interpret=False))
 
-    @jax.jit
+
+def program(*, structure, backend, config, out_dtype, interpret, platform=None, kind=None, devices=1):
+    """The function of x `[M, K]` and the matrix' leaves that the chosen backend makes, for one platform.
+
+    `platform` and `kind` are the default device's when None.
+    """
+    platform = platform or default_platform()
+    kind = kind or device_kind(platform)
+
     def quantized_matmul(x, *leaves):
         w = jax.tree.unflatten(structure, leaves)
         problem = problem_of(x.shape[0], x.dtype, w, out_dtype, kind, devices)
         choice = choose(problem, platform, w, forced=backend, config=config, interpret=interpret)
+        if platform in ACCELERATORS and choice.refusals:
+            _announce(choice.backend, problem.device_kind or platform, tuple(choice.refusals.items()))
         chosen = load_backend(choice.backend)
         if w.permutation is not None:
             # The barrier keeps XLA from folding the gather's layout into a dot: its CPU has no bfloat16 dot for that.
@@ -42,6 +57,13 @@ def _program(*, structure, platform, kind, devices, backend, config, out_dtype, 
         return chosen.matmul(x, w, out_dtype=out_dtype, config=choice.config, interpret=interpret)
 
     return quantized_matmul
+
+
+@functools.lru_cache(maxsize=64)
+def _announce(backend: str, device: str, refusals: tuple[tuple[str, str], ...]) -> None:
+    """Says once for each reason that an accelerator goes without its own kernel."""
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in refusals)
+    logger.warning("packed products on %s go through %s (%s)", device, backend, reasons)
 
 
 def _untyped(avals) -> list:

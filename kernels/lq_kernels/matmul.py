@@ -45,7 +45,8 @@ def quantized_matmul(
         variable LQ_KERNELS_BACKEND forces one for the whole program.
       config: the backend's own configuration; None: the tuning table's, else its heuristics.
       out_dtype: dtype of the result; x's when None. Sums are float32 and rounded once.
-      interpret: run a Pallas kernel in interpret mode, on any platform. Needs `backend`.
+      interpret: run a Pallas kernel in interpret mode, on any platform: True, or the interpreter's own parameters. Needs
+        `backend`; for tests, and not differentiable.
 
     Returns:
       y `[..., N]`, or one per matrix.
@@ -65,10 +66,11 @@ def quantized_matmul(
     if rows.shape[0] == 0:
         y = jnp.zeros((0, w.out_features), out_dtype)
     else:
-        operands = _vary_alike([rows, *leaves])
-        y = matmul_p.bind(
-            *operands, structure=structure, backend=backend, config=config, out_dtype=out_dtype, interpret=interpret
-        )
+        params = {"structure": structure, "backend": backend, "config": config, "out_dtype": out_dtype}
+        if interpret:  # inlined: an interpreter talks to the host, in order, which a primitive would have to declare
+            y = lowering.program(**params, interpret=interpret)(rows, *leaves)
+        else:
+            y = matmul_p.bind(*_vary_alike([rows, *leaves]), **params)
     y = y.reshape(*x.shape[:-1], w.out_features)
     splits = getattr(w, "splits", None)
     return y if splits is None else tuple(jnp.split(y, _ends(splits), axis=-1))

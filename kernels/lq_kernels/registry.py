@@ -22,6 +22,7 @@ MODULES = {
 CUSTOM_CALLS = ("tpu_custom_call", "mosaic_gpu_v2", "lq_quantized_matmul")
 
 ORDER = {
+    "cuda": ("mosaic_gpu", "xla"),
     "cpu": ("cpu", "xla_scan", "xla"),
 }
 

@@ -68,6 +68,18 @@ def test_a_matrix_prepared_for_another_backend_is_served_and_noted():
     assert_product(quantized_matmul(X, pair, backend="xla")[0], X, W)
 
 
+def test_an_accelerator_without_its_kernel_says_so_once(caplog):
+    device = jax.sharding.AbstractDevice(device_kind="NVIDIA A100-SXM4-80GB", num_cores=108, platform="gpu")
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
+        for scale in (1.0, 2.0):
+            product = jax.jit(lambda x, w, s=scale: s * quantized_matmul(x, w))
+            text = product.trace(X, W).lower(lowering_platforms=("cuda",)).as_text()
+            assert "custom_call" not in text
+    said = [record.getMessage() for record in caplog.records if record.name == "lq_kernels"]
+    assert len(said) == 1
+    assert said[0].startswith("packed products on NVIDIA A100-SXM4-80GB go through xla (mosaic_gpu: needs ")
+
+
 class TestForcedFallback:
     def test_the_environment_forces_a_backend(self, monkeypatch):
         monkeypatch.setenv("LQ_KERNELS_BACKEND", "xla")
