@@ -6,8 +6,8 @@
     python kernels/bench/gpu_compile.py --record        # every width and row count; writes results/static_cost_gpu.json
 
 The CUDA plugin of JAX compiles for a device that is described in `h200.txtpb` (a GpuTargetConfigProto) down to sm_90a
-machine code; neither driver nor device is looked at. Needs, beside jax: jax-cuda13-plugin and jax-cuda13-pjrt of the same version;
-ptxas and nvlink, from a CUDA 13 toolkit or from nvidia-cuda-nvcc, nvidia-nvvm, nvidia-cuda-runtime and
+machine code; neither driver nor device is looked at. Needs, beside jax: jax-cuda13-plugin and jax-cuda13-pjrt of the
+same version; ptxas and nvlink, from a CUDA 13 toolkit or from nvidia-cuda-nvcc, nvidia-nvvm, nvidia-cuda-runtime and
 nvidia-nvjitlink; and nvdisasm, from nvidia-cuda-nvdisasm or triton.
 
 Reported for each product, as JSON: registers and spills (ptxas -v), shared memory, whether the matrix instruction takes
@@ -250,8 +250,11 @@ def main_loops(sass: str) -> list[dict]:
         if target and labels.get(target.group(1), end + 1) <= end:
             loops.append((labels[target.group(1)], end + 1))
     multiplied = [i for i, text in enumerate(instructions) if text.startswith("HGMMA")]
-    innermost = {min((l for l in loops if l[0] <= i < l[1]), key=lambda l: l[1] - l[0], default=None) for i in multiplied}
-    return [_loop(instructions[a:b]) for a, b in sorted(innermost - {None})]
+    innermost = set()
+    for i in multiplied:
+        around = [(b - a, a, b) for a, b in loops if a <= i < b]
+        innermost |= {min(around)[1:]} if around else set()
+    return [_loop(instructions[a:b]) for a, b in sorted(innermost)]
 
 
 def _loop(body: list[str]) -> dict:
@@ -270,7 +273,9 @@ def _loop(body: list[str]) -> dict:
 
 
 def table(reports: list[dict]) -> str:
-    head = f"{'product':34}{'token tile':>11}{'regs':>6}{'spills':>8}{'shared':>9}{'temp MB':>9}  instructions per weight"
+    head = (
+        f"{'product':34}{'token tile':>11}{'regs':>6}{'spills':>8}{'shared':>9}{'temp MB':>9}  instructions per weight"
+    )
     lines = [head]
     for r in reports:
         if "error" in r:

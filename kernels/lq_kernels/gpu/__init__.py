@@ -120,7 +120,7 @@ def _sum_planes(y: Array, schedule) -> Array:
 
 
 def _zero_remainders(x: Array, w: PreparedMatrix) -> Array | None:
-    """sum over groups of (sum of x) * scale * (zero - its whole part), float32 [M, N]; None where all zeros are whole."""
+    """sum over groups of (sum of x) * scale * (zero - its whole part), float32 [M, N]; None if all zeros are whole."""
     total, start = None, 0
     parts = zip(w.segments, w.arrays, strict=True)
     for i, (segment, arrays) in enumerate(parts):

@@ -5,6 +5,7 @@ instructions (`bench/gpu_compile.py`).
 """
 
 import dataclasses
+import itertools
 import math
 import re
 
@@ -82,14 +83,13 @@ def default_config(problem: Problem, target: str) -> GpuConfig:
 def candidates(problem: Problem, target: str) -> list[GpuConfig]:
     """The default first, then other ring and token tile sizes."""
     default = default_config(problem, target)
-    found = [default]
-    for token_tile in {default.token_tile, 64, 96, LARGEST_TOKEN_TILE}:
+    found = [default, dataclasses.replace(default, split=not default.split)]
+    for token_tile in sorted({default.token_tile, 64, 96, LARGEST_TOKEN_TILE}):
         if token_tile > default.token_tile and kernel_rows(problem) <= default.token_tile:
             continue
-        for pairs in (1, 2) if token_tile <= TWO_PAIRS_TOKEN_TILE else (1,):
-            for stage_bytes in (9 << 10, 18 << 10, 36 << 10):
-                found.append(_config(problem, token_tile, pairs, stage_bytes))
-    found += [dataclasses.replace(c, split=not c.split) for c in found[:1]]
+        pairs = (1, 2) if token_tile <= TWO_PAIRS_TOKEN_TILE else (1,)
+        cuts = itertools.product(pairs, (9 << 10, 18 << 10, 36 << 10))
+        found += [_config(problem, token_tile, pair, stage_bytes) for pair, stage_bytes in cuts]
     fits = [c for c in dict.fromkeys(found) if c.slots >= 2]
     return [c for c in fits if _fits(problem, c)]
 

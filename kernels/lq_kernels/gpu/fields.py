@@ -1,13 +1,14 @@
 """Where the codes of one thread lie in its 32-bit words, and how they become bfloat16 pairs.
 
-A thread of a warpgroup holds, of one 64 x 128 tile and for each of its two rows, 16 pairs of codes: one pair for each of
-the 16 registers of the matrix instruction's A operand. Both codes of a pair are treated alike in the two 16-bit halves
-of a word, so all there is to describe is one half. Sixteen fields of b bits fill b halves exactly: every width 1..8
-costs b bits, and none is split into planes.
+A thread of a warpgroup holds, of one 64 x 128 tile and for each of its two rows, 16 pairs of codes: one pair for each
+register of the matrix instruction's A operand. Both codes of a pair are treated alike in the two 16-bit halves of a
+word, so all there is to describe is one half. Sixteen fields of b bits fill b halves exactly: every width 1..8 costs b
+bits, and none is split into planes.
 
 A bfloat16 has 7 mantissa bits. A field that lies at mantissa bit p turns into the number 2**(7-p) + code with one `or`
 of an exponent, wherever p is: the shift only has to bring it somewhere into the mantissa, so one shift serves as many
-fields as the mantissa holds. The offset is subtracted exactly, together with the zero point.
+fields as the mantissa holds, and none is needed for the lowest. The offset is subtracted exactly, together with the
+zero point.
 
 16 is no multiple of 3, 5, 6 or 7: in each half some bits are left over. The fields that found no room are cut into
 pieces and laid into the left-over bits, such that the pieces of a field come to lie beside each other after shifts that
@@ -62,31 +63,33 @@ def _whole(bits: int, word: int, at: int, p: int) -> Field:
 
 
 def _one() -> tuple[Field, ...]:
-    # p = 0 is left free: 128 + 1/2 would need nine significant bits.
+    # p = 0 is left free: one bit has the zero point 1/2, and 128 + 1/2 would need nine significant bits.
     places = [(at, at) for at in range(1, 7)] + [(at, at - 6) for at in range(7, 13)]
     places += [(13, 4), (14, 5), (15, 6), (0, 3)]
     return tuple(_whole(1, 0, at, p) for at, p in places)
 
 
 def _two() -> tuple[Field, ...]:
-    places = [(0, 1), (2, 3), (4, 5), (6, 1), (8, 3), (10, 5), (12, 3), (14, 5)]
+    places = [(0, 0), (2, 2), (4, 4), (6, 0), (8, 2), (10, 4), (12, 2), (14, 4)]
     return tuple(_whole(2, word, at, p) for word in range(2) for at, p in places)
 
 
 def _three() -> tuple[Field, ...]:
     found = []
     for word in range(3):
-        # Bit 15 is left over; shifted with the field at 12 it comes to mantissa bit 6, 5 or 4.
-        found += [_whole(3, word, at, p) for at, p in ((0, 1), (3, 4), (6, 1), (9, 4), (12, 3 - word))]
-    return (*found, Field(tuple(Piece(word, 15, 2 - word, 1) for word in range(3)), 4))
+        # Bit 15 is left over; shifted with the field at 12 it comes to mantissa bit 5, 4 or 3.
+        found += [_whole(3, word, at, p) for at, p in ((0, 0), (3, 3), (6, 0), (9, 3), (12, 2 - word))]
+    return (*found, Field(tuple(Piece(word, 15, 2 - word, 1) for word in range(3)), 3))
 
 
 def _four() -> tuple[Field, ...]:
-    return tuple(_whole(4, word, at, 3) for word in range(4) for at in (0, 4, 8, 12))
+    return tuple(_whole(4, word, at, 0) for word in range(4) for at in (0, 4, 8, 12))
 
 
 def _five() -> tuple[Field, ...]:
-    found = [_whole(5, word, at, 2) for word in range(5) for at in (0, 5, 10)]
+    # The left-over bits of words 3 and 4 are shifted with the fields at 10.
+    last = (0, 0, 0, 0, 1)
+    found = [_whole(5, word, at, p) for word in range(5) for at, p in ((0, 0), (5, 0), (10, last[word]))]
     return (*found, Field(tuple(Piece(word, 15, word, 1) for word in range(5)), 2))
 
 
@@ -94,11 +97,8 @@ def _six() -> tuple[Field, ...]:
     found = []
     for first in (0, 3):
         a, b, c = first, first + 1, first + 2
-        found += [_whole(6, word, at, 1) for word in (a, b, c) for at in (0, 6)]
-        found += [
-            Field((Piece(a, 12, 0, 4), Piece(c, 12, 4, 2)), 1),
-            Field((Piece(b, 12, 0, 4), Piece(c, 14, 4, 2)), 1),
-        ]
+        found += [_whole(6, word, at, 0) for word in (a, b, c) for at in (0, 6)]
+        found += [Field((Piece(a, 12, 0, 4), Piece(c, top, 4, 2)), 0) for a, top in ((a, 12), (b, 14))]
     return tuple(found)
 
 

@@ -68,7 +68,9 @@ class Schedule:
     @property
     def stage_ends(self) -> tuple[int, ...]:
         """Of each segment, the stage after its last."""
-        return tuple(int(n) for n in np.cumsum([s.tiles // t for s, t in zip(self.segments, self.stage_tiles)]))
+        return tuple(
+            int(n) for n in np.cumsum([s.tiles // t for s, t in zip(self.segments, self.stage_tiles, strict=True)])
+        )
 
     @property
     def stages(self) -> int:
@@ -322,7 +324,7 @@ class _Block:
         plgpu.wgmma(acc, staged, x_ref)
 
     def _store(self, total, pair, side, share: _Share):
-        """`total` [64, tokens], transposed, to the block's plane; of two pairs the second hands its own to the first."""
+        """`total` [64, tokens], transposed, to the block's plane; the second of two pairs hands its to the first."""
         s = self.s
         mine = self.out_smem.at[side]
         if s.pairs == 1:

@@ -59,7 +59,10 @@ def _places(tokens: int):
     from jaxlib.mlir.dialects import arith, gpu
 
     index = ir.IndexType.get()
-    constant = lambda value: mgpu.c(value, index)
+
+    def constant(value: int):
+        return mgpu.c(value, index)
+
     thread = arith.remui(gpu.thread_id(gpu.Dimension.x), constant(128))
     warp, lane = arith.divui(thread, constant(32)), arith.remui(thread, constant(32))
     row = arith.addi(arith.muli(warp, constant(16)), arith.divui(lane, constant(4)))
