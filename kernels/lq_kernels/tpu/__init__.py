@@ -1,0 +1,137 @@
+"""Backend `mosaic_tpu`: Pallas Mosaic TPU kernels for TPU v4, v5e, v5p, v6e and v7x.
+
+`fields` says how codes lie in words and come out of them, `layout` lays a matrix out so, `kernel` multiplies, `config`
+decides how a product is cut. This file ties them to the interface of a backend.
+
+Numerics: unpacked numbers are whole and exact in bfloat16, products are exact, sums are float32 over a group (at most
+256 products), scaled and added up in float32. float32 and float16 activations come as several bfloat16 terms. Where the
+unpacked number is not code - zero but 2**bits + code, the difference is removed by a product of sums of x over groups:
+the error then is relative to 2**bits too, a handful of float32 roundings of the exact result.
+
+`TpuConfig(activations="int8")` rounds x to 8 bits with one scale per row and multiplies integers, on chips whose matrix
+unit does; it is never chosen by default.
+"""
+
+import jax.numpy as jnp
+from jax import Array
+
+from lq_kernels.backend import Backend, PreparedMatrix, Problem
+from lq_kernels.packed import PackedMatrix
+from lq_kernels.split import bf16_terms, sum_terms
+from lq_kernels.tpu import layout
+from lq_kernels.tpu.config import TpuConfig, candidates, default_config, fits, vmem_limit
+from lq_kernels.tpu.fields import CHUNK
+from lq_kernels.tpu.layout import LANES, padded, padded_groups, schemes, target_of
+
+INTEGER_UNITS = ("v5e", "v5p", "v6e")  # generations whose matrix unit multiplies int8
+
+
+def refuses(problem: Problem) -> str | None:
+    for s in problem.segments:
+        if s.group_size not in (32, 64, 128) and s.group_size % CHUNK and s.group_size < s.in_features:
+            return f"groups of {s.group_size}: needs 32, 64, 128, a multiple of {CHUNK}, or the whole column"
+        if s.scale_dtype not in ("bfloat16", "float16", "float32"):
+            return f"scales of {s.scale_dtype}: needs bfloat16, float16 or float32"
+    target = target_of(problem.device_kind)
+    if not fits(problem, target, default_config(problem, target)):
+        return f"{problem.in_features} input channels: a strip of {LANES} output channels does not fit VMEM"
+    return None
+
+
+def matmul(x: Array, w: PreparedMatrix, *, out_dtype, config: TpuConfig, interpret=False) -> Array:
+    """x `[M, K]` @ w as `out_dtype` `[M, N]`. See `Backend`."""
+    from lq_kernels.tpu.kernel import multiply
+
+    generation = w.target.partition("-")[0]
+    integer = config.activations == "int8"
+    if integer and generation not in INTEGER_UNITS:
+        raise NotImplementedError(f"{generation} has no integer matrix unit; use activations='bfloat16'")
+    x_scale = None
+    if integer:
+        terms, x_scale = quantize_rows(x)
+    else:
+        terms = bf16_terms(x)
+    plan = _plan(w, terms.shape[0], config, generation, integer)
+    sums = tuple(
+        _group_sums(terms, strip.groups, segment, start) if plan.corrected(strip) else None
+        for strip, segment, start in zip(plan.strips, w.segments, _starts(w.segments), strict=True)
+    )
+    direct = out_dtype if integer is False and terms.shape[0] == x.shape[0] and _storable(out_dtype) else jnp.float32
+    y = multiply(_pad_segments(terms, w, plan), sums, w.arrays, plan, direct, interpret)[:, : w.out_features]
+    y = y * x_scale if integer else sum_terms(y, x.shape[0]) if direct == jnp.float32 else y
+    return y.astype(out_dtype)
+
+
+def quantize_rows(x: Array) -> tuple[Array, Array]:
+    """x `[M, K]` as int8 and its scale `[M, 1]` float32: abs-max of the row over 127. A NaN or Inf makes the row NaN."""
+    x = x.astype(jnp.float32)
+    top = jnp.max(jnp.abs(x), axis=1, keepdims=True)
+    scale = jnp.where(top == 0, 1.0, top / 127)
+    return jnp.round(jnp.nan_to_num(x / scale)).astype(jnp.int8), jnp.where(jnp.isfinite(top), scale, jnp.nan)
+
+
+def _storable(dtype) -> bool:
+    return jnp.dtype(dtype) in (jnp.bfloat16, jnp.float32)
+
+
+def _starts(segments) -> list[int]:
+    return [sum(s.in_features for s in segments[:i]) for i in range(len(segments))]
+
+
+def _plan(w: PreparedMatrix, rows: int, config: TpuConfig, generation: str, integer: bool):
+    from lq_kernels.tpu.kernel import Plan, Strip
+
+    strips, first = [], 0
+    for s in w.segments:
+        parts, chunks = schemes(s.bits, w.target), padded(s.in_features, CHUNK) // CHUNK
+        size = None if s.group_size >= s.in_features else s.group_size
+        strips.append(Strip(parts, chunks, size, padded_groups(s), first, None if s.asymmetric else s.zero_point))
+        first += chunks
+    return Plan(
+        strips=tuple(strips),
+        rows=min(config.rows, rows),
+        columns=min(config.columns, padded(w.out_features, LANES)),
+        unroll=config.unroll,
+        keep=config.keep,
+        integer=integer,
+        vmem_limit=vmem_limit(generation),
+    )
+
+
+def _group_sums(x: Array, groups: int, segment, start: int) -> Array:
+    """Sums of x over each group of a segment, float32 `[M, groups]`."""
+    own = x[:, start : start + segment.in_features].astype(jnp.float32)
+    size = min(segment.group_size, segment.in_features)
+    own = jnp.pad(own, ((0, 0), (0, groups * size - segment.in_features)))
+    return own.reshape(x.shape[0], groups, size).sum(-1)
+
+
+def _pad_segments(x: Array, w: PreparedMatrix, plan) -> Array:
+    """Every segment's channels padded with zeros to whole chunks, and in the order that integer unpacking leaves."""
+    parts = []
+    for strip, segment, start in zip(plan.strips, w.segments, _starts(w.segments), strict=True):
+        part = x[:, start : start + segment.in_features]
+        part = jnp.pad(part, ((0, 0), (0, strip.chunks * CHUNK - segment.in_features)))
+        if plan.integer and strip.schemes[0].container == 16:
+            part = part.reshape(x.shape[0], -1, 2, 8, 2).transpose(0, 1, 3, 4, 2).reshape(part.shape)
+        parts.append(part)
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
+
+
+def restore(w: PreparedMatrix) -> tuple[PackedMatrix, ...]:
+    return layout.restore(w.arrays, w.segments, w.out_features, w.target)
+
+
+BACKEND = Backend(
+    name="mosaic_tpu",
+    platforms=("tpu",),
+    refuses=refuses,
+    target=target_of,
+    target_in_call=target_of,
+    prepare=layout.prepare,
+    restore=restore,
+    matmul=matmul,
+    config_type=TpuConfig,
+    default_config=default_config,
+    candidates=candidates,
+)
