@@ -5,6 +5,7 @@ PYTHON ?= $(shell sh tools/find_python.sh newest)
 PYTHON_FLOOR ?= $(shell sh tools/find_python.sh floor)
 VENV := .venv
 FLOOR := .venv-floor
+AOT := .venv-aot
 PIP := -m pip install --quiet --disable-pip-version-check
 TESTS ?= tests
 
@@ -17,8 +18,8 @@ help: ## this list
 demo: $(VENV)/.installed ## the whole pipeline on the shipped model, a few minutes
 	$(VENV)/bin/lq demo
 
-test: $(VENV)/.installed-dev ## the tests on the newest tested Python found
-	$(VENV)/bin/python -m pytest -n 2 $(TESTS)
+test: $(VENV)/.installed-dev $(AOT)/.installed ## the tests on the newest tested Python found; kernels compiled for TPUs and Hopper
+	LQ_AOT_PYTHON=$(abspath $(AOT))/bin/python $(VENV)/bin/python -m pytest -n 2 $(TESTS)
 
 test-floor: $(FLOOR)/.installed-dev ## the tests on Python 3.11 and the oldest JAX, with torch as the oracle
 	$(FLOOR)/bin/python -m pytest -n 2 $(TESTS)
@@ -32,8 +33,8 @@ standin: $(VENV)/.installed-dev ## trains the shipped model again: an hour and a
 	$(VENV)/bin/python -m experiments.standin.train --out runs/standin
 	$(VENV)/bin/python -m experiments.standin.export --run runs/standin
 
-clean: ## removes both environments
-	rm -rf $(VENV) $(FLOOR)
+clean: ## removes the environments
+	rm -rf $(VENV) $(FLOOR) $(AOT)
 
 $(VENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "no tested Python (3.11, 3.12 or 3.13) was found. Install one, or try another: make $(MAKECMDGOALS) PYTHON=/path/to/python" >&2; exit 2; }
@@ -52,4 +53,11 @@ $(FLOOR)/.installed-dev: pyproject.toml
 	$(PYTHON_FLOOR) -m venv $(FLOOR)
 	$(FLOOR)/bin/python $(PIP) 'torch==2.13.0'
 	$(FLOOR)/bin/python $(PIP) --editable '.[dev]' --constraint tools/floor.txt
+	@touch $@
+
+# The compilers for accelerators that are not here. Apart from the rest: where they are installed, JAX looks for devices.
+$(AOT)/.installed: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "no tested Python (3.11, 3.12 or 3.13) was found. Install one, or try another: make $(MAKECMDGOALS) PYTHON=/path/to/python" >&2; exit 2; }
+	$(PYTHON) -m venv $(AOT)
+	$(AOT)/bin/python $(PIP) --editable '.[aot]'
 	@touch $@

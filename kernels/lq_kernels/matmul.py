@@ -45,8 +45,8 @@ def quantized_matmul(
         variable LQ_KERNELS_BACKEND forces one for the whole program.
       config: the backend's own configuration; None: the tuning table's, else its heuristics.
       out_dtype: dtype of the result; x's when None. Sums are float32 and rounded once.
-      interpret: run a Pallas kernel in interpret mode, on any platform: True, or the interpreter's own parameters. Needs
-        `backend`; for tests, and not differentiable.
+      interpret: run a Pallas kernel in interpret mode, on any platform: True, or the interpreter's own parameters.
+        Needs `backend`; for tests, and not differentiable.
 
     Returns:
       y `[..., N]`, or one per matrix.

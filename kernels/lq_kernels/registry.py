@@ -46,8 +46,8 @@ def load_backend(name: str) -> Backend:
 def export_checks() -> list[jax.export.DisabledSafetyCheck]:
     """For `jax.export.export(f, platforms=..., disabled_checks=export_checks())` of a program with packed products.
 
-    `jax.export` refuses custom calls it makes no promises for; this allows ours. The program then runs with the versions
-    of JAX and lq_kernels it was exported with; on a CPU `lq_kernels` must be imported first, if its C++ extension was
-    there at export. A program that runs anywhere is exported with LQ_KERNELS_BACKEND=xla, and needs no such list.
+    `jax.export` refuses custom calls it makes no promises for; this allows ours. The program then runs with the
+    versions of JAX and lq_kernels it was exported with; on a CPU, where the C++ extension served it, `lq_kernels` must
+    be imported first. A program that runs anywhere is exported with LQ_KERNELS_BACKEND=xla, and needs no such list.
     """
     return [jax.export.DisabledSafetyCheck.custom_call(name) for name in CUSTOM_CALLS]
