@@ -112,7 +112,7 @@ def test_keys_are_rounded_per_channel_and_values_per_token(bits):
         assert (np.abs(got - x) <= scale / 2 + steps).all()
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.integers(1, 8), st.floats(-1e4, 1e4), st.floats(0, 1e3), st.integers(0, 2**32 - 1))
 def test_the_error_is_at_most_half_a_stored_scale(bits, centre, spread, seed):
     x = (centre + spread * normal(1, 1, G, 1, C, seed=seed)).astype(np.float32)
@@ -183,19 +183,19 @@ def test_oldest_tokens_are_rounded_and_newest_are_exact(bits, length, residual):
             assert (np.abs(got[:, :packed] - x[:, :packed]) <= scale / 2 + 4 * FLOAT32 * np.abs(x).max()).all()
 
 
-@pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("residual", [32, 50, 128])
-@pytest.mark.parametrize("piece", [1, 3, 60, 100])
-def test_how_the_text_is_cut_into_calls_changes_no_bit(bits, residual, piece):
+def test_how_the_text_is_cut_into_calls_changes_no_bit(residual):
     k, v = tokens_of(300)
-    whole, pieces = (cache_of(k, v, bits, piece=p, capacity=320, residual=residual) for p in (None, piece))
-    for a, b in zip(contents(whole, 300), contents(pieces, 300), strict=True):
-        np.testing.assert_array_equal(a, b)
+    whole = contents(cache_of(k, v, 4, capacity=320, residual=residual), 300)
+    for piece in (1, 3, 60, 100):
+        pieces = cache_of(k, v, 4, piece=piece, capacity=320, residual=residual)
+        for a, b in zip(contents(pieces, 300), whole, strict=True):
+            np.testing.assert_array_equal(a, b)
 
 
 def test_the_whole_capacity_can_be_written():
     """Past the last whole group too; the packed part has room for every group that leaves the ring."""
-    for capacity in (129, 160, 161, 200):
+    for capacity in (129, 160, 161):
         k, v = tokens_of(capacity)
         whole, steps = cache_of(k, v, 8), cache_of(k, v, 8, piece=1)
         for a, b, x in zip(contents(whole, capacity), contents(steps, capacity), (k, v), strict=True):
