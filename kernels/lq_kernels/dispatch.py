@@ -7,6 +7,8 @@ The decision is a pure function of a `Problem` and a platform. `quantized_matmul
 import dataclasses
 import os
 
+import jax.numpy as jnp
+
 from lq_kernels import tuning
 from lq_kernels.backend import Backend, Config, Matrix, PreparedMatrix, Problem, segment_of
 from lq_kernels.registry import automatic, load_backend
@@ -59,8 +61,8 @@ def problem_of(rows: int, x_dtype, w: Matrix, out_dtype, device_kind: str | None
         rows=rows,
         in_features=w.in_features,
         out_features=w.out_features,
-        x_dtype=str(x_dtype),
-        out_dtype=str(out_dtype),
+        x_dtype=str(jnp.dtype(x_dtype)),
+        out_dtype=str(jnp.dtype(out_dtype)),
         segments=segments,
         device_kind=device_kind,
         devices=devices,

@@ -23,6 +23,7 @@ CUSTOM_CALLS = ("tpu_custom_call", "mosaic_gpu_v2", "lq_quantized_matmul")
 
 ORDER = {
     "cuda": ("mosaic_gpu", "xla"),
+    "tpu": ("mosaic_tpu", "xla"),
     "cpu": ("cpu", "xla_scan", "xla"),
 }
 

@@ -109,6 +109,11 @@ class TestExport:
         again = jax.export.deserialize(exported.serialize())
         assert_product(again.call(X, *self.leaves), X, W)
 
+    def test_one_program_for_several_platforms_holds_the_kernel_of_each(self):
+        exported = self.export("cpu", "tpu", disabled_checks=export_checks())
+        assert "@tpu_custom_call" in exported.mlir_module()
+        assert_product(jax.export.deserialize(exported.serialize()).call(X, *self.leaves), X, W)
+
     def test_a_forced_fallback_exports_for_every_platform_without_custom_calls(self, monkeypatch):
         monkeypatch.setenv("LQ_KERNELS_BACKEND", "xla")
         again = jax.export.deserialize(self.export("cpu", "tpu", "cuda").serialize())
