@@ -68,6 +68,9 @@ PRODUCTS = {
     "two-token-tiles": Product(segments=((4, 256, 128),), rows=130, config=(("split", False),)),
     "one-pair": Product(segments=((3, 384, 128),), rows=8, N=256, config=(("pairs", 1), ("split", True))),
     "units-round-robin": Product(segments=((4, 256, 128),), rows=8, N=512, config=(("split", False),)),
+    "clusters": Product(
+        segments=((4, 384, 128),), rows=70, N=512, config=(("split", False), ("cluster", 2), ("blocks", 2))
+    ),
     "mean-100": Product(segments=((2, 256, 128),), rows=3, mean=100.0),
     "poisoned": Product(segments=((4, 200, 64),), rows=5, N=100, poison=True),
 }
@@ -113,7 +116,7 @@ def _run(product: Product) -> dict:
     out_dtype = jnp.dtype(product.out)
     problem = problem_of(product.rows, x.dtype, prepared, out_dtype, "cpu")
     assert BACKEND.refuses(problem) is None
-    small = {"blocks": 3, "slots": 2, **dict(product.config)}
+    small = {"blocks": 3, "slots": 2, "cluster": 1, **dict(product.config)}
     config = dataclasses.replace(BACKEND.default_config(problem, prepared.target), **small)
     y = BACKEND.matmul(x, prepared, out_dtype=out_dtype, config=config, interpret=True)
     dtype = str(y.dtype)
@@ -235,8 +238,22 @@ def test_every_candidate_fits_the_device(bits, rows, x_dtype):
         out_bytes = jnp.dtype(direct_dtype(problem, config.split)).itemsize
         assert shared_bytes(tuple(map(layout.stream_segment, problem.segments)), config, out_bytes) <= SHARED_BYTES
         assert config.slots >= 2
+        assert config.slots % config.pairs == 0
         assert config.token_tile % 8 == 0
         assert config.token_tile <= 128
+
+
+@too_old
+@pytest.mark.parametrize("pairs", [1, 2])
+def test_warpgroups_ask_for_no_more_registers_than_the_block_has(pairs):
+    from lq_kernels.gpu.kernel import Schedule
+
+    facts = {"segments": (), "stage_tiles": (), "strips": 1, "token_tiles": 1, "token_tile": 8, "slots": 2}
+    schedule = Schedule(**facts, pairs=pairs, blocks=1, cluster=1, split=False, out_dtype="float32")
+    copying, computing = schedule.warpgroup_registers
+    launched = {1: 168, 2: 96}[pairs]  # what ptxas reports
+    assert copying + schedule.computing * computing <= launched * (schedule.computing + 1)
+    assert copying % 8 == computing % 8 == 0
 
 
 if __name__ == "__main__":

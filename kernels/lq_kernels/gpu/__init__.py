@@ -18,7 +18,7 @@ from jax import Array, lax
 
 from lq_kernels.backend import Backend, PreparedMatrix, Problem
 from lq_kernels.gpu import layout
-from lq_kernels.gpu.config import GpuConfig, candidates, default_config, direct_dtype, stage_tiles
+from lq_kernels.gpu.config import GpuConfig, candidates, default_config, direct_dtype, even_strips, stage_tiles
 from lq_kernels.gpu.layout import TILE, stream_segment, zero_remainder
 from lq_kernels.packed import PackedMatrix
 from lq_kernels.split import bf16_terms, sum_terms
@@ -74,6 +74,10 @@ def matmul(x: Array, w: PreparedMatrix, *, out_dtype, config: GpuConfig, interpr
     token_tiles = math.ceil(terms.shape[0] / config.token_tile)
     tiles, strips = stage_tiles(segments, config.stage_bytes), math.ceil(w.out_features / TILE)
     stages = sum(s.tiles // n for s, n in zip(segments, tiles, strict=True))
+    if config.cluster > 1 and (config.split or not even_strips(problem)):
+        raise ValueError("clusters need whole units of work and an even number of 128-channel strips")
+    if config.slots % config.pairs:
+        raise ValueError(f"{config.slots} slots for {config.pairs} pairs of warpgroups: needs a multiple")
     schedule = Schedule(
         segments=segments,
         stage_tiles=tiles,
@@ -82,8 +86,11 @@ def matmul(x: Array, w: PreparedMatrix, *, out_dtype, config: GpuConfig, interpr
         token_tile=config.token_tile,
         pairs=config.pairs,
         slots=config.slots,
-        blocks=min(config.blocks, strips * token_tiles * (stages if config.split else 1)),
+        blocks=min(config.blocks, strips * token_tiles * (stages if config.split else 1))
+        // config.cluster
+        * config.cluster,
         split=config.split,
+        cluster=config.cluster,
         out_dtype=direct_dtype(problem, config.split),
         interpret=_interpreter(interpret),
     )

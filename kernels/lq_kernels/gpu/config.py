@@ -16,6 +16,7 @@ from lq_kernels.split import TERMS
 SHARED_BYTES = 227 * 1024 - 1024  # what a thread block may have, less the barriers
 LARGEST_TOKEN_TILE = 128  # two accumulators of half as many registers fit beside the codes
 TWO_PAIRS_TOKEN_TILE = 32  # with 120 registers a thread
+CLUSTER_TOKEN_TILE = 64  # from here on x is most of what a block reads
 MULTIPROCESSORS = {"H100 PCIe": 114, "H20": 78}  # other Hopper devices: 132
 
 
@@ -26,9 +27,10 @@ class GpuConfig:
     token_tile: int  # rows of x that share an unpacked weight: a multiple of 8, at most 128
     pairs: int  # of computing warpgroups: 1 or 2
     stage_bytes: int  # of codes, scales and zeros copied at once; at least one tile is
-    slots: int  # stages in flight
+    slots: int  # stages in flight, a multiple of `pairs`
     blocks: int  # thread blocks; all are to run at once
     split: bool  # cut units of work between blocks, and sum the parts in a second pass
+    cluster: int  # thread blocks that share x: 1, or 2 where work is not cut and N fills an even number of strips
 
 
 def multiprocessors(device_kind: str | None) -> int:
@@ -67,6 +69,10 @@ def kernel_rows(problem: Problem) -> int:
     return problem.rows * TERMS.get(problem.x_dtype, 1)
 
 
+def even_strips(problem: Problem) -> bool:
+    return math.ceil(problem.out_features / TILE) % 2 == 0
+
+
 def direct_dtype(problem: Problem, split: bool) -> str:
     """What the kernel writes: the result itself where it has the whole sums."""
     whole = not split and TERMS.get(problem.x_dtype, 1) == 1 and problem.out_dtype in ("bfloat16", "float16")
@@ -83,7 +89,9 @@ def default_config(problem: Problem, target: str) -> GpuConfig:
 def candidates(problem: Problem, target: str) -> list[GpuConfig]:
     """The default first, then other ring and token tile sizes."""
     default = default_config(problem, target)
-    found = [default, dataclasses.replace(default, split=not default.split)]
+    found = [default, dataclasses.replace(default, split=not default.split, cluster=1)]
+    if default.cluster > 1:
+        found.append(dataclasses.replace(default, cluster=1))
     for token_tile in sorted({default.token_tile, 64, 96, LARGEST_TOKEN_TILE}):
         if token_tile > default.token_tile and kernel_rows(problem) <= default.token_tile:
             continue
@@ -113,8 +121,10 @@ def _config(problem: Problem, token_tile: int, pairs: int | None, stage_bytes: i
         slots=1,
         blocks=blocks,
         split=split,
+        cluster=2 if not split and token_tile >= CLUSTER_TOKEN_TILE and even_strips(problem) else 1,
     )
     out = TILE * token_tile * (4 if direct_dtype(problem, split) == "float32" else 2)
     while (SHARED_BYTES - out) // _slot_bytes(segments, config) < 3 and config.stage_bytes > 1024:
         config = dataclasses.replace(config, stage_bytes=config.stage_bytes // 2)  # wide tiles of x: shorter stages
-    return dataclasses.replace(config, slots=min(8, (SHARED_BYTES - out) // _slot_bytes(segments, config)))
+    slots = min(8, (SHARED_BYTES - out) // _slot_bytes(segments, config))
+    return dataclasses.replace(config, slots=slots // config.pairs * config.pairs)

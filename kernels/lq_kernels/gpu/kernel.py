@@ -15,7 +15,9 @@ knows its width when it is compiled.
 A *unit* is a strip of channels times a tile of tokens, all its stages. Thread blocks are persistent. With `split` each
 takes an equal share of all stages of all units, wherever that cuts (stream-K); what a block contributes to a unit goes
 to a plane of its own, in the order of the blocks, so that the sum over planes is always the same. Without, units go
-round robin, tokens first: blocks that run together read the same weights.
+round robin, tokens first: blocks that run together read the same weights. They may then form clusters, neighbouring
+strips of one tile of tokens, which fetch its x once and multicast it: each block alone would ask more of the
+level-2 cache than it gives.
 """
 
 import dataclasses
@@ -45,8 +47,9 @@ class Schedule:
     token_tiles: int
     token_tile: int
     pairs: int
-    slots: int
+    slots: int  # a multiple of `pairs`: a warpgroup must see every turn of the slots that it waits for
     blocks: int  # thread blocks
+    cluster: int  # of them, 1 or 2, share x; divides `strips` and `blocks`, and is 1 with `split`
     split: bool
     out_dtype: str
     interpret: object = None
@@ -99,8 +102,15 @@ class Schedule:
 
     @property
     def warpgroup_registers(self) -> tuple[int, int]:
-        """Registers of a thread that copies, and of one that computes; 65536 in all."""
-        return (40, 232) if self.pairs == 1 else (32, 120)
+        """Registers of a thread that copies, and of one that computes.
+
+        They share what the block gets when it is launched, the same for every thread; asking for more in all would
+        wait for ever.
+        """
+        warpgroups = self.computing + 1
+        launched = 65536 // (128 * warpgroups) // 8 * 8
+        copying = 40 if self.pairs == 1 else 32
+        return copying, (launched * warpgroups - copying) // self.computing // 8 * 8
 
 
 def multiply(x: Array, streams: tuple[Array, ...], schedule: Schedule) -> Array:
@@ -121,6 +131,8 @@ def multiply(x: Array, streams: tuple[Array, ...], schedule: Schedule) -> Array:
         "full": plgpu.Barrier(num_arrivals=2, num_barriers=s.slots),
         "empty": plgpu.Barrier(num_arrivals=SIDES, num_barriers=s.slots),
     }
+    if s.cluster > 1:  # a slot is free when all blocks of the cluster are done with it
+        scratch["empty"] = plgpu.ClusterBarrier(collective_axes=("rank",), num_arrivals=SIDES, num_barriers=s.slots)
     if s.pairs == 2:
         scratch["handed"] = plgpu.Barrier(num_arrivals=1, num_barriers=SIDES)
         scratch["taken"] = plgpu.Barrier(num_arrivals=1, num_barriers=SIDES)
@@ -134,8 +146,9 @@ def multiply(x: Array, streams: tuple[Array, ...], schedule: Schedule) -> Array:
         lq_matmul,
         out_type=jax.ShapeDtypeStruct((s.planes, s.token_tiles * s.token_tile, s.strips * TILE), s.out_dtype),
         scratch_types=scratch,
-        grid=(s.blocks,),
+        grid=(s.blocks // s.cluster,),
         grid_names=("block",),
+        **({"cluster": (s.cluster,), "cluster_names": ("rank",)} if s.cluster > 1 else {}),
         num_threads=s.computing + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
@@ -148,13 +161,13 @@ def multiply(x: Array, streams: tuple[Array, ...], schedule: Schedule) -> Array:
 class _Share:
     """What a block does of one unit: stages [first, last), which are its own [done, ...)."""
 
-    strip: Array
-    tokens: Array  # which tile of tokens
-    first: Array
-    last: Array
-    done: Array
-    plane: Array
-    count: Array  # units before this one
+    strip: Array | int
+    tokens: Array | int  # which tile of tokens
+    first: Array | int
+    last: Array | int
+    done: Array | int
+    plane: Array | int
+    count: Array | int  # units before this one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,6 +195,8 @@ class _Block:
         def _():
             plgpu.set_max_registers(copying, action="decrease")
             self._for_units(self._copy)
+            if self.s.cluster > 1:
+                self._drain()
 
         @pl.when(warpgroup < self.s.computing)
         def _():
@@ -191,30 +206,41 @@ class _Block:
             plgpu.wait_smem_to_gmem(0)
 
     def _for_units(self, work):
-        s, block = self.s, lax.axis_index("block")
-        total = s.units * s.stages
-
-        def whole(i, _):
-            unit = block + i * s.blocks
-            work(self._share(unit, 0, s.stages, i * s.stages, 0, i))
-
-        def part(unit, begin):
-            end = (block + 1) * total // s.blocks
-            first = jnp.maximum(begin - unit * s.stages, 0)
-            last = jnp.minimum(end - unit * s.stages, s.stages)
-            plane = block - s._block_of(unit * s.stages)
-            work(self._share(unit, first, last, unit * s.stages + first - begin, plane, unit - begin // s.stages))
-            return begin
-
+        s = self.s
         if s.split:
+            block, total = lax.axis_index("block"), s.units * s.stages
             begin, end = block * total // s.blocks, (block + 1) * total // s.blocks
-            lax.fori_loop(begin // s.stages, lax.div(end + (s.stages - 1), s.stages), part, begin)
+            part = functools.partial(self._part, work, block, begin, end)
+            lax.fori_loop(begin // s.stages, lax.div(end + (s.stages - 1), s.stages), part, None)
         else:
-            lax.fori_loop(0, lax.div(s.units - 1 - block, s.blocks) + 1, whole, None)
+            lax.fori_loop(0, self._whole_units(), functools.partial(self._whole, work), None)
 
-    def _share(self, unit, first, last, done, plane, count) -> _Share:
-        strip, tokens = lax.div(unit, self.s.token_tiles), lax.rem(unit, self.s.token_tiles)
-        return _Share(strip, tokens, first, last, done, plane, count)
+    def _whole_units(self):
+        """How many units this block computes when they are not cut."""
+        groups = self.s.blocks // self.s.cluster
+        return lax.div(self.s.units // self.s.cluster - 1 - lax.axis_index("block"), groups) + 1
+
+    def _whole(self, work, i, _):
+        s = self.s
+        bundle = lax.axis_index("block") + i * (s.blocks // s.cluster)  # one unit for each block of the cluster
+        rank = lax.axis_index("rank") if s.cluster > 1 else 0
+        strip, tokens = lax.div(bundle, s.token_tiles) * s.cluster + rank, lax.rem(bundle, s.token_tiles)
+        work(_Share(strip, tokens, first=0, last=s.stages, done=i * s.stages, plane=0, count=i))
+
+    def _part(self, work, block, begin, end, unit, _):
+        s = self.s
+        first = jnp.maximum(begin - unit * s.stages, 0)
+        work(
+            _Share(
+                strip=lax.div(unit, s.token_tiles),
+                tokens=lax.rem(unit, s.token_tiles),
+                first=first,
+                last=jnp.minimum(end - unit * s.stages, s.stages),
+                done=unit * s.stages + first - begin,
+                plane=block - s._block_of(unit * s.stages),
+                count=unit - begin // s.stages,
+            )
+        )
 
     def _for_stages(self, share: _Share, step, carry, start=0, stride: int = 1):
         """`step(segment, stage, slot's turn, carry)`, one loop per segment; of the block's stages every
@@ -255,10 +281,20 @@ class _Block:
                 self.x_gmem.at[pl.ds(before + first, tiles), pl.ds(share.tokens * s.token_tile, s.token_tile)],
                 self.x_smem.at[slot, pl.ds(0, tiles)],
                 self.full.at[slot],
+                collective_axes="rank" if s.cluster > 1 else None,
             )
             return carry
 
         self._for_stages(share, fetch, None)
+
+    def _drain(self):
+        """Waits for the other block's last arrivals at our barriers: before, this block's memory must not go away."""
+        turns = self._whole_units() * self.s.stages
+
+        def wait(turn, _):
+            plgpu.barrier_wait(self.empty.at[lax.rem(turn, self.s.slots)])
+
+        lax.fori_loop(jnp.maximum(turns - self.s.slots, 0), turns, wait, None)
 
     def _compute(self, pair, side, share: _Share):
         s = self.s
