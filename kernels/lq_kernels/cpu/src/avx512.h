@@ -61,7 +61,10 @@ struct Avx512 {
     for (int64_t r = 0; r < w.rows; ++r) {
       const uint32_t* row = w.data + r * w.row + n;
       const float* xr = x + r * (32 / W);
-      for (int c = 0; c < C; ++c) _mm_prefetch(row + kAhead * w.row + c * kLanes, _MM_HINT_T0);
+      for (int c = 0; c < C; ++c) {
+        _mm_prefetch(row + kNear * w.row + c * kLanes, _MM_HINT_T0);
+        _mm_prefetch(row + kFar * w.row + c * kLanes, _MM_HINT_T2);
+      }
 #pragma GCC unroll 8
       for (int i = 0; i < (W == 8 ? 4 : 8); ++i) {
         F table[M];
@@ -85,8 +88,9 @@ struct Avx512 {
       }
   }
 
-  // Rows of words fetched ahead.
-  static constexpr int64_t kAhead = 8;
+  // Rows of words fetched ahead, to the first-level cache and to the second. The first alone has too few line buffers to
+  // cover the memory's latency: with both, one thread reached 0.9 of what it can read instead of 0.6.
+  static constexpr int64_t kNear = 2, kFar = 48;
 
   // For every nibble, the field of W bits at place j, less the centre.
   static F field_of_nibble(int j, int width, float centre) {
