@@ -53,7 +53,7 @@ def matmul(x: Array, w: PreparedMatrix, *, out_dtype, config: TpuConfig, interpr
         terms = bf16_terms(x)
     plan = _plan(w, terms.shape[0], config, generation, integer)
     sums = tuple(
-        _group_sums(terms, strip.groups, segment, start) if plan.corrected(strip) else None
+        _group_sums(terms, strip, segment, start, plan) if plan.corrected(strip) else None
         for strip, segment, start in zip(plan.strips, w.segments, _starts(w.segments), strict=True)
     )
     direct = out_dtype if integer is False and terms.shape[0] == x.shape[0] and _storable(out_dtype) else jnp.float32
@@ -63,7 +63,7 @@ def matmul(x: Array, w: PreparedMatrix, *, out_dtype, config: TpuConfig, interpr
 
 
 def quantize_rows(x: Array) -> tuple[Array, Array]:
-    """x `[M, K]` as int8 and its scale `[M, 1]` float32: abs-max of the row over 127. A NaN or Inf makes the row NaN."""
+    """x `[M, K]` as int8, its scale `[M, 1]` float32: abs-max over 127. A NaN or Inf makes its row NaN."""
     x = x.astype(jnp.float32)
     top = jnp.max(jnp.abs(x), axis=1, keepdims=True)
     scale = jnp.where(top == 0, 1.0, top / 127)
@@ -98,12 +98,19 @@ def _plan(w: PreparedMatrix, rows: int, config: TpuConfig, generation: str, inte
     )
 
 
-def _group_sums(x: Array, groups: int, segment, start: int) -> Array:
-    """Sums of x over each group of a segment, float32 `[M, groups]`."""
+def _group_sums(x: Array, strip, segment, start: int, plan) -> Array:
+    """Sums of x over each group of a segment as bfloat16 terms `[3, Mp, groups]`, Mp being M rounded up to 16.
+
+    Times what is to be subtracted from every unpacked number where that is one number for the whole segment.
+    """
     own = x[:, start : start + segment.in_features].astype(jnp.float32)
     size = min(segment.group_size, segment.in_features)
-    own = jnp.pad(own, ((0, 0), (0, groups * size - segment.in_features)))
-    return own.reshape(x.shape[0], groups, size).sum(-1)
+    rows = padded(x.shape[0], 16)
+    own = jnp.pad(own, ((0, rows - x.shape[0]), (0, strip.groups * size - segment.in_features)))
+    sums = own.reshape(rows, strip.groups, size).sum(-1)
+    if strip.zero_point is not None:
+        sums = sums * (strip.zero_point + plan.offset(strip))
+    return bf16_terms(sums).reshape(3, rows, strip.groups)
 
 
 def _pad_segments(x: Array, w: PreparedMatrix, plan) -> Array:

@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from lq_kernels.tpu.fields import CHUNK, TILE_ROWS, Scheme, unpack_bytes, unpack_tile
+from lq_kernels.tpu.layout import padded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Plan:
 
 
 def multiply(x: Array, sums: tuple, arrays: tuple[dict, ...], plan: Plan, out_dtype, interpret) -> Array:
-    """x `[M, Kp]` bfloat16 or int8, sums per segment `[M, Gp]` float32 or None -> `[M, Np]`."""
+    """x `[M, Kp]` bfloat16 or int8, sums per segment: bfloat16 terms `[3, Mp, Gp]` or None -> `[M, Np]`."""
     rows, width = x.shape[0], arrays[0]["scales"].shape[1]
     grid = (pl.cdiv(width, plan.columns), pl.cdiv(rows, plan.rows))
     operands, specs = [x], [pl.BlockSpec((plan.rows, x.shape[1]), lambda j, i: (i, 0))]
@@ -74,7 +75,7 @@ def multiply(x: Array, sums: tuple, arrays: tuple[dict, ...], plan: Plan, out_dt
     for total, a in zip(sums, arrays, strict=True):
         if total is not None:
             operands.append(total)
-            specs.append(pl.BlockSpec((plan.rows, total.shape[1]), lambda j, i: (i, 0)))
+            specs.append(pl.BlockSpec((total.shape[0], padded(plan.rows, 16), total.shape[2]), lambda j, i: (0, i, 0)))
         for array in (*a["words"], a["scales"], *([] if a["zeros"] is None else [a["zeros"]])):
             operands.append(array)
             specs.append(strip_spec(array))
@@ -126,13 +127,34 @@ def _kernel(x_ref, *refs, plan: Plan):
 
         _accumulate(x_ref, words, scale_ref, kept_ref, acc_ref, strip, plan)
         if sums is not None:
-            zero = strip.zero_point if zeros is None else zeros[...].astype(jnp.float32)
-            acc_ref[...] -= _exact_dot(sums[...], scale * (zero + plan.offset(strip)))
+            acc_ref[...] -= _correction(sums, scales, zeros, strip, plan)
     out_ref[...] = acc_ref[...].astype(out_ref.dtype)
 
 
-def _exact_dot(a: Array, b: Array) -> Array:
-    return jnp.dot(a, b, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+def _correction(sums, scales, zeros, strip: Strip, plan: Plan) -> Array:
+    """sum over groups of (sum of x) * scale * (zero + offset), both factors as bfloat16 terms that are exact together.
+
+    A dot of float32 operands costs six passes of the matrix unit; the terms of the sums share one.
+    """
+    if zeros is None and scales.dtype == jnp.bfloat16:  # the factor, a constant, is in the sums
+        factors = [scales[...]]
+    else:
+        zero = 0.0 if zeros is None else zeros[...].astype(jnp.float32) + plan.offset(strip)
+        factor = scales[...].astype(jnp.float32)
+        factors = _terms(factor if zeros is None else factor * zero)
+    terms, rows, groups = sums.shape
+    left = sums[...].reshape(terms * rows, groups)
+    total = sum(jnp.dot(left, f, preferred_element_type=jnp.float32) for f in reversed(factors))
+    total = total.reshape(terms, rows, total.shape[1])
+    return sum(total[i] for i in reversed(range(terms)))[: plan.rows]
+
+
+def _terms(a: Array) -> list[Array]:
+    terms, rest = [], a
+    for _ in range(3):
+        terms.append(rest.astype(jnp.bfloat16))
+        rest = rest - terms[-1].astype(jnp.float32)
+    return terms
 
 
 def _plain(strip: Strip, plan: Plan) -> bool:

@@ -9,7 +9,6 @@ Arrays of a segment, Kp and Np being K and N rounded up to whole chunks and to 1
 Padding is zero: padded channels meet zeros in x, padded groups have the scale zero.
 """
 
-import dataclasses
 import math
 import re
 
@@ -112,9 +111,10 @@ def load(words: Array, s: Scheme) -> Array:
     lanes = 32 // s.container
     tiles = lax.bitcast_convert_type(words, jnp.uint32).reshape(-1, s.stored_tiles, TILE_ROWS, 1, words.shape[1])
     shifts = (s.container * jnp.arange(lanes, dtype=jnp.uint32))[:, None]
-    codes = []
-    for pieces in s.pieces:
-        codes.append(sum((tiles[:, p.tile] >> (p.place + shifts) & ((1 << p.width) - 1)) << p.low for p in pieces))
+    codes = [
+        sum((tiles[:, p.tile] >> (p.place + shifts) & ((1 << p.width) - 1)) << p.low for p in pieces)
+        for pieces in s.pieces
+    ]
     codes = jnp.stack(codes, 1).reshape(-1, words.shape[1])
     return codes ^ (1 << s.bits - 1) if s.signed else codes
 
