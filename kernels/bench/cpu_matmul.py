@@ -11,6 +11,7 @@ arrays of JAX. Minimum, median and quartiles are kept. On a machine that others 
 """
 
 import argparse
+import ctypes
 import dataclasses
 import datetime
 import functools
@@ -18,6 +19,8 @@ import json
 import math
 import platform
 import statistics
+import subprocess
+import tempfile
 import time
 from pathlib import Path
 
@@ -28,7 +31,7 @@ import numpy as np
 
 from lq_kernels import cpu
 from lq_kernels.backend import PreparedMatrix
-from lq_kernels.cpu import BACKEND, CpuConfig
+from lq_kernels.cpu import BACKEND, CpuConfig, build
 from lq_kernels.cpu.library import library
 from lq_kernels.packed import PackedMatrix
 from lq_kernels.packing import plane_widths
@@ -110,14 +113,21 @@ def contenders(K, N, widths, threads):
                 yield Contender(name, dtype, megabytes, run, f"{bits} bits")
 
 
-def read_arrays(megabytes) -> list:
-    """Arrays of 8 MB in the memory that JAX gives them, read by `read`."""
-    return [np.asarray(jnp.full(1 << 21, seed, jnp.int32)).view(np.int64) for seed in range(int(megabytes / 8.4))]
+def reader(megabytes):
+    """A function that reads 8 MB arrays of JAX, one after the other, and returns the GB/s of one thread."""
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch) / "read.so"
+        source = Path(__file__).with_name("read.cc")
+        subprocess.run([*build.compiler(), "-O3", "-fPIC", "-shared", str(source), "-o", str(file)], check=True)
+        function = ctypes.CDLL(str(file)).read_all
+    function.argtypes, function.restype = (ctypes.c_void_p, ctypes.c_size_t), ctypes.c_uint64
+    arrays = [np.asarray(jnp.full(1 << 21, seed, jnp.int32)) for seed in range(int(megabytes / 8.4))]
 
+    def read() -> float:
+        seconds = timed(lambda: [function(a.ctypes.data, a.nbytes // 8) for a in arrays])
+        return sum(a.nbytes for a in arrays) / seconds / 1e9
 
-def read(arrays) -> float:
-    """GB/s of one thread that adds up all numbers."""
-    return sum(a.nbytes for a in arrays) / timed(lambda: [a.sum() for a in arrays]) / 1e9
+    return read
 
 
 def timed(run) -> float:
@@ -144,7 +154,7 @@ def sample(contender, x, sets) -> float:
     return timed(run) / (CHAIN * len(sets))
 
 
-def measure(K, N, rows, ready, matrices, arrays, samples) -> tuple[float, list[dict]]:
+def measure(K, N, rows, ready, matrices, read, samples) -> tuple[float, list[dict]]:
     taken = {name: sets if rows < 16 else sets[:2] for name, sets in matrices.items()}
     times = {}
     for c in ready:
@@ -153,7 +163,7 @@ def measure(K, N, rows, ready, matrices, arrays, samples) -> tuple[float, list[d
         times[c] = (x, [])
     reads = []
     for _ in range(samples):
-        reads.append(read(arrays))
+        reads.append(read())
         for c, (x, list_) in times.items():
             list_.append(sample(c, x, taken[c.matrix]))
     results = [result(c, K, N, rows, list_, CHAIN * len(taken[c.matrix])) for c, (_, list_) in times.items()]
@@ -222,13 +232,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     record = {"machine": machine(), "megabytes": arguments.megabytes, "samples": arguments.samples, "runs": []}
-    arrays = read_arrays(arguments.megabytes)
+    read = reader(arguments.megabytes)
     for shape in arguments.shapes:
         K, N = map(int, shape.split("x"))
         matrices = {n: sets_of(m, arguments.megabytes) for n, m in first_matrices(K, N, arguments.bits).items()}
         ready = list(contenders(K, N, arguments.bits, arguments.threads))
         for rows in arguments.rows:
-            gb_per_s, results = measure(K, N, rows, ready, matrices, arrays, arguments.samples)
+            gb_per_s, results = measure(K, N, rows, ready, matrices, read, arguments.samples)
             record["runs"].append({"read_gb_per_s": gb_per_s, "results": results})
             print(f"one thread reads {gb_per_s:.2f} GB/s")
             show(results, gb_per_s)
