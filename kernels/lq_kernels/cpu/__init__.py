@@ -25,7 +25,7 @@ BLOCKED = "blocked"
 
 @dataclasses.dataclass(frozen=True)
 class CpuConfig:
-    threads: int = 1  # of XLA's pool; 0: all of them
+    threads: int = 0  # of XLA's pool; 0: all of them. The result is the same to the bit
     isa: str | None = None  # "amx", "avx512", "avx2", "neon", "plain"; None: the best this processor has
 
 
@@ -135,5 +135,5 @@ BACKEND = Backend(
     matmul=_matmul,
     config_type=CpuConfig,
     default_config=lambda problem, target: CpuConfig(),
-    candidates=lambda problem, target: [CpuConfig(threads=threads) for threads in (1, 0)],
+    candidates=lambda problem, target: [CpuConfig(threads=threads) for threads in (0, 1)],
 )
