@@ -53,6 +53,8 @@ class Size:
     widths: tuple = (4, 3, 2, 8)
     tuned_shapes: tuple = ((8192, 8192), (4096, 14336), (14336, 4096), (4096, 6144), (4096, 4096), (4096, 28672))
     tuned_rows: tuple = (1, 16, 64, 1024)
+    candidates: int | None = None  # tried for each product, at most
+    decoded: tuple = (None, 3, 4, 2)  # bfloat16; 3.25, 4.25 and 2.25 bits per weight
     cache_bytes: int = 60 << 20
     repeats: int = 20
     small: bool = False
@@ -63,16 +65,18 @@ class Size:
 
 
 SMOKE = Size(
-    shapes=((256, 256),),
-    rows=(1, 16),
-    widths=(4, 2),
-    tuned_shapes=((256, 256),),
+    shapes=((128, 128),),
+    rows=(1,),
+    widths=(2,),
+    tuned_shapes=((128, 128),),
     tuned_rows=(1,),
+    candidates=2,
+    decoded=(None, 3),
     cache_bytes=0,
     repeats=2,
     small=True,
     interpret=True,
-    model=decode_step.Shape(1, 128, 2, 1, 64, 256, 128),
+    model=decode_step.Shape(1, 128, 1, 1, 128, 128, 128),
     context=16,
     steps=1,
 )
@@ -102,6 +106,7 @@ def run_tuning(size: Size, folder: Path, deadline: float) -> dict:
                     repeats=max(2, size.repeats // 2),
                     workers=os.cpu_count() or 1,
                     deadline=deadline,
+                    limit=size.candidates,
                     interpret=size.interpret,
                 )
                 found.append({"problem": tuning.key(problem), "outcomes": [dataclasses.asdict(o) for o in outcomes]})
@@ -125,9 +130,8 @@ def run_torch(size: Size, deadline: float) -> dict:
 
 
 def run_decoding(size: Size, deadline: float) -> dict:
-    """bfloat16 first, then 3, 4 and 2 bits (3.25, 4.25 and 2.25 bits per weight)."""
     found, left = [], []
-    for bits in (None, 3, 4, 2):
+    for bits in size.decoded:
         if time.monotonic() > deadline:
             left.append(bits)
             continue

@@ -67,6 +67,7 @@ def tune(
     repeats: int = 10,
     workers: int = 4,
     deadline: float = float("inf"),
+    limit: int | None = None,
     interpret: bool = False,
 ) -> tuple[Problem, list[Outcome]]:
     """Times the candidates of one product.
@@ -77,6 +78,7 @@ def tune(
       rows: M.
       workers: threads that compile.
       deadline: `time.monotonic()` after which what is left is given up, with that reason.
+      limit: how many candidates at most, from the first; all when None.
 
     Returns:
       The problem, and an `Outcome` for every candidate, fastest first, failures last.
@@ -87,7 +89,7 @@ def tune(
     copies = copies_to_leave_cache(prepared.nbytes, cache_bytes)
     matrices = [prepared, *[jax.tree.map(lambda a: a + 0, prepared) for _ in range(copies - 1)]]
     x = jnp.asarray(np.random.default_rng(1).standard_normal((rows, w.in_features)), x_dtype)
-    candidates = backend.candidates(problem, backend.target(problem.device_kind))
+    candidates = backend.candidates(problem, backend.target(problem.device_kind))[:limit]
 
     def build(config):
         if time.monotonic() > deadline:
