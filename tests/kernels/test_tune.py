@@ -1,4 +1,4 @@
-"""The tuner: every candidate has an outcome, the best is written beside what was there, wrong arguments get one line."""
+"""The tuner: every candidate has an outcome, the best is written beside what was there, bad arguments get one line."""
 
 import dataclasses
 import json
