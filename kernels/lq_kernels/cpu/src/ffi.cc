@@ -10,6 +10,7 @@
 #include <atomic>
 #include <memory>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "convert.h"
@@ -321,11 +322,8 @@ void compute(const XLA_FFI_CallFrame& frame) {
   for (int64_t i = 1; i < threads; ++i) schedule(frame, work);
   work->run();
   // Only panels that a helper has begun are waited for: this can't hang on threads that never come.
-  while (work->finished.load(std::memory_order_acquire) < work->panels) {
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#endif
-  }
+  for (int spins = 0; work->finished.load(std::memory_order_acquire) < work->panels; ++spins)
+    if (spins > 1000) std::this_thread::yield();  // a helper's processor was taken away
 }
 
 XLA_FFI_Error* error_of(const XLA_FFI_Api* api, const Failure& failure) {
