@@ -248,7 +248,7 @@ def test_every_candidate_fits_the_device(bits, rows, x_dtype):
 def test_warpgroups_ask_for_no_more_registers_than_the_block_has(pairs):
     from lq_kernels.gpu.kernel import Schedule
 
-    facts = {"segments": (), "stage_tiles": (), "strips": 1, "token_tiles": 1, "token_tile": 8, "slots": 2}
+    facts = {"segments": (), "stage_tiles": (), "strips": 1, "rows": 8, "token_tile": 8, "slots": 2}
     schedule = Schedule(**facts, pairs=pairs, blocks=1, cluster=1, split=False, out_dtype="float32")
     copying, computing = schedule.warpgroup_registers
     launched = {1: 168, 2: 96}[pairs]  # what ptxas reports

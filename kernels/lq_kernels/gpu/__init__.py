@@ -82,7 +82,7 @@ def matmul(x: Array, w: PreparedMatrix, *, out_dtype, config: GpuConfig, interpr
         segments=segments,
         stage_tiles=tiles,
         strips=strips,
-        token_tiles=token_tiles,
+        rows=terms.shape[0],
         token_tile=config.token_tile,
         pairs=config.pairs,
         slots=config.slots,
@@ -118,7 +118,7 @@ def _sum_planes(y: Array, schedule) -> Array:
     if schedule.planes == 1:
         return y[0]
     written = schedule.contributions.reshape(schedule.strips, schedule.token_tiles).T
-    shape = (schedule.token_tiles, schedule.token_tile, schedule.strips, TILE)
+    shape = (schedule.token_tiles, schedule.out_rows, schedule.strips, TILE)
     total = y[0].reshape(shape)
     for plane in range(1, schedule.planes):
         present = jnp.asarray(written > plane)[:, None, :, None]

@@ -44,7 +44,7 @@ class Schedule:
     segments: tuple[StreamSegment, ...]
     stage_tiles: tuple[int, ...]  # tiles of a stage, per segment; divides the segment's tiles
     strips: int
-    token_tiles: int
+    rows: int  # of x, padding left out
     token_tile: int
     pairs: int
     slots: int  # a multiple of `pairs`: a warpgroup must see every turn of the slots that it waits for
@@ -53,6 +53,15 @@ class Schedule:
     split: bool
     out_dtype: str
     interpret: object = None
+
+    @property
+    def token_tiles(self) -> int:
+        return -(-self.rows // self.token_tile)
+
+    @property
+    def out_rows(self) -> int:
+        """Rows that a unit writes: of a lone tile of tokens, no padding."""
+        return min(self.rows, self.token_tile)
 
     @property
     def computing(self) -> int:
@@ -114,7 +123,7 @@ class Schedule:
 
 
 def multiply(x: Array, streams: tuple[Array, ...], schedule: Schedule) -> Array:
-    """Products as `out_dtype` [planes, token_tiles * token_tile, strips * 128]; planes are to be summed.
+    """Products as `out_dtype` [planes, token_tiles * out_rows, strips * 128]; planes are to be summed.
 
     Of a unit, planes from `contributions` on are not written.
 
@@ -144,7 +153,7 @@ def multiply(x: Array, streams: tuple[Array, ...], schedule: Schedule) -> Array:
 
     run = plgpu.kernel(
         lq_matmul,
-        out_type=jax.ShapeDtypeStruct((s.planes, s.token_tiles * s.token_tile, s.strips * TILE), s.out_dtype),
+        out_type=jax.ShapeDtypeStruct((s.planes, s.token_tiles * s.out_rows, s.strips * TILE), s.out_dtype),
         scratch_types=scratch,
         grid=(s.blocks // s.cluster,),
         grid_names=("block",),
@@ -195,8 +204,7 @@ class _Block:
         def _():
             plgpu.set_max_registers(copying, action="decrease")
             self._for_units(self._copy)
-            if self.s.cluster > 1:
-                self._drain()
+            self._drain()
 
         @pl.when(warpgroup < self.s.computing)
         def _():
@@ -204,6 +212,11 @@ class _Block:
             pair, side = warpgroup // SIDES, lax.rem(warpgroup, SIDES)
             self._for_units(functools.partial(self._compute, pair, side))
             plgpu.wait_smem_to_gmem(0)
+            if self.s.pairs == 2:
+
+                @pl.when(pair == 1)
+                def _():
+                    plgpu.barrier_wait(self.taken.at[side])
 
     def _for_units(self, work):
         s = self.s
@@ -288,13 +301,19 @@ class _Block:
         self._for_stages(share, fetch, None)
 
     def _drain(self):
-        """Waits for the other block's last arrivals at our barriers: before, this block's memory must not go away."""
-        turns = self._whole_units() * self.s.stages
+        """Waits until all slots are free: while the other block of a cluster may still arrive at our barriers, this
+        block's memory must not go away."""
+        s = self.s
+        if s.split:
+            block, total = lax.axis_index("block"), s.units * s.stages
+            turns = (block + 1) * total // s.blocks - block * total // s.blocks
+        else:
+            turns = self._whole_units() * s.stages
 
         def wait(turn, _):
-            plgpu.barrier_wait(self.empty.at[lax.rem(turn, self.s.slots)])
+            plgpu.barrier_wait(self.empty.at[lax.rem(turn, s.slots)])
 
-        lax.fori_loop(jnp.maximum(turns - self.s.slots, 0), turns, wait, None)
+        lax.fori_loop(jnp.maximum(turns - s.slots, 0), turns, wait, None)
 
     def _compute(self, pair, side, share: _Share):
         s = self.s
@@ -389,6 +408,6 @@ class _Block:
         s = self.s
         store_transposed(total.astype(s.out_dtype), buffer, s.interpret)
         plgpu.commit_smem()
-        rows = pl.ds(share.tokens * s.token_tile, s.token_tile)
+        rows = pl.ds(share.tokens * s.out_rows, s.out_rows)
         channels = pl.ds(share.strip * TILE + side * 64, 64)
-        plgpu.copy_smem_to_gmem(buffer, self.out_gmem.at[share.plane, rows, channels])
+        plgpu.copy_smem_to_gmem(buffer.at[pl.ds(0, s.out_rows)], self.out_gmem.at[share.plane, rows, channels])
