@@ -61,7 +61,7 @@ def schedule(folder: str, name: str = "lq_matmul") -> dict:
             if depth >= 2:  # lines between two of the loop belong to it
                 loops[-1]["bundles"] += loops[-1].pop("tail")
                 loops[-1]["tail"] = 0
-                if (found := re.search(r"scmp\.ge\.s32\.totalorder %s\w+, (\d+) /\* loop exit test", text)):
+                if found := re.search(r"scmp\.ge\.s32\.totalorder %s\w+, (\d+) /\* loop exit test", text):
                     loops[-1]["trips"] = int(found[1])
     used = _used_slots(slots)
     return {
@@ -137,7 +137,9 @@ def compile_one(chip: str, segments, columns: int, rows: int, x_dtype: str, targ
         return BACKEND.matmul(x, w, out_dtype=jnp.dtype(x_dtype), config=config)
 
     x = aval((rows, matrix.in_features), jnp.dtype(x_dtype))
-    compiled = jax.jit(product).trace(x, prepared).lower(lowering_platforms=("tpu",)).compile()
+    kind = jax.sharding.AbstractDevice(device_kind=device.device_kind, num_cores=device.num_cores, platform="tpu")
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=kind)):
+        compiled = jax.jit(product).trace(x, prepared).lower(lowering_platforms=("tpu",)).compile()
     counted = schedule(folder)
     terms = {"bfloat16": 1, "float16": 2, "float32": 3}[x_dtype] if config.activations != "int8" else 1
     steps = -(-columns // config.columns) * -(-terms * rows // min(config.rows, terms * rows))
@@ -148,7 +150,9 @@ def compile_one(chip: str, segments, columns: int, rows: int, x_dtype: str, targ
     result = {
         "rows": rows,
         "whole": round((counted["outside"] + steps * (counted["step"] + again)) * 1024 / weights, 3),
-        "marginal": round(turn[0]["bundles"] * 1024 / one, 3) if turn and not config.keep else None,
+        "marginal": round(turn[0]["bundles"] * 1024 / one, 3)
+        if turn and not config.keep and rows <= config.rows
+        else None,
         "temp": compiled.memory_analysis().temp_size_in_bytes,
         "spills": counted["spills"],
         "vmem": vmem_bytes(problem, target, config),
@@ -165,7 +169,7 @@ def compile_one(chip: str, segments, columns: int, rows: int, x_dtype: str, targ
 
 
 def parse_segment(text: str):
-    """"4:4096:g128:a" -> (4, 4096, 128, True); "g0" is one group for the whole column; 128 when left out."""
+    """ "4:4096:g128:a" -> (4, 4096, 128, True); "g0" is one group for the whole column; 128 when left out."""
     bits, channels, *rest = text.split(":")
     group = next((int(r[1:]) for r in rest if r.startswith("g")), 128)
     return int(bits), int(channels), group or None, "a" in rest

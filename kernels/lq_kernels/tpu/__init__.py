@@ -92,6 +92,7 @@ def _plan(w: PreparedMatrix, rows: int, config: TpuConfig, generation: str, inte
         rows=min(config.rows, rows),
         columns=min(config.columns, padded(w.out_features, LANES)),
         unroll=config.unroll,
+        depth=config.depth,
         keep=config.keep,
         integer=integer,
         vmem_limit=vmem_limit(generation),

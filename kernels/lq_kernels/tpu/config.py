@@ -21,7 +21,8 @@ class TpuConfig:
 
     rows: int = ROWS  # of a block of x; fewer when there are fewer
     columns: int = 256  # output channels of a block, a multiple of 128
-    unroll: int = 4  # chunks of 256 input channels per loop step
+    unroll: int = 8  # chunks of 256 input channels per loop step
+    depth: int = 32  # input channels of a dot; the groups in it share one, each with its own rows of x
     keep: bool = False  # unpack a strip once and keep it in VMEM for all blocks of rows
     activations: str = "bfloat16"  # "int8": x is rounded to 8 bits per row; faster, and no longer exact
 
@@ -57,37 +58,57 @@ def fits(problem: Problem, target: str, config: TpuConfig) -> bool:
 
 
 def default_config(problem: Problem, target: str) -> TpuConfig:
-    """The widest strip of at least four per core that fits, and the largest block of rows with it."""
+    """The widest strip of which every core gets four, that fits VMEM; many rows in blocks that share its unpacking.
+
+    A loop turn is as long as its code may be: filling and draining the matrix unit costs about 100 bundles a turn.
+    """
+    generation = target.partition("-")[0]
     rows = terms(problem) * problem.rows
-    cores = CORES.get(target.partition("-")[0], 1)
-    for config in _preferences(rows):
-        strips = math.ceil(problem.out_features / config.columns)
-        if fits(problem, target, config) and (strips >= 4 * cores or config.columns == LANES):
+    strips = 4 * CORES.get(generation, 1)
+    block = ROWS
+    while True:
+        several = math.ceil(rows / block) >= KEEP_FROM
+        for keep in (True, False) if several else (False,):
+            for columns in (512, 256, 128) if rows <= 64 else (256, 128):
+                config = TpuConfig(
+                    rows=min(block, padded(rows, 16)),
+                    columns=min(columns, padded(problem.out_features, LANES)),
+                    unroll=_unroll(problem),
+                    depth=_depth(generation, rows),
+                    keep=keep,
+                )
+                enough = problem.out_features >= strips * columns or columns == LANES
+                if enough and fits(problem, target, config):
+                    return config
+        if block == 16:
             return config
-    return TpuConfig(rows=16, columns=LANES, unroll=1)
+        block //= 2
 
 
-def _preferences(rows: int):
-    unroll = 4 if rows <= 64 else 1
-    for block in (1024, 512, 256, 128, 64, 32, 16):
-        if block < 256 and block // 2 >= rows:
-            continue
-        if block > 256 and rows < 2 * block:
-            continue
-        keep = rows >= KEEP_FROM * block
-        for kept in (True, False) if keep else (False,):
-            for columns in (512, 256, 128):
-                yield TpuConfig(rows=min(block, padded(rows, 16)), columns=columns, unroll=unroll, keep=kept)
+def _unroll(problem: Problem) -> int:
+    """At most 16, and such that the turns of the longest segment's loop leave few chunks over."""
+    chunks = max(padded(s.in_features, CHUNK) // CHUNK for s in problem.segments)
+    return math.ceil(chunks / math.ceil(chunks / 16))
+
+
+def _depth(generation: str, rows: int) -> int:
+    """Few rows leave the matrix unit room for the rows of several groups at once, so it is filled to its depth."""
+    return 128 if rows <= 8 and generation in ("v4", "v5e", "v5p") else 32
 
 
 def candidates(problem: Problem, target: str) -> list[TpuConfig]:
-    rows = terms(problem) * problem.rows
-    found = [default_config(problem, target)]
-    for block in (64, 128, 256, 512):
-        for columns in (128, 256, 512, 1024):
-            for unroll in (1, 2, 4, 8):
-                for keep in (False, True) if rows > block else (False,):
-                    config = TpuConfig(rows=min(block, padded(rows, 16)), columns=columns, unroll=unroll, keep=keep)
-                    if columns <= padded(problem.out_features, LANES) and fits(problem, target, config):
+    """The default and what fits VMEM around it."""
+    default = default_config(problem, target)
+    widest = padded(problem.out_features, LANES)
+    found = [default]
+    for columns in (128, 256, 512, 1024):
+        for unroll in (4, 8, 16):
+            for block in (64, 128, 256, 512):
+                for keep in (False, True):
+                    config = dataclasses.replace(
+                        default, rows=min(block, default.rows), columns=columns, unroll=unroll, keep=keep
+                    )
+                    several = terms(problem) * problem.rows > config.rows
+                    if columns <= widest and several >= keep and fits(problem, target, config):
                         found.append(config)
     return list(dict.fromkeys(found))

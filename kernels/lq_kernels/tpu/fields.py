@@ -1,18 +1,19 @@
 """How the codes of one chunk lie in 32-bit words, and the shifts and masks that bring them out.
 
 A *chunk* is 256 input channels. A *container* is what a code is unpacked into: 16 bits (a bfloat16), 8 (an int8) or 4
-(an int4). A *tile* is 8 rows of int32 words, one register row: 8 * 32 / container codes. Reinterpreted at the container's
-width, word r of a tile becomes rows r * 32 / container + i, lowest bits first; that is what the Mosaic compiler's bitcast
-does, at no cost. So codes come out in the order of their channels and x needs no permutation.
+(an int4). A *tile* is 8 rows of int32 words, one register row: 8 * 32 / container codes. Reinterpreted at the
+container's width, word r of a tile becomes rows r * 32 / container + i, lowest bits first; that is what the Mosaic
+compiler's bitcast does, at no cost. So codes come out in the order of their channels and x needs no permutation.
 
 A code is stored as *pieces*: runs of bits of a code, at one place of a stored tile's lanes, a lane being as wide as the
 container. Each container tile is the `or` of its pieces, shifted and masked, for a whole register at once. Widths that
 do not divide the container leave spare bits; the spare bits of several stored tiles make up further codes. So every
-width b takes exactly b stored tiles per chunk, and all but one or two of 16 codes cost one shift, one mask and one `or`.
+width b takes exactly b stored tiles per chunk, and 14 or 15 of 16 codes of 1 to 5 and 7 bits (6 of 8 codes of 6 bits)
+cost one shift, one mask and one `or`.
 
 Containers of 16 bits: the code goes to the top bits of a bfloat16's mantissa under the exponent of 2**b, which makes
-the number 2**b + code without any conversion. Of 8 and 4 bits: the code's highest bit is flipped when packed and it goes
-to the top of the container, which makes the signed number (code - 2**(b-1)) * 2**(container - b).
+the number 2**b + code without any conversion. Of 8 and 4 bits: the code's highest bit is flipped when packed and it
+goes to the top of the container, which makes the signed number (code - 2**(b-1)) * 2**(container - b).
 """
 
 import dataclasses
@@ -125,6 +126,8 @@ def _plane_pieces(bits: int, container: int, tiles: int) -> tuple[tuple[Piece, .
 
 def unpack_tile(tiles: list[Array], s: Scheme, index: int) -> Array:
     """Container tile `index` of a chunk as int32 `[8, N]`, from its stored tiles; the magic exponent included."""
+    if s.stored_tiles == len(s.pieces) and s.signed:
+        return tiles[index]  # stored as it is wanted
     if s.container == 16:
         word = gather(tiles, [(p, p.low + MANTISSA - s.bits) for p in s.pieces[index]], 16)
         return word | _int32(_repeat((127 + s.bits) << MANTISSA, 16))

@@ -53,6 +53,7 @@ class Plan:
     rows: int  # of a block of x
     columns: int  # of a strip
     unroll: int  # chunks per loop step
+    depth: int  # input channels of a dot; the groups in it share one, each with its own rows of x
     keep: bool  # the unpacked strip, for the blocks of rows that follow
     integer: bool  # x is int8, products are summed in int32
     vmem_limit: int
@@ -173,6 +174,7 @@ def _keep(words, kept_ref, strip: Strip, plan: Plan):
 
 def _accumulate(x_ref, words, scale_ref, kept_ref, acc_ref, strip: Strip, plan: Plan):
     """acc += x @ (unpacked * scale), chunk by chunk."""
+    size = min(strip.group_size or CHUNK, CHUNK)
 
     def weights(chunk, part):
         if kept_ref is not None:
@@ -181,21 +183,24 @@ def _accumulate(x_ref, words, scale_ref, kept_ref, acc_ref, strip: Strip, plan: 
 
     def chunk_sum(chunk, acc):
         start = pl.multiple_of((strip.first_chunk + chunk) * CHUNK, CHUNK)
-        size = min(strip.group_size or CHUNK, CHUNK)
         parts = [weights(chunk, part) for part in range(len(strip.schemes))]
         x = x_ref[:, pl.ds(start, CHUNK)]
-        for group in range(CHUNK // size):
-            inside = slice(group * size, (group + 1) * size)
+        depth = max(size, plan.depth)
+        for first in range(0, CHUNK, depth):
+            inside = slice(first, first + depth)
             total = None
             for i, w in enumerate(parts):
-                dot = _dot(x[:, inside], w[inside])
+                dot = _dot(_by_group(x[:, inside], size), w[inside])
                 total = dot if total is None else total + 16.0**i * dot
-            if strip.group_size is None:
-                acc += total
-            else:
-                row = chunk * (CHUNK // size) + group if size < CHUNK else chunk // (strip.group_size // CHUNK)
-                acc += total * scale_ref[pl.ds(row, 1), :]
+            for g in range(depth // size):
+                acc = scaled(acc, chunk, first // size + g, total[g * x.shape[0] : (g + 1) * x.shape[0]])
         return acc
+
+    def scaled(acc, chunk, group, total):
+        if strip.group_size is None:
+            return acc + total
+        row = chunk * (CHUNK // size) + group if size < CHUNK else chunk // (strip.group_size // CHUNK)
+        return acc + total * scale_ref[pl.ds(row, 1), :]
 
     whole = strip.chunks // plan.unroll
     acc = jnp.zeros(acc_ref.shape, jnp.float32)
@@ -212,6 +217,15 @@ def _accumulate(x_ref, words, scale_ref, kept_ref, acc_ref, strip: Strip, plan: 
     for chunk in range(whole * plan.unroll, strip.chunks):
         acc = chunk_sum(chunk, acc)
     acc_ref[...] += acc * scale_ref[0:1, :] if strip.group_size is None else acc
+
+
+def _by_group(x: Array, size: int) -> Array:
+    """x `[M, L]` below itself, once for each group of `size` channels, zero outside that group."""
+    groups = x.shape[1] // size
+    if groups == 1:
+        return x
+    of = lax.broadcasted_iota(jnp.int32, x.shape, 1) >> (size.bit_length() - 1)
+    return jnp.concatenate([jnp.where(of == g, x, jnp.zeros_like(x)) for g in range(groups)], axis=0)
 
 
 def _dot(x: Array, w: Array) -> Array:
