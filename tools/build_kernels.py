@@ -1,8 +1,8 @@
 """Hatchling's build hook: compiles the CPU kernels when a wheel is made and a C++ compiler is there.
 
 Optional throughout: without a compiler, or with one that fails, the wheel is the pure one and nothing is said;
-`lq_kernels.cpu.status()` tells the user. Nothing but the sources is needed (see `kernels/lq_kernels/cpu/build.py`), so
-the hook adds no requirement to the isolated environment in which pip builds.
+`lq_kernels.cpu.status()` tells the user. Nothing but the sources is needed (`kernels/lq_kernels/cpu/building.py` says
+why), so the hook adds no requirement to the isolated environment in which pip builds.
 
 - `pip install .`, a wheel from the sdist: the library goes into the wheel, which then is for this platform. It does not
   use Python's ABI, so one wheel serves every Python 3.
@@ -21,7 +21,7 @@ PACKAGE = "kernels/lq_kernels/cpu"
 
 class KernelsHook(BuildHookInterface):
     def initialize(self, version: str, build_data: dict) -> None:
-        module = _load(Path(self.root) / PACKAGE / "build.py")
+        module = _load(Path(self.root) / PACKAGE / "building.py")
         try:
             if version == "editable":
                 if module.find() is None:

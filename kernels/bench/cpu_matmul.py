@@ -31,7 +31,7 @@ import numpy as np
 
 from lq_kernels import cpu
 from lq_kernels.backend import PreparedMatrix
-from lq_kernels.cpu import BACKEND, CpuConfig, build
+from lq_kernels.cpu import BACKEND, CpuConfig, building
 from lq_kernels.cpu.library import library
 from lq_kernels.packed import PackedMatrix
 from lq_kernels.packing import plane_widths
@@ -118,7 +118,7 @@ def reader(megabytes):
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "read.so"
         source = Path(__file__).with_name("read.cc")
-        subprocess.run([*build.compiler(), "-O3", "-fPIC", "-shared", str(source), "-o", str(file)], check=True)
+        subprocess.run([*building.compiler(), "-O3", "-fPIC", "-shared", str(source), "-o", str(file)], check=True)
         function = ctypes.CDLL(str(file)).read_all
     function.argtypes, function.restype = (ctypes.c_void_p, ctypes.c_size_t), ctypes.c_uint64
     arrays = [np.asarray(jnp.full(1 << 21, seed, jnp.int32)) for seed in range(int(megabytes / 8.4))]

@@ -12,14 +12,14 @@ import pytest
 from products import assert_product, numpy_planes, random_matrix, random_rows, random_segments
 
 from lq_kernels import cpu, quantized_matmul
-from lq_kernels.cpu import BACKEND, CpuConfig, build, codebook_matmul
+from lq_kernels.cpu import BACKEND, CpuConfig, building, codebook_matmul
 from lq_kernels.cpu.call import Operand, call
 from lq_kernels.cpu.library import library
 from lq_kernels.packed import SegmentedMatrix
 from lq_kernels.prepared import lay_out
 
-if build.find() is None and build.compiler() is not None:
-    build.build()  # the sources are newer than the installation
+if building.find() is None and building.compiler() is not None:
+    building.build()  # the sources are newer than the installation
 
 needs_library = pytest.mark.skipif(library().reason is not None, reason=cpu.status())
 ISAS = library().supported or ("plain",)
@@ -39,7 +39,7 @@ def equal_bits(a, b) -> bool:
 
 
 def test_where_a_compiler_is_found_the_library_is_there():
-    assert build.compiler() is None or library().reason is None, cpu.status()
+    assert building.compiler() is None or library().reason is None, cpu.status()
 
 
 @needs_library
@@ -278,8 +278,8 @@ def test_a_group_of_no_whole_blocks_is_refused():
 
 
 def test_status_says_why_there_is_no_library(monkeypatch):
-    monkeypatch.setattr(build, "find", lambda: None)
-    monkeypatch.setattr(build, "compiler", lambda: None)
+    monkeypatch.setattr(building, "find", lambda: None)
+    monkeypatch.setattr(building, "compiler", lambda: None)
     library.cache_clear()
     try:
         reason = "no C++ compiler when it was installed; run python -m lq_kernels.cpu.build"

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from lq_kernels.cpu import build
+from lq_kernels.cpu import building
 
 ROOT = Path(__file__).parents[2]
-needs_compiler = pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler")
+needs_compiler = pytest.mark.skipif(building.compiler() is None, reason="no C++ compiler")
 
 
 def load(file, name):
@@ -32,15 +32,15 @@ def hook(tmp_path):
 
 def test_compiler_is_the_one_in_the_environment(monkeypatch):
     monkeypatch.setenv("CXX", f"{sys.executable} -x")
-    assert build.compiler() == [sys.executable, "-x"]
+    assert building.compiler() == [sys.executable, "-x"]
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert build.compiler() is None
+    assert building.compiler() is None
 
 
 def test_without_a_compiler_the_build_says_what_to_do(monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(build.BuildError, match="install g\\+\\+ or clang\\+\\+, or name one in CXX"):
-        build.build(tmp_path)
+    with pytest.raises(building.BuildError, match="install g\\+\\+ or clang\\+\\+, or name one in CXX"):
+        building.build(tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -61,7 +61,7 @@ def test_a_wheel_with_a_compiler_is_for_this_platform_and_any_python(tmp_path):
     one = hook(tmp_path)
     one.initialize("standard", data)
     ((library, inside),) = data["force_include"].items()
-    assert inside == f"lq_kernels/cpu/{build.library_name()}"
+    assert inside == f"lq_kernels/cpu/{building.library_name()}"
     assert Path(library).stat().st_size > 10_000
     assert data["tag"].startswith("py3-none-")
     assert data["pure_python"] is False
@@ -72,11 +72,11 @@ def test_a_wheel_with_a_compiler_is_for_this_platform_and_any_python(tmp_path):
 @needs_compiler
 def test_instruction_sets_unknown_to_the_compiler_are_left_out(monkeypatch, tmp_path):
     wrapper = tmp_path / "old-compiler"
-    real = " ".join(build.compiler())
+    real = " ".join(building.compiler())
     wrapper.write_text(f'#!/bin/sh\ncase "$*" in *-mavx*|*neon*) exit 1;; esac\nexec {real} "$@"\n')
     wrapper.chmod(wrapper.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("CXX", str(wrapper))
-    library = build.build(tmp_path / "out")
+    library = building.build(tmp_path / "out")
     show = (
         "import ctypes, sys; f = ctypes.CDLL(sys.argv[1]).lq_instruction_sets; f.restype = ctypes.c_char_p; print(f(0))"
     )
@@ -87,12 +87,12 @@ def test_instruction_sets_unknown_to_the_compiler_are_left_out(monkeypatch, tmp_
 
 def test_another_source_is_another_library(tmp_path):
     copy = tmp_path / "cpu"
-    shutil.copytree(build.PACKAGE, copy, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    same = load(copy / "build.py", "same_build")
-    assert same.library_name() == build.library_name()
+    shutil.copytree(building.PACKAGE, copy, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    same = load(copy / "building.py", "same_building")
+    assert same.library_name() == building.library_name()
     with (copy / "src" / "ffi.cc").open("a", encoding="utf-8") as file:
         file.write("// changed\n")
-    assert same.library_name() != build.library_name()
+    assert same.library_name() != building.library_name()
     assert same.find() is None or same.find().parent != copy
 
 

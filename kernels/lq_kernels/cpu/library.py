@@ -7,7 +7,7 @@ import os
 
 import jax
 
-from lq_kernels.cpu import build
+from lq_kernels.cpu import building
 
 TARGET = "lq_quantized_matmul"
 
@@ -24,9 +24,11 @@ class Library:
 
 @functools.cache
 def library() -> Library:
-    path = build.find()
+    path = building.find()
     if path is None:
-        cause = "no C++ compiler when it was installed" if build.compiler() is None else "the C++ kernels are not built"
+        cause = (
+            "no C++ compiler when it was installed" if building.compiler() is None else "the C++ kernels are not built"
+        )
         return Library(f"{cause}; run python -m lq_kernels.cpu.build")
     try:
         loaded = ctypes.CDLL(os.fspath(path))
