@@ -47,15 +47,15 @@ class Product:
 
 
 PRODUCTS = {
-    **{f"w{b}": Product(segments=((b, 256, 128),), rows=3) for b in range(1, 9)},
-    **{f"w{b}-symmetric": Product(segments=((b, 128, 128),), rows=8, zeros=None) for b in (2, 7, 8)},
+    **{f"w{b}": Product(segments=((b, 128, 128),), rows=3) for b in range(1, 9)},
+    **{f"w{b}-symmetric": Product(segments=((b, 128, 128),), rows=8, zeros=None) for b in (2, 7)},
     "w1-half": Product(segments=((1, 128, 64),), rows=1, zeros=None, zero_point=0.5),
     "w4-half": Product(segments=((4, 128, 128),), rows=1, zeros=None, zero_point=7.5),
     "w8-half": Product(segments=((8, 128, 128),), rows=1, zeros=None, zero_point=127.5),
-    "w3-group32": Product(segments=((3, 256, 32),), rows=2, scales="float32"),
+    "w3-group32": Product(segments=((3, 128, 32),), rows=2, scales="float32"),
     "w4-group64": Product(segments=((4, 256, 64),), rows=17, scales="float16"),
     "w2-group256": Product(segments=((2, 512, 256),), rows=9),
-    "w5-column-ragged": Product(segments=((5, 1000, 1000),), rows=7, N=130, scales="float32"),
+    "w5-column-ragged": Product(segments=((5, 300, 300),), rows=7, N=130, scales="float32"),
     "w4-short": Product(segments=((4, 96, 128),), rows=1, N=64),
     "w6-ragged": Product(segments=((6, 300, 64),), rows=5, N=100),
     "w3-fractional": Product(segments=((3, 300, 64),), rows=3, zeros="float32"),
@@ -174,16 +174,18 @@ def test_a_field_becomes_its_offset_plus_the_code(bits):
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
-@pytest.mark.parametrize(("zeros", "scales"), [("uint32", "bfloat16"), ("float32", "float16"), (None, "float32")])
-def test_restore_is_the_inverse_of_prepare(bits, zeros, scales):
+@pytest.mark.parametrize(
+    ("zeros", "scales", "K", "group"),
+    [("uint32", "bfloat16", 300, 64), ("float32", "float16", 300, 256), (None, "float32", 100, 100)],
+)
+def test_restore_is_the_inverse_of_prepare(bits, zeros, scales, K, group):
     product = Product(segments=(), rows=1, N=130, zeros=zeros, scales=scales)
-    for K, group in ((300, 64), (520, 256)):
-        w = _matrix(product, bits, K, group, np.random.default_rng(bits))
-        arrays = jax.jit(lambda w: layout.prepare((w,), "sm90"))(w)
-        (restored,) = layout.restore(arrays, (segment_of(w),), w.out_features)
-        for a, b in zip(jax.tree.leaves(w), jax.tree.leaves(restored), strict=True):
-            assert a.dtype == b.dtype
-            assert (a == b).all()
+    w = _matrix(product, bits, K, group, np.random.default_rng(bits))
+    arrays = jax.jit(lambda w: layout.prepare((w,), "sm90"))(w)
+    (restored,) = layout.restore(arrays, (segment_of(w),), w.out_features)
+    for a, b in zip(jax.tree.leaves(w), jax.tree.leaves(restored), strict=True):
+        assert a.dtype == b.dtype
+        assert (a == b).all()
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
