@@ -5,8 +5,8 @@
 //       kernels/bench/check_isa.cc $S/neon.cc -o check_neon
 //   qemu-aarch64 ./check_neon
 //
-// prints the largest error relative to |x| @ |w| for every width and exits with 1 when one is beyond 4e-6. The same with
-// -DKERNEL=kPlain and plain.cc.
+// prints the largest error relative to |x| @ |w| for every width and exits with 1 when one is beyond 4e-6. The same
+// with -DKERNEL=kPlain and plain.cc.
 #include <stdio.h>
 #include <stdlib.h>
 
@@ -91,12 +91,13 @@ double worst_error(const Case& c, std::mt19937* random) {
 int main() {
   std::mt19937 random(1);
   bool good = true;
+  const std::vector<std::array<int64_t, 3>> shapes = {{128, 128, 32}, {600, 200, 256}, {130, 33, 130}};
   for (int bits = 1; bits <= 8; ++bits)
     for (int codebook = 0; codebook <= (bits <= 4); ++codebook) {
       double worst = 0;
       for (int64_t M : std::vector<int64_t>{1, 2, 3, 7, 16})
         for (bool zeros : {false, true})
-          for (auto [K, N, group] : std::vector<std::array<int64_t, 3>>{{128, 128, 32}, {600, 200, 256}, {130, 33, 130}})
+          for (auto [K, N, group] : shapes)
             if (!(codebook && zeros))
               worst = std::max(worst, lq::worst_error({bits, M, K, N, group, zeros, codebook != 0}, &random));
       printf("%s, %d bits%s: %.2e\n", lq::KERNEL.name, bits, codebook ? ", codebook" : "", worst);

@@ -1,14 +1,14 @@
 // AMX (bfloat16 tiles): Sapphire Rapids and later.
 //
-// A tile multiplication takes 16 rows of x by 32 codes by 16 columns, and sums in float32. Codes less their centre have at
-// most eight significant bits: exact in bfloat16. So is x as a sum of terms of eight bits each: one for bfloat16, two for
-// float16, three for float32. Products are therefore exact, and the result is as accurate as one of float32 products.
-// (What is below 2^-126 in a term is taken for zero by the hardware.)
+// A tile multiplication takes 16 rows of x by 32 codes by 16 columns, and sums in float32. Codes less their centre have
+// at most eight significant bits: exact in bfloat16. So is x as a sum of terms of eight bits each: one for bfloat16,
+// two for float16, three for float32. Products are therefore exact, and the result is as accurate as one of float32
+// products. (What is below 2^-126 in a term is taken for zero by the hardware.)
 //
-// The second operand holds pairs of codes: 32-bit lane n of row p is code k(p, 0) of column n in its low half, k(p, 1) in
-// its high half. Any order of the 32 codes of a block will do when x has the same. So the pairs are those that need
-// the fewest instructions: the codes half a word apart, which one shift brings into place, and one `vpermw` then
-// turns into two bfloat16 numbers by a table.
+// The second operand holds pairs of codes: 32-bit lane n of row p is code k(p, 0) of column n in its low half, k(p, 1)
+// in its high half. Any order of the 32 codes of a block will do when x has the same. So the pairs are those that need
+// the fewest instructions: the codes half a word apart, which one shift brings into place, and one `vpermw` then turns
+// into two bfloat16 numbers by a table.
 #if !defined(__linux__)
 #error "asking for AMX is done in the way of Linux"
 #endif
@@ -136,7 +136,8 @@ void unpack_plane(const Words* planes, int64_t block, int64_t column, uint8_t* t
     }
 }
 
-// 3 = 2 + 1 bits: the bits of byte 2 r of the one plane belong to the low halves, those of byte 2 r + 1 to the high ones.
+// 3 = 2 + 1 bits: the bits of byte 2 r of the one plane belong to the low halves, those of byte 2 r + 1 to the high
+// ones.
 void unpack_3(const Words* planes, int64_t block, int64_t column, uint8_t* to) {
   const __m512i table = table_of_bits(3), two = _mm512_set1_epi16(3);
   const __m512i bytes[2] = {_mm512_set1_epi64(static_cast<int64_t>(0x8005800480018000u)),
@@ -180,7 +181,8 @@ void unpack_5(const Words* planes, int64_t block, int64_t column, uint8_t* to) {
 
 // The high 16 bits of two vectors of float32 as pairs.
 inline __m512i pairs_of(__m512 low, __m512 high) {
-  return _mm512_mask_blend_epi16(0xAAAAAAAAu, _mm512_srli_epi32(_mm512_castps_si512(low), 16), _mm512_castps_si512(high));
+  const __m512i shifted = _mm512_srli_epi32(_mm512_castps_si512(low), 16);
+  return _mm512_mask_blend_epi16(0xAAAAAAAAu, shifted, _mm512_castps_si512(high));
 }
 
 void unpack_8(const Words* planes, int64_t block, int64_t column, uint8_t* to) {
@@ -203,7 +205,8 @@ void unpack_planes(const Words* planes, int64_t block, int64_t column, uint8_t* 
     constexpr int w = decltype(width)::value;
     const Words words = {planes[i].data + block * w * planes[i].row, planes[i].row, w};
     const float centre = low + w == BITS ? static_cast<float>(1 << (w - 1)) : 0.0f;
-    unpack_block<Avx512, w>(words, static_cast<float>(1 << low), centre, nullptr, i == 0, column, column + kHalf, codes);
+    const float scale = static_cast<float>(1 << low);
+    unpack_block<Avx512, w>(words, scale, centre, nullptr, i == 0, column, column + kHalf, codes);
     low += w, ++i;
   };
   (add(Width<W>{}), ...);
@@ -260,9 +263,9 @@ struct Blocks {
   int64_t x_step;    // bytes from one block to the next
 };
 
-// The sums stay in tiles 0..3. A block is unpacked while the one before is multiplied: vector and tile units work side by
-// side. The loads come before the stores of the next block, 4096 bytes further: loads that only look like a
-// recent store, by the lowest twelve bits of their addresses, have to wait for it.
+// The sums stay in tiles 0..3. A block is unpacked while the one before is multiplied: vector and tile units work side
+// by side. The loads come before the stores of the next block, 4096 bytes further: loads that only look like a recent
+// store, by the lowest twelve bits of their addresses, have to wait for it.
 template <int T>
 inline void multiply_chunk(const Blocks& b) {
   _tile_zero(0);
@@ -337,7 +340,8 @@ inline void chunk_of_panel(const Product& p, const Tiling& t, const Chunk& chunk
     planes[i] = words_of(segment.plane[i], chunk, panel, columns, p.padded_N, true, room->copies.words + copied);
   Epilogue* epilogue = &room->epilogue[room->chunks++ % 2];
   load_epilogue(p, chunk, panel, columns, epilogue);
-  const auto multiply = t.stacked || t.terms == 1 ? multiply_chunk<1> : t.terms == 2 ? multiply_chunk<2> : multiply_chunk<3>;
+  const int64_t terms = t.stacked ? 1 : t.terms;
+  const auto multiply = terms == 1 ? multiply_chunk<1> : terms == 2 ? multiply_chunk<2> : multiply_chunk<3>;
   Blocks blocks = {nullptr, planes, divide_up(chunk.length, kBlock), 0, room->codes, nullptr, x_step};
   for (int64_t column = 0; column < columns; column += kHalf)
     for (int64_t tile = first; tile < last; ++tile) {
@@ -349,7 +353,8 @@ inline void chunk_of_panel(const Product& p, const Tiling& t, const Chunk& chunk
       finish_pending(t, room);
       store_sums(sums);
       const int64_t m = tile * t.rows;
-      room->pending = {epilogue, sums, x_sums + m, column, at_most(t.rows, p.M - m), total + (m - first * t.rows) * kPanel};
+      float* const to = total + (m - first * t.rows) * kPanel;
+      room->pending = {epilogue, sums, x_sums + m, column, at_most(t.rows, p.M - m), to};
       room->waiting = true;
     }
 }
@@ -370,7 +375,8 @@ void amx_panels(const Product& p, const void* scratch, int64_t first, int64_t la
   for (int64_t panel = first; panel < last; panel += width) {
     const int64_t stop = at_most(last, panel + width);
     for (int64_t tile = 0; tile < t.tiles; tile += tiles_at_once) {
-      const int64_t end = at_most(t.tiles, tile + tiles_at_once), m = tile * t.rows, rows = at_most(p.M, end * t.rows) - m;
+      const int64_t end = at_most(t.tiles, tile + tiles_at_once);
+      const int64_t m = tile * t.rows, rows = at_most(p.M, end * t.rows) - m;
       const auto total = [&](int64_t each) { return room.total + (each - panel) * rows * kPanel; };
       memset(room.total, 0, static_cast<size_t>((stop - panel) * rows * kPanel) * sizeof(float));
       for_each_chunk(p, [&](int64_t index, const Chunk& chunk) {

@@ -38,7 +38,8 @@ struct Avx2 {
   };
 
   template <int W, int M>
-  static void plane(const Words& w, const float* x, int64_t x_row, float low, float, const Decoder<W>& decode, float* acc) {
+  static void plane(const Words& w, const float* x, int64_t x_row, float low, float, const Decoder<W>& decode,
+                    float* acc) {
     plane_in_registers<Avx2, W, M>(w, x, x_row, low, decode, acc);
   }
 };

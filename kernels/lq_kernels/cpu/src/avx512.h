@@ -88,8 +88,8 @@ struct Avx512 {
       }
   }
 
-  // Rows of words fetched ahead, to the first-level cache and to the second. The first alone has too few line buffers to
-  // cover the memory's latency: with both, one thread reached 0.9 of what it can read instead of 0.6.
+  // Rows of words fetched ahead, to the first-level cache and to the second. The first alone has too few line buffers
+  // to cover the memory's latency: with both, one thread reached 0.9 of what it can read instead of 0.6.
   static constexpr int64_t kNear = 2, kFar = 48;
 
   // For every nibble, the field of W bits at place j, less the centre.
@@ -119,8 +119,8 @@ struct Avx512::Decoder<8> {
 };
 
 inline bool supports_avx512() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512vl");
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 
 }  // namespace

@@ -53,7 +53,8 @@ inline int64_t count_chunks(const Product& p) {
   return count;
 }
 
-// What `begin` leaves for all panels: x as float32, every segment padded with zeros to whole blocks, and its chunk sums.
+// What `begin` leaves for all panels: x as float32, every segment padded with zeros to whole blocks, and its chunk
+// sums.
 struct Activations {
   float* x;     // [M, padded_K]
   float* sums;  // [chunks, M]
@@ -269,8 +270,8 @@ inline void few_rows(const Product& p, const Chunk& chunk, int64_t panel, int64_
 }
 
 template <class V>
-inline void many_rows(const Product& p, const Chunk& chunk, int64_t panel, int64_t columns, const float* x, int64_t rows,
-                      Copies* copies, float* acc) {
+inline void many_rows(const Product& p, const Chunk& chunk, int64_t panel, int64_t columns, const float* x,
+                      int64_t rows, Copies* copies, float* acc) {
   alignas(64) float block[kBlock * kPanel];
   for (int64_t k = 0; k < chunk.length; k += kBlock) {
     const Chunk part{chunk.segment, chunk.begin + k, at_most(kBlock, chunk.length - k), chunk.group};

@@ -327,7 +327,8 @@ void compute(const XLA_FFI_CallFrame& frame) {
 }
 
 XLA_FFI_Error* error_of(const XLA_FFI_Api* api, const Failure& failure) {
-  XLA_FFI_Error_Create_Args args = {XLA_FFI_Error_Create_Args_STRUCT_SIZE, nullptr, failure.message.c_str(), failure.code};
+  XLA_FFI_Error_Create_Args args = {XLA_FFI_Error_Create_Args_STRUCT_SIZE, nullptr, failure.message.c_str(),
+                                    failure.code};
   return api->XLA_FFI_Error_Create(&args);
 }
 

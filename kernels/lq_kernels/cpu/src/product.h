@@ -2,9 +2,9 @@
 //
 //   y[m, n] = sum_k x[m, k] * (code[k, n] - zero[k / group, n]) * scale[k / group, n]
 //
-// Terms: a *plane* holds `width` bits of every code, 32 / width codes to a word, little-endian along k; codes of 3, 5, 6
-// and 7 bits are several planes, lowest bits first. A *panel* is kPanel neighbouring columns. A *block* is 32 codes of
-// every column: a plane of width w has w rows of words in it. A *group* shares one scale; it is whole blocks, or a
+// Terms: a *plane* holds `width` bits of every code, 32 / width codes to a word, little-endian along k; codes of 3, 5,
+// 6 and 7 bits are several planes, lowest bits first. A *panel* is kPanel neighbouring columns. A *block* is 32 codes
+// of every column: a plane of width w has w rows of words in it. A *group* shares one scale; it is whole blocks, or a
 // whole segment.
 #ifndef LQ_PRODUCT_H_
 #define LQ_PRODUCT_H_
@@ -17,8 +17,8 @@ namespace lq {
 constexpr int64_t kPanel = 128;  // columns: eight AVX-512 vectors, the accumulators of one row
 constexpr int64_t kBlock = 32;   // codes
 
-// The numbers are part of the interface with Python: see `_TYPES` in call.py.
-enum class Type : int64_t { kF32 = 0, kBF16 = 1, kF16 = 2, kU8 = 3, kS8 = 4, kU32 = 5, kS32 = 6 };
+// Scales, zeros, x and y keep their own types; ffi.cc maps XLA's names to these.
+enum class Type { kF32, kBF16, kF16, kU8, kS8, kU32, kS32 };
 
 struct Plane {
   const uint32_t* words;
