@@ -8,6 +8,8 @@ FLOOR := .venv-floor
 AOT := .venv-aot
 PIP := -m pip install --quiet --disable-pip-version-check
 TESTS ?= tests
+# Installing compiles the CPU kernels; this does it again after their sources have changed, and nothing otherwise.
+BUILD_KERNELS = @$(VENV)/bin/python -m lq_kernels.cpu.build --quiet
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-floor lint standin clean
@@ -16,9 +18,11 @@ help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 demo: $(VENV)/.installed ## the whole pipeline on the shipped model, a few minutes
+	$(BUILD_KERNELS)
 	$(VENV)/bin/lq demo
 
 test: $(VENV)/.installed-dev $(AOT)/.installed ## the tests on the newest tested Python found; kernels compiled for TPUs and Hopper
+	$(BUILD_KERNELS)
 	LQ_AOT_PYTHON=$(abspath $(AOT))/bin/python $(VENV)/bin/python -m pytest -n 2 $(TESTS)
 
 test-floor: $(FLOOR)/.installed-dev ## the tests on Python 3.11 and the oldest JAX, with torch as the oracle
