@@ -139,7 +139,7 @@ def _compile(case: Case):
     import jax.numpy as jnp
     from jax.experimental import topologies
 
-    from lq_kernels.backend import PreparedMatrix
+    from lq_kernels.backend import PreparedMatrix, segment_of
     from lq_kernels.dispatch import problem_of
     from lq_kernels.gpu import BACKEND
 
@@ -153,8 +153,6 @@ def _compile(case: Case):
     arrays = jax.eval_shape(lambda segments: BACKEND.prepare(segments, BACKEND.target(kind)), packed)
     arrays = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), arrays)
     K = sum(k for _, k, _ in case.segments)
-    from lq_kernels.backend import segment_of
-
     w = PreparedMatrix(
         arrays=arrays,
         permutation=None,

@@ -19,6 +19,7 @@ from lq_kernels.backend import Problem, Segment, segment_of
 from lq_kernels.gpu import BACKEND, OLDEST_JAX, layout
 from lq_kernels.gpu.config import SHARED_BYTES, direct_dtype, shared_bytes
 from lq_kernels.gpu.fields import FIELDS, fields
+from lq_kernels.gpu.schedule import Schedule
 from lq_kernels.packed import PackedMatrix
 from lq_kernels.packing import pack
 
@@ -245,11 +246,8 @@ def test_every_candidate_fits_the_device(bits, rows, x_dtype):
         assert config.token_tile <= 128
 
 
-@too_old
 @pytest.mark.parametrize("pairs", [1, 2])
 def test_warpgroups_ask_for_no_more_registers_than_the_block_has(pairs):
-    from lq_kernels.gpu.kernel import Schedule
-
     facts = {"segments": (), "stage_tiles": (), "strips": 1, "rows": 8, "token_tile": 8, "slots": 2}
     schedule = Schedule(**facts, pairs=pairs, blocks=1, cluster=1, split=False, out_dtype="float32")
     copying, computing = schedule.warpgroup_registers

@@ -1,8 +1,9 @@
 """Backend `mosaic_gpu`: Pallas Mosaic GPU kernels for NVIDIA Hopper (compute capability 9.0).
 
 `layout` lays a matrix out as the stream of bytes that the kernel reads, `fields` says how codes lie in words, `unpack`
-brings them into registers, `kernel` multiplies, `config` decides how a product is cut. This file ties them to the
-interface of a backend. Pallas' GPU part is imported when a kernel is built, not before.
+brings them into registers, `kernel` multiplies, `schedule` says what is static about a launch, `config` decides how a
+product is cut. This file ties them to the interface of a backend. Pallas' GPU part is imported when a kernel is built,
+not before.
 
 Numerics: codes minus zeros are whole numbers (or halves) that bfloat16 holds exactly, products are exact, sums are
 float32 over at most 128 products, scaled and added up in float32. float32 and float16 activations come as several
@@ -20,6 +21,7 @@ from lq_kernels.backend import Backend, PreparedMatrix, Problem
 from lq_kernels.gpu import layout
 from lq_kernels.gpu.config import GpuConfig, candidates, default_config, direct_dtype, even_strips, stage_tiles
 from lq_kernels.gpu.layout import TILE, stream_segment, zero_remainder
+from lq_kernels.gpu.schedule import Schedule
 from lq_kernels.packed import PackedMatrix
 from lq_kernels.split import bf16_terms, sum_terms
 
@@ -66,7 +68,7 @@ def _local_devices():
 
 def matmul(x: Array, w: PreparedMatrix, *, out_dtype, config: GpuConfig, interpret=False) -> Array:
     """x `[M, K]` @ w as `out_dtype` `[M, N]`. See `Backend`."""
-    from lq_kernels.gpu.kernel import Schedule, multiply
+    from lq_kernels.gpu.kernel import multiply
 
     problem = Problem(x.shape[0], w.in_features, w.out_features, str(x.dtype), str(out_dtype), w.segments, None)
     segments = tuple(stream_segment(segment) for segment in w.segments)

@@ -12,8 +12,8 @@ is that of the A operand of the matrix instruction: thread 32 w + 4 r + c has ro
 input channels 8 f + 2 c and 8 f + 2 c + 1 for the fields f = 0..15. Input channels stay in their order.
 
 Scales of bfloat16 are kept as such, two rows to a word; others are widened to float32. Zeros are bfloat16, exact for
-whole numbers in [-2**bits, 2**bits]. Fractional zeros are split: their whole part is in the stream, and the
-zeros themselves are kept beside it.
+whole numbers in [0, 2**bits], where zeros belong. Fractional zeros are split: their whole part is in the stream, and
+the zeros themselves are kept beside it.
 
 Groups of 128 or more (and a whole column) are stored once per tile: sums are never longer than 128 products before they
 are added up in float32, which bounds what the tensor core's accumulator may lose.
