@@ -8,6 +8,7 @@ does not support, so whoever asks for many kernels starts one process each (`tpu
 What is reported per number of rows:
 
     whole      bundles of the whole grid per 1024 weights: pipeline, scales, zero points, everything
+    sides      bytes of scales and zeros, twice: the compiler may move these before the kernel starts
     marginal   bundles of one turn of the unpacking loop per 1024 weights (of the first segment)
     budget     bundles in which a chip's memory delivers 1024 weights and their scales; below it, memory is the limit
     temp       bytes of temporaries in HBM; a bfloat16 copy of the weights would show here
@@ -157,6 +158,9 @@ def compile_one(chip: str, segments, columns: int, rows: int, x_dtype: str, targ
         "spills": counted["spills"],
         "vmem": vmem_bytes(problem, target, config),
         "config": vars(config),
+        "sides": sum(
+            2 * a.size * a.dtype.itemsize for s in prepared.arrays for a in (s["scales"], s["zeros"]) if a is not None
+        ),
         "loops": counted["loops"],
         "step": counted["step"],
         "slots": counted["slots"],

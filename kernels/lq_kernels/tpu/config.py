@@ -93,7 +93,7 @@ def _unroll(problem: Problem) -> int:
 
 def _depth(generation: str, rows: int) -> int:
     """Few rows leave the matrix unit room for the rows of several groups at once, so it is filled to its depth."""
-    return 128 if rows <= 8 and generation in ("v4", "v5e", "v5p") else 32
+    return 128 if rows <= 8 and generation in ("v5e", "v5p") else 32
 
 
 def candidates(problem: Problem, target: str) -> list[TpuConfig]:
