@@ -1,0 +1,59 @@
+"""Compiles the TPU kernels with the TPU's own compiler, libtpu, on a machine without a TPU.
+
+Every chip and width must compile, make no bfloat16 copy of the weights, and cost no more bundles than recorded in
+kernels/bench/results/static_cost_tpu.json. The record belongs to one libtpu. Under another one the costs are another
+compiler's: what must hold on any is still tested, the comparison with the record fails only beyond `OTHER_COMPILER`,
+and the message says how to record anew.
+"""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCH = Path(__file__).parents[2] / "kernels" / "bench"
+sys.path.insert(0, str(BENCH))
+import tpu_cost  # noqa: E402
+
+sys.path.remove(str(BENCH))
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install 'jax[tpu]'"
+)
+
+SAME_COMPILER, OTHER_COMPILER = 1.10, 1.5  # times the recorded cost
+SMALL = 1 << 16  # bytes of temporaries that are no copy of anything
+RECORD = json.loads(tpu_cost.RECORD.read_text(encoding="utf-8"))
+CASES = tpu_cost.cases()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_compiles_without_a_copy_of_the_weights_at_the_recorded_cost(name):
+    case, recorded = CASES[name], RECORD["costs"][name]
+    version = tpu_cost.libtpu_version()
+    tolerance = SAME_COMPILER if version == RECORD["libtpu"] else OTHER_COMPILER
+    for result, before in zip(tpu_cost.measure(**case), recorded, strict=True):
+        M = result["rows"]
+        assert before["rows"] == M
+        assert result["temp"] < 2 * 4 * M * (tpu_cost.CHANNELS + tpu_cost.COLUMNS) + result["sides"] + SMALL
+        assert result["spills"] <= before["spills"] * tolerance + 16, f"{M} rows: more spills than recorded"
+        assert result["whole"] <= before["whole"] * tolerance, (
+            f"{M} rows: {result['whole']} bundles per 1024 weights with libtpu {version}, recorded {before['whole']} "
+            f"with {RECORD['libtpu']}. If that is intended: python kernels/bench/tpu_cost.py --record --only '{name}'"
+        )
+
+
+def test_the_record_is_whole():
+    assert list(RECORD["costs"]) == list(CASES)
+
+
+@pytest.mark.parametrize("chip", ["v5e", "v5p", "v6e"])
+def test_decode_is_limited_by_memory_where_the_matrix_unit_allows(chip):
+    """What the record claims: whole kernels of 1 and 16 rows, within what memory needs to deliver the weights."""
+    widths = {"v5e": (3, 4, 5, 6, 7, 8), "v5p": (4, 5, 6, 7, 8), "v6e": (4, 5, 6, 7, 8)}[chip]
+    for bits in widths:
+        for result in RECORD["costs"][f"{chip} {bits}bit"]:
+            if result["rows"] <= 16:
+                assert result["whole"] <= result["budget"], (bits, result["rows"])
