@@ -6,13 +6,14 @@ PYTHON_FLOOR ?= $(shell sh tools/find_python.sh floor)
 VENV := .venv
 FLOOR := .venv-floor
 AOT := .venv-aot
+AOT_TESTS := $(addprefix tests/kernels/,test_tpu_compile.py test_gpu_compile.py test_gpu_registers.py)
 PIP := -m pip install --quiet --disable-pip-version-check
 TESTS ?= tests
 # Installing compiles the CPU kernels; this does it again after their sources have changed, and nothing otherwise.
 BUILD_KERNELS = @$(VENV)/bin/python -m lq_kernels.cpu.build --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-floor lint standin clean
+.PHONY: help demo test test-aot test-floor lint standin clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -21,9 +22,12 @@ demo: $(VENV)/.installed ## the whole pipeline on the shipped model, a few minut
 	$(BUILD_KERNELS)
 	$(VENV)/bin/lq demo
 
-test: $(VENV)/.installed-dev $(AOT)/.installed ## the tests on the newest tested Python found; kernels compiled for TPUs and Hopper
+test: $(VENV)/.installed-dev $(if $(filter tests,$(TESTS)),test-aot) ## the tests on the newest tested Python found, those of test-aot too
 	$(BUILD_KERNELS)
-	LQ_AOT_PYTHON=$(abspath $(AOT))/bin/python $(VENV)/bin/python -m pytest -n 2 $(TESTS)
+	$(VENV)/bin/python -m pytest -n 2 $(TESTS)
+
+test-aot: $(AOT)/.installed ## every kernel compiled for TPUs and for Hopper, without either
+	JAX_PLATFORMS=cpu $(AOT)/bin/python -m pytest -n 2 $(AOT_TESTS)
 
 test-floor: $(FLOOR)/.installed-dev ## the tests on Python 3.11 and the oldest JAX, with torch as the oracle
 	$(FLOOR)/bin/python -m pytest -n 2 $(TESTS)
@@ -63,5 +67,5 @@ $(FLOOR)/.installed-dev: pyproject.toml
 $(AOT)/.installed: pyproject.toml
 	@test -n "$(PYTHON)" || { echo "no tested Python (3.11, 3.12 or 3.13) was found. Install one, or try another: make $(MAKECMDGOALS) PYTHON=/path/to/python" >&2; exit 2; }
 	$(PYTHON) -m venv $(AOT)
-	$(AOT)/bin/python $(PIP) --editable '.[aot]'
+	$(AOT)/bin/python $(PIP) --editable '.[dev,aot]'
 	@touch $@

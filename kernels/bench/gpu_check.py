@@ -18,6 +18,8 @@ import time
 from pathlib import Path
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs memory beside us
+if "--smoke" in sys.argv:
+    os.environ.setdefault("NPROC", "16")  # threads of a thread block that Pallas' interpreter runs at once
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
 import decode_step

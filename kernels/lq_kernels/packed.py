@@ -32,7 +32,7 @@ class PackedMatrix:
 
     planes: tuple[Array, ...]  # uint32 [..., words, N] each, as `packing.pack` returns them
     scales: Array  # float [..., groups, N]
-    zeros: Array | None  # any number type [..., groups, N]; None: the constant `zero_point`
+    zeros: Array | None  # any number type [..., groups, N], within [0, 2**bits]; None: the constant `zero_point`
     zero_point: float  # used when `zeros` is None
     bits: int
     group_size: int

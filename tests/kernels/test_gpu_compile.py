@@ -20,7 +20,7 @@ def _harness():
 
 
 harness = _harness()
-pytestmark = pytest.mark.skipif(harness.missing() is not None, reason=f"cannot compile for CUDA: {harness.missing()}")
+pytestmark = pytest.mark.skipif(harness.missing() is not None, reason=f"{harness.missing()} here: make test-aot")
 
 MIXED = harness.Case(rows=16, out_features=8192, segments=((4, 4096, 128), (3, 2048, 128), (2, 2048, 128)))
 CASES = {

@@ -34,7 +34,7 @@ def _missing() -> str | None:
     return None if found else "jax-cuda13-plugin is not installed"
 
 
-pytestmark = pytest.mark.skipif(_missing() is not None, reason=f"cannot compile for CUDA: {_missing()}")
+pytestmark = pytest.mark.skipif(_missing() is not None, reason=f"{_missing()} here: make test-aot")
 
 # name -> (bits, zero point of a symmetric one or None for stored zeros)
 UNPACKING = {

@@ -20,7 +20,7 @@ import tpu_cost  # noqa: E402
 sys.path.remove(str(BENCH))
 
 pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install 'jax[tpu]'"
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed here: make test-aot"
 )
 
 SAME_COMPILER, OTHER_COMPILER = 1.10, 1.5  # times the recorded cost
