@@ -6,7 +6,7 @@ p in {1, 2, 4, 8} holds p bits of every code, 32/p codes to a word, little-endia
     word[r, n] bits [p*i, p*(i+1))  =  code[r * 32/p + i, n] bits of this plane,      i = 0 .. 32/p - 1
 
 Widths 1, 2, 4 and 8 are one plane, which is GPTQ's order. The others are sums of planes, lowest bits first in the
-widest plane: 3 = 2+1, 5 = 4+1, 6 = 4+2, 7 = 4+2+1. So 3 bits cost 3 bits, unpacking is shifts and masks by constants, no code
+widest plane: 3 = 2+1, 5 = 4+1, 6 = 4+2, 7 = 4+2+1. So 3 bits cost 3 bits, unpacking is shifts and masks, no code
 straddles two words, and a matrix cut along K at multiples of 32 is cut between words in every plane.
 
 When K is no multiple of 32/p the last word of a plane is padded with zero bits; the padding is counted by
