@@ -104,11 +104,13 @@ def _group_sums(x: Array, strip, segment, start: int, plan) -> Array:
 
     Times what is to be subtracted from every unpacked number where that is one number for the whole segment.
     """
-    own = x[:, start : start + segment.in_features].astype(jnp.float32)
+    own = x[:, start : start + segment.in_features]
     size = min(segment.group_size, segment.in_features)
     rows = padded(x.shape[0], 16)
-    own = jnp.pad(own, ((0, rows - x.shape[0]), (0, strip.groups * size - segment.in_features)))
-    sums = own.reshape(rows, strip.groups, size).sum(-1)
+    whole = segment.groups * size
+    own = jnp.pad(own, ((0, 0), (0, whole - segment.in_features))).reshape(x.shape[0], segment.groups, size)
+    sums = own.sum(-1, dtype=jnp.float32)
+    sums = jnp.pad(sums, ((0, rows - x.shape[0]), (0, strip.groups - segment.groups)))
     if strip.zero_point is not None:
         sums = sums * (strip.zero_point + plan.offset(strip))
     return bf16_terms(sums).reshape(3, rows, strip.groups)

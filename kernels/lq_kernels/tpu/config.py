@@ -71,7 +71,7 @@ def default_config(problem: Problem, target: str) -> TpuConfig:
         for keep in (True, False) if several else (False,):
             for columns in (512, 256, 128) if rows <= 64 else (256, 128):
                 config = TpuConfig(
-                    rows=min(block, padded(rows, 16)),
+                    rows=padded(math.ceil(rows / math.ceil(rows / block)), 16),
                     columns=min(columns, padded(problem.out_features, LANES)),
                     unroll=_unroll(problem),
                     depth=_depth(generation, rows),
