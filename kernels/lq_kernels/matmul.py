@@ -9,6 +9,7 @@ differentiated too (through plain XLA), codes may not.
 import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +35,7 @@ def quantized_matmul(
     config: Config | None = None,
     out_dtype=None,
     interpret: bool = False,
-) -> Array | tuple[Array, ...]:
+) -> Any:
     """y = x @ w, w packed, without storing the unpacked matrix where a backend can avoid it.
 
     Args:
@@ -49,7 +50,7 @@ def quantized_matmul(
         Needs `backend`; for tests, and not differentiable.
 
     Returns:
-      y `[..., N]`, or one per matrix.
+      y `[..., N]`, an array; a tuple of such arrays for several matrices.
 
     Raises:
       ValueError: shapes or dtypes do not fit, or no backend has that name.

@@ -102,4 +102,5 @@ def side_by_side(matrices: Sequence[PackedMatrix | SegmentedMatrix]) -> PackedMa
 @functools.cache
 def _relayout(backend: str, target: str):
     """Jitted, so that what the relayout needs in between is freed at once. One per backend and target."""
-    return jax.jit(functools.partial(load_backend(backend).prepare, target=target))
+    prepare_for = load_backend(backend).prepare
+    return jax.jit(lambda segments: prepare_for(segments, target))

@@ -121,7 +121,7 @@ def _run(config, program, x, matrices, repeats, deadline) -> Outcome:
 def write_entry(folder: Path, backend: Backend, problem: Problem, config: Config) -> Path:
     """Puts one problem's configuration into the device's table, whatever else is there staying. Returns the file."""
     file = folder / tuning.file_name(problem.device_kind or "unknown")
-    table = {"entries": {}}
+    table: dict = {"entries": {}}
     if file.exists():
         table = json.loads(file.read_text(encoding="utf-8"))
     table["device_kind"] = problem.device_kind
@@ -146,7 +146,7 @@ def shapes(text: str) -> list[tuple[int, int]]:
     """ "4096x14336,4096x4096" -> [(4096, 14336), (4096, 4096)]"""
     if not re.fullmatch(r"[1-9]\d*x[1-9]\d*(,[1-9]\d*x[1-9]\d*)*", text):
         raise argparse.ArgumentTypeError(f"{text!r}; write KxN, several with commas, as in 4096x4096,4096x14336")
-    return [tuple(int(n) for n in part.split("x")) for part in text.split(",")]
+    return [(int(K), int(N)) for K, N in (part.split("x") for part in text.split(","))]
 
 
 def main(arguments: list[str] | None = None) -> int:

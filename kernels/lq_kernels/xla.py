@@ -6,6 +6,9 @@ weight is rounded to that dtype; the other backends keep codes exact and scale a
 """
 
 import dataclasses
+import functools
+import itertools
+import operator
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -28,11 +31,10 @@ def unpacked_matmul(x: Array, w: PackedMatrix, out_dtype) -> Array:
 
 def sum_over_segments(multiply, x: Array, segments: tuple[PackedMatrix, ...], out_dtype) -> Array:
     """The sum of `multiply(x_s, segment, float32)`, rounded once."""
-    start, total = 0, 0.0
-    for segment in segments:
-        total = total + multiply(x[..., start : start + segment.in_features], segment, jnp.float32)
-        start += segment.in_features
-    return total.astype(out_dtype)
+    ends = list(itertools.accumulate(segment.in_features for segment in segments))
+    parts = jnp.split(x, ends[:-1], axis=-1)
+    products = [multiply(part, segment, jnp.float32) for part, segment in zip(parts, segments, strict=True)]
+    return functools.reduce(operator.add, products).astype(out_dtype)
 
 
 def _matmul(x: Array, w: PreparedMatrix, *, out_dtype, config, interpret=False) -> Array:

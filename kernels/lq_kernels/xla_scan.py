@@ -35,7 +35,11 @@ def scan_matmul(x: Array, w: PackedMatrix, out_dtype, chunk: int) -> Array:
         chunks = jax.tree.map(lambda a: a.reshape(count, -1, a.shape[-1]), w.rows(0, whole))
         chunks = dataclasses.replace(chunks, in_features=chunk)
         x_chunks = jnp.moveaxis(x[:, :whole].reshape(-1, count, chunk), 1, 0)
-        add = lambda y, step: (y + xla.unpacked_matmul(*step, jnp.float32), None)  # noqa: E731
+
+        def add(y, step):
+            x_chunk, w_chunk = step
+            return y + xla.unpacked_matmul(x_chunk, w_chunk, jnp.float32), None
+
         total, _ = lax.scan(add, total, (x_chunks, chunks))
     if whole < w.in_features:
         total += xla.unpacked_matmul(x[:, whole:], w.rows(whole, w.in_features - whole), jnp.float32)

@@ -7,6 +7,7 @@ dtype.
 
 import itertools
 import math
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -62,7 +63,7 @@ def linear_maps(module: nn.Module, x: Array, features: dict[str, int], use_bias:
 
     One product where their kernels were prepared as one, under their joined names (`lq.models.prepared`).
     """
-    products = [None] * len(features)
+    products: Any = [None] * len(features)
     joint = "+".join(features)
     if len(features) > 1 and module.has_variable("params", joint):
         products = matmul(x, module.get_variable("params", joint))

@@ -33,11 +33,11 @@ def library() -> Library:
     try:
         loaded = ctypes.CDLL(os.fspath(path))
         loaded.lq_instruction_sets.restype = ctypes.c_char_p
-        names = [tuple(loaded.lq_instruction_sets(flag).decode().split()) for flag in (0, 1)]
+        compiled, supported = (tuple(loaded.lq_instruction_sets(flag).decode().split()) for flag in (0, 1))
         jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(getattr(loaded, TARGET)), platform="cpu")
     except Exception as error:  # a foreign or broken file must not break the import of the package
         return Library(f"{path} cannot be loaded ({error}); run python -m lq_kernels.cpu.build --force")
-    return Library(None, *names, os.fspath(path))
+    return Library(None, compiled, supported, os.fspath(path))
 
 
 def status() -> str:

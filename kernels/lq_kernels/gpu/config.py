@@ -35,7 +35,7 @@ class GpuConfig:
 
 def multiprocessors(device_kind: str | None) -> int:
     for name, count in MULTIPROCESSORS.items():
-        if name in (device_kind or "") and not re.search(r"H20\d", device_kind):
+        if name in (kind := device_kind or "") and not re.search(r"H20\d", kind):
             return count
     return 132
 

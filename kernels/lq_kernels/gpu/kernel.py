@@ -15,6 +15,7 @@ knows its width when it is compiled.
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +40,7 @@ def multiply(x: Array, streams: tuple[Array, ...], schedule: Schedule) -> Array:
     """
     s = schedule
     swizzled = (plgpu.TilingTransform((8, s.span)), plgpu.SwizzleTransform(2 * s.span))
-    scratch = {
+    scratch: dict[str, Any] = {
         "x_smem": plgpu.SMEM((s.slots, max(s.stage_tiles), s.token_tile, TILE), jnp.bfloat16, transforms=swizzled),
         "w_smem": plgpu.SMEM((s.slots, s.slot_rows, ROW), jnp.int32),
         "out_smem": plgpu.SMEM((SIDES, s.token_tile, 64), s.out_dtype),
@@ -54,6 +55,10 @@ def multiply(x: Array, streams: tuple[Array, ...], schedule: Schedule) -> Array:
     if s.interpret:  # the interpreter takes the A operand from shared memory only
         scratch["staging"] = plgpu.SMEM((s.computing, 64, TILE), jnp.bfloat16, transforms=swizzled)
 
+    options: dict[str, Any] = {"interpret": s.interpret} if s.interpret else {}
+    if s.cluster > 1:
+        options |= {"cluster": (s.cluster,), "cluster_names": ("rank",)}
+
     def lq_matmul(x_gmem, *refs, **buffers):
         _Block(s, x_gmem, refs[:-1], refs[-1], **buffers).run()
 
@@ -63,12 +68,11 @@ def multiply(x: Array, streams: tuple[Array, ...], schedule: Schedule) -> Array:
         scratch_types=scratch,
         grid=(s.blocks // s.cluster,),
         grid_names=("block",),
-        **({"cluster": (s.cluster,), "cluster_names": ("rank",)} if s.cluster > 1 else {}),
         num_threads=s.computing + 1,
         thread_name="warpgroup",
         # Safe: what a warpgroup reads it does not write, but for its part of out_smem, each thread its own elements.
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
-        **({"interpret": s.interpret} if s.interpret else {}),
+        **options,
     )
     return run(x, *streams)
 
@@ -91,17 +95,17 @@ class _Block:
     """One thread block's program."""
 
     s: Schedule
-    x_gmem: object
+    x_gmem: Any
     streams: tuple
-    out_gmem: object
-    x_smem: object
-    w_smem: object
-    out_smem: object
-    full: object
-    empty: object
-    handed: object = None
-    taken: object = None
-    staging: object = None
+    out_gmem: Any
+    x_smem: Any
+    w_smem: Any
+    out_smem: Any
+    full: Any
+    empty: Any
+    handed: Any = None
+    taken: Any = None
+    staging: Any = None
 
     def run(self):
         warpgroup = lax.axis_index("warpgroup")

@@ -114,7 +114,7 @@ def _prepare_segment(w: PackedMatrix) -> dict[str, Array]:
         planes = [scales[..., 0], scales[..., 1]]
     else:
         planes = [_pair(pairs[0])]
-    if facts.zeros:
+    if facts.zeros and w.zeros is not None:
         planes.append(_pair(_tile_groups(_whole_part(w.zeros), w, facts, strips).astype(jnp.bfloat16)))
     # [strips, tiles, groups, planes, 2 warpgroups, 32]
     parts.append(jnp.stack(planes, axis=3).reshape(strips, facts.tiles, -1, ROW))

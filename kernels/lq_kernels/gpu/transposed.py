@@ -32,7 +32,7 @@ def load_transposed(ref, tokens: int, interpret) -> Array:
     if interpret:
         return ref[...].T
     layout = plgpu.Layout.WGMMA
-    result = plgpu.ShapeDtypeStruct((64, tokens), jnp.float32, layout=layout)
+    result = plgpu.ShapeDtypeStruct((64, tokens), jnp.dtype("float32"), layout=layout)
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=result)
     def load(ctx, memory):

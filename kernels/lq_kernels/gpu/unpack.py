@@ -36,7 +36,7 @@ def unpack_columns(words: Array, zeros: Array | None, facts: StreamSegment, firs
     if interpret:
         return _columns_of_arrays(words, zeros, facts, chosen)
     layout = plgpu.Layout.WGMMA
-    result = plgpu.ShapeDtypeStruct((64, 8 * count), jnp.bfloat16, layout=layout)
+    result = plgpu.ShapeDtypeStruct((64, 8 * count), jnp.dtype("bfloat16"), layout=layout)
     if zeros is None:
         emit = plgpu.inline_mgpu(arg_types=(words_layout(facts),), return_type=result)
         return emit(lambda ctx, w: _columns_of_registers(w, None, facts, chosen, layout))(words)
@@ -49,7 +49,9 @@ def scales_of_pairs(pairs: Array, interpret) -> Array:
     if interpret:
         return _rows_of_pairs(lax.bitcast_convert_type(pairs, jnp.bfloat16).astype(jnp.float32))
 
-    @plgpu.inline_mgpu(arg_types=(ROW_PAIRS,), return_type=plgpu.ShapeDtypeStruct((64,), jnp.float32, layout=ROWS))
+    @plgpu.inline_mgpu(
+        arg_types=(ROW_PAIRS,), return_type=plgpu.ShapeDtypeStruct((64,), jnp.dtype("float32"), layout=ROWS)
+    )
     def widen(ctx, array):
         ops = _Mlir()
         word = ops.word_of(array.registers.item())
@@ -64,7 +66,7 @@ def scales_of_words(low: Array, high: Array, interpret) -> Array:
         return _rows_of_pairs(lax.bitcast_convert_type(jnp.stack([low, high], axis=-1), jnp.float32))
 
     @plgpu.inline_mgpu(
-        arg_types=(ROW_PAIRS, ROW_PAIRS), return_type=plgpu.ShapeDtypeStruct((64,), jnp.float32, layout=ROWS)
+        arg_types=(ROW_PAIRS, ROW_PAIRS), return_type=plgpu.ShapeDtypeStruct((64,), jnp.dtype("float32"), layout=ROWS)
     )
     def join(ctx, first, second):
         ops = _Mlir()
