@@ -25,6 +25,9 @@ pytestmark = pytest.mark.skipif(
 
 SAME_COMPILER, OTHER_COMPILER = 1.10, 1.5  # times the recorded cost
 SMALL = 1 << 16  # bytes of temporaries that are no copy of anything
+# Integer unpacking wants the channels of x in another order; v5p permutes them in padded tiles, M x 200 KiB of them here.
+# The weights as int8 would be 16 MiB, as bfloat16 32.
+PERMUTED = 1 << 22
 RECORD = json.loads(tpu_cost.RECORD.read_text(encoding="utf-8"))
 CASES = tpu_cost.cases()
 
@@ -37,7 +40,8 @@ def test_compiles_without_a_copy_of_the_weights_at_the_recorded_cost(name):
     for result, before in zip(tpu_cost.measure(**case), recorded, strict=True):
         M = result["rows"]
         assert before["rows"] == M
-        assert result["temp"] < 2 * 4 * M * (tpu_cost.CHANNELS + tpu_cost.COLUMNS) + result["sides"] + SMALL
+        small = PERMUTED if "int8 activations" in name else SMALL
+        assert result["temp"] < 2 * 4 * M * (tpu_cost.CHANNELS + tpu_cost.COLUMNS) + result["sides"] + small
         assert result["spills"] <= before["spills"] * tolerance + 16, f"{M} rows: more spills than recorded"
         assert result["whole"] <= before["whole"] * tolerance, (
             f"{M} rows: {result['whole']} bundles per 1024 weights with libtpu {version}, recorded {before['whole']} "
