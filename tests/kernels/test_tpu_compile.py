@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(
 
 SAME_COMPILER, OTHER_COMPILER = 1.10, 1.5  # times the recorded cost
 SMALL = 1 << 16  # bytes of temporaries that are no copy of anything
-# Integer unpacking wants the channels of x in another order; v5p permutes them in padded tiles, M x 200 KiB of them here.
+# Integer unpacking wants the channels of x in another order; v5p permutes them in padded tiles, M x 200 KiB here.
 # The weights as int8 would be 16 MiB, as bfloat16 32.
 PERMUTED = 1 << 22
 RECORD = json.loads(tpu_cost.RECORD.read_text(encoding="utf-8"))
