@@ -196,10 +196,14 @@ def _abstract_packed(case: Case, bits: int, K: int, group: int):
 
 
 def find_tool(name: str) -> str | None:
-    """A CUDA tool on the PATH, in a toolkit, or in a Python package."""
+    """A CUDA tool of a Python package, on the PATH, or in a toolkit.
+
+    The packages first: JAX takes their libraries, and an older assembler may not read what these write.
+    """
     site = Path(sysconfig.get_paths()["purelib"])
-    folders = [*Path("/usr/local").glob("cuda*/bin"), *site.glob("nvidia/*/bin"), site / "triton/backends/nvidia/bin"]
-    return shutil.which(name) or shutil.which(name, path=os.pathsep.join(map(str, folders)))
+    packaged = [*site.glob("nvidia/*/bin"), site / "triton/backends/nvidia/bin"]
+    folders = [*packaged, *os.environ.get("PATH", "").split(os.pathsep), *Path("/usr/local").glob("cuda*/bin")]
+    return shutil.which(name, path=os.pathsep.join(map(str, folders)))
 
 
 def missing() -> str | None:
