@@ -47,10 +47,7 @@ def matmul(x: Array, w: PreparedMatrix, *, out_dtype, config: TpuConfig, interpr
     if integer and generation not in INTEGER_UNITS:
         raise NotImplementedError(f"{generation} has no integer matrix unit; use activations='bfloat16'")
     x_scale = None
-    if integer:
-        terms, x_scale = quantize_rows(x)
-    else:
-        terms = bf16_terms(x)
+    terms, x_scale = quantize_rows(x) if integer else (bf16_terms(x), jnp.float32(1))
     plan = _plan(w, terms.shape[0], config, generation, integer)
     sums = tuple(
         _group_sums(terms, strip, segment, start, plan) if plan.corrected(strip) else None

@@ -62,27 +62,29 @@ def default_config(problem: Problem, target: str) -> TpuConfig:
 
     A loop turn is as long as its code may be: filling and draining the matrix unit costs about 100 bundles a turn.
     """
-    generation = target.partition("-")[0]
-    rows = terms(problem) * problem.rows
-    strips = 4 * CORES.get(generation, 1)
-    block = ROWS
-    while True:
-        several = math.ceil(rows / block) >= KEEP_FROM
-        for keep in (True, False) if several else (False,):
+    enough = 4 * CORES.get(target.partition("-")[0], 1)
+    preferred = list(_preferences(problem, target))
+    for config in preferred:
+        several = problem.out_features >= enough * config.columns or config.columns == LANES
+        if several and fits(problem, target, config):
+            return config
+    return preferred[-1]
+
+
+def _preferences(problem: Problem, target: str):
+    """Many rows to a block before few, the unpacked strip kept before not, wide strips before narrow."""
+    rows, generation = terms(problem) * problem.rows, target.partition("-")[0]
+    for halvings in range(int(math.log2(ROWS // 16)) + 1):
+        blocks = math.ceil(rows / (ROWS >> halvings))
+        for keep in (True, False) if blocks >= KEEP_FROM else (False,):
             for columns in (512, 256, 128) if rows <= 64 else (256, 128):
-                config = TpuConfig(
-                    rows=padded(math.ceil(rows / math.ceil(rows / block)), 16),
+                yield TpuConfig(
+                    rows=padded(math.ceil(rows / blocks), 16),
                     columns=min(columns, padded(problem.out_features, LANES)),
                     unroll=_unroll(problem),
                     depth=_depth(generation, rows),
                     keep=keep,
                 )
-                enough = problem.out_features >= strips * columns or columns == LANES
-                if enough and fits(problem, target, config):
-                    return config
-        if block == 16:
-            return config
-        block //= 2
 
 
 def _unroll(problem: Problem) -> int:

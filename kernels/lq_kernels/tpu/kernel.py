@@ -13,6 +13,7 @@ others.
 import dataclasses
 import functools
 import math
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -145,9 +146,9 @@ def _correction(sums, scales, zeros, strip: Strip, plan: Plan) -> Array:
         factors = _terms(factor if zeros is None else factor * zero)
     terms, rows, groups = sums.shape
     left = sums[...].reshape(terms * rows, groups)
-    total = sum(jnp.dot(left, f, preferred_element_type=jnp.float32) for f in reversed(factors))
-    total = total.reshape(terms, rows, total.shape[1])
-    return sum(total[i] for i in reversed(range(terms)))[: plan.rows]
+    products = [jnp.dot(left, f, preferred_element_type=jnp.float32) for f in reversed(factors)]
+    total = functools.reduce(operator.add, products).reshape(terms, rows, -1)
+    return functools.reduce(operator.add, [total[i] for i in reversed(range(terms))])[: plan.rows]
 
 
 def _terms(a: Array) -> list[Array]:
@@ -188,10 +189,9 @@ def _accumulate(x_ref, words, scale_ref, kept_ref, acc_ref, strip: Strip, plan: 
         depth = max(size, plan.depth)
         for first in range(0, CHUNK, depth):
             inside = slice(first, first + depth)
-            total = None
-            for i, w in enumerate(parts):
-                dot = _dot(_by_group(x[:, inside], size), w[inside])
-                total = dot if total is None else total + 16.0**i * dot
+            grouped = _by_group(x[:, inside], size)
+            dots = [_dot(grouped, w[inside]) for w in parts]
+            total = functools.reduce(operator.add, [16.0**i * dot if i else dot for i, dot in enumerate(dots)])
             for g in range(depth // size):
                 acc = scaled(acc, chunk, first // size + g, total[g * x.shape[0] : (g + 1) * x.shape[0]])
         return acc

@@ -9,8 +9,11 @@ Arrays of a segment, Kp and Np being K and N rounded up to whole chunks and to 1
 Padding is zero: padded channels meet zeros in x, padded groups have the scale zero.
 """
 
+import functools
 import math
+import operator
 import re
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -78,7 +81,8 @@ def restore(arrays: tuple[dict, ...], segments: tuple[Segment, ...], columns: in
 
 def _restore_segment(arrays: dict, segment: Segment, columns: int, target: str) -> PackedMatrix:
     parts = schemes(segment.bits, target)
-    codes = sum(load(w, s) << 4 * i for i, (w, s) in enumerate(zip(arrays["words"], parts, strict=True)))
+    halves = [load(w, s) << 4 * i for i, (w, s) in enumerate(zip(arrays["words"], parts, strict=True))]
+    codes = functools.reduce(operator.or_, halves)
     zeros = arrays["zeros"]
     return PackedMatrix(
         planes=pack(codes[: segment.in_features, :columns], segment.bits),
@@ -97,7 +101,7 @@ def store(codes: Array, s: Scheme) -> Array:
         codes = codes ^ (1 << s.bits - 1)
     lanes = 32 // s.container
     codes = codes.reshape(-1, len(s.pieces), TILE_ROWS, lanes, codes.shape[1])
-    tiles = [0] * s.stored_tiles
+    tiles: list[Any] = [0] * s.stored_tiles
     for i, pieces in enumerate(s.pieces):
         for p in pieces:
             bits = (codes[:, i] >> p.low) & ((1 << p.width) - 1)
