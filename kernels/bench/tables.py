@@ -34,6 +34,9 @@ def tpu(rows: int) -> str:
         cells = [next(r for r in costs[f"{chip} {bits}bit"] if r["rows"] == rows) for chip in CHIPS]
         over = [f" ({c['whole'] / c['budget']:.2f})" if c["budget"] else "" for c in cells]
         lines.append([f"W{bits}", *[f"{c['whole']:.2f}{o}" for c, o in zip(cells, over, strict=True)]])
+    if rows == 16:
+        dense = read("static_cost_tpu_dense.json")["bundles_per_1024_weights"]
+        lines.append(["bfloat16, dense", *[f"{dense[chip]:.2f}" for chip in CHIPS]])
     return markdown(["", *CHIPS], lines)
 
 

@@ -18,6 +18,7 @@ Bundles are cycles if nothing waits; waiting for memory is what the budget is ab
 """
 
 import argparse
+import contextlib
 import glob
 import json
 import os
@@ -179,6 +180,19 @@ def parse_segment(text: str):
     return int(bits), int(channels), group or None, "a" in rest
 
 
+@contextlib.contextmanager
+def dumping():
+    """Has libtpu write schedules to a folder, which LQ_LLO_DUMP names. To be entered before JAX is imported."""
+    with tempfile.TemporaryDirectory(prefix="llo") as folder:
+        os.environ["LIBTPU_INIT_ARGS"] = (
+            os.environ.get("LIBTPU_INIT_ARGS", "") + f" --xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
+        )
+        os.environ.update(LQ_LLO_DUMP=folder, ALLOW_MULTIPLE_LIBTPU_LOAD="1", JAX_PLATFORMS="cpu")
+        os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+        yield folder
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chip", choices=TOPOLOGIES, required=True)
@@ -189,13 +203,7 @@ def main():
     parser.add_argument("--target", help='layout, as "v6e-memory"; the chip\'s own when left out')
     parser.add_argument("--config", default="{}", help="fields of TpuConfig as JSON, over the default")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="llo") as folder:
-        os.environ["LIBTPU_INIT_ARGS"] = (
-            os.environ.get("LIBTPU_INIT_ARGS", "") + f" --xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
-        )
-        os.environ.update(LQ_LLO_DUMP=folder, ALLOW_MULTIPLE_LIBTPU_LOAD="1", JAX_PLATFORMS="cpu")
-        os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
-        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    with dumping():
         segments = [parse_segment(s) for s in args.segments]
         fields = json.loads(args.config)
         common = (args.chip, segments, args.columns_total)
