@@ -121,12 +121,12 @@ def time_all(shapes, rows, widths, backend, *, cache_bytes, repeats, deadline, i
 
 def lines(products: list[Product], bandwidth: float) -> list[list]:
     """Rows of the printed table: time, GB/s, share of the copy bandwidth, speed-up over bf16 of the same shape."""
-    dense = {(p.rows, p.K, p.N): p.microseconds for p in products if p.method == "bf16"}
+    dense = {(p.rows, p.K, p.N): p.microseconds for p in products if p.method == "bf16" and (p.microseconds or 0) > 0}
     found = []
     for p in products:
         where = [f"{p.K}x{p.N}", p.rows, p.method]
-        if p.microseconds is None:
-            found.append([*where, p.failure[:60], "", "", ""])
+        if p.microseconds is None or p.microseconds <= 0:
+            found.append([*where, (p.failure or "lost in noise")[:60], "", "", ""])
             continue
         rate = p.moved_bytes() / (p.microseconds * 1e-6)
         base = dense.get((p.rows, p.K, p.N))

@@ -111,6 +111,9 @@ class Backend:
     matmul: Callable[..., Array]
     # One line why something else is faster, or None. Asked only when no backend is forced.
     declines: Callable[[Problem], str | None] = lambda problem: None
+    # The device kind taken for granted when it is not known (exporting) and the matrix was prepared for this backend,
+    # or the backend is forced.
+    assumes: str | None = None
     # Whether the compiler can partition the program over devices by itself. A kernel is opaque to it: it would gather
     # every operand whole.
     partitionable: bool = False

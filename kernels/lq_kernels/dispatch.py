@@ -85,6 +85,9 @@ def choose(
     refusals: dict[str, str] = {}
     for name in automatic(platform) if forced is None else (forced,):
         backend = load_backend(name)
+        meant = forced is not None or (isinstance(w, PreparedMatrix) and w.backend == name)
+        if problem.device_kind is None and meant:
+            problem = dataclasses.replace(problem, device_kind=backend.assumes)
         reason = _why_not(backend, problem, platform, config, interpret)
         if reason is None and forced is None:
             reason = backend.declines(problem)

@@ -44,6 +44,8 @@ def program(*, structure, backend, config, out_dtype, interpret, platform=None, 
 
     def quantized_matmul(x, *leaves):
         w = jax.tree.unflatten(structure, leaves)
+        if 0 in (x.shape[0], w.in_features, w.out_features):
+            return jnp.zeros((x.shape[0], w.out_features), out_dtype)
         problem = problem_of(x.shape[0], x.dtype, w, out_dtype, kind, devices)
         choice = choose(problem, platform, w, forced=backend, config=config, interpret=interpret)
         if platform in ACCELERATORS and choice.refusals:

@@ -19,7 +19,7 @@ from jax.interpreters import ad, batching, mlir
 
 from lq_kernels import lowering
 from lq_kernels.backend import Config, Matrix, PreparedMatrix
-from lq_kernels.dispatch import Choice, choose, forced_backend, problem_of
+from lq_kernels.dispatch import choose, forced_backend, problem_of
 from lq_kernels.packed import check_matrix
 from lq_kernels.prepared import unprepared
 from lq_kernels.registry import load_backend
@@ -64,14 +64,11 @@ def quantized_matmul(
     out_dtype = jnp.dtype(out_dtype or x.dtype)
     leaves, structure = jax.tree.flatten(w)
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    if rows.shape[0] == 0:
-        y = jnp.zeros((0, w.out_features), out_dtype)
+    params = {"structure": structure, "backend": backend, "config": config, "out_dtype": out_dtype}
+    if interpret:  # inlined: an interpreter talks to the host, in order, which a primitive would have to declare
+        y = lowering.program(**params, interpret=interpret)(rows, *leaves)
     else:
-        params = {"structure": structure, "backend": backend, "config": config, "out_dtype": out_dtype}
-        if interpret:  # inlined: an interpreter talks to the host, in order, which a primitive would have to declare
-            y = lowering.program(**params, interpret=interpret)(rows, *leaves)
-        else:
-            y = matmul_p.bind(*_vary_alike([rows, *leaves]), **params)
+        y = matmul_p.bind(*_vary_alike([rows, *leaves]), **params)
     y = y.reshape(*x.shape[:-1], w.out_features)
     splits = getattr(w, "splits", None)
     return y if splits is None else tuple(jnp.split(y, _ends(splits), axis=-1))
@@ -79,7 +76,7 @@ def quantized_matmul(
 
 def explain(
     x: Array | jax.ShapeDtypeStruct,
-    w: Matrix,
+    w: Matrix | Sequence[Matrix],
     *,
     platform: str | None = None,
     device_kind: str | None = None,
@@ -87,7 +84,7 @@ def explain(
     config: Config | None = None,
     out_dtype=None,
     interpret: bool = False,
-) -> Choice:
+) -> Any:
     """Which backend `quantized_matmul(x, w)` takes, with what configuration, and why those before it refused.
 
     Args:
@@ -96,8 +93,14 @@ def explain(
       device_kind: as `jax.Device.device_kind` says it ("TPU v5 lite", "NVIDIA H200"); that of the platform's first
         device when None, unknown where there is none.
 
+    Returns:
+      A `Choice`, to be printed; a tuple of them for a sequence of matrices.
+
     Raises as `quantized_matmul` does.
     """
+    if isinstance(w, Sequence):
+        where = {"platform": platform, "device_kind": device_kind, "backend": backend, "config": config}
+        return tuple(explain(x, each, **where, out_dtype=out_dtype, interpret=interpret) for each in w)
     backend = backend or forced_backend()
     _check(x, w, backend, interpret)
     platform = platform or lowering.default_platform()

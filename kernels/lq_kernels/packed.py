@@ -125,14 +125,7 @@ def check_matrix(w: PackedMatrix | SegmentedMatrix) -> None:
         raise ValueError("a segmented matrix needs at least one segment")
     for i, segment in enumerate(w.segments):
         where = "" if len(w.segments) == 1 else f"segment {i}: "
-        if segment.scales.ndim != 2:
-            raise ValueError(f"{where}expected one packed matrix, got a stack of shape {segment.scales.shape[:-2]}")
-        groups = math.ceil(segment.in_features / segment.group_size)
-        if segment.scales.shape[0] != groups:
-            raise ValueError(
-                f"{where}{segment.in_features} channels in groups of {segment.group_size} need {groups} scales, "
-                f"got {segment.scales.shape[0]}"
-            )
+        _check_arrays(segment, where)
         if segment.out_features != w.out_features:
             raise ValueError(f"{where}{segment.out_features} output channels beside {w.out_features}")
         if i + 1 < len(w.segments) and segment.in_features % SEGMENT_CHANNELS:
@@ -140,5 +133,26 @@ def check_matrix(w: PackedMatrix | SegmentedMatrix) -> None:
                 f"{where}{segment.in_features} channels; every segment but the last has a multiple of "
                 f"{SEGMENT_CHANNELS}"
             )
-    if w.permutation is not None and w.permutation.shape != (w.in_features,):
+    if w.permutation is not None and tuple(w.permutation.shape) != (w.in_features,):
         raise ValueError(f"a permutation of shape {w.permutation.shape} for {w.in_features} input channels")
+
+
+def _check_arrays(w: PackedMatrix, where: str) -> None:
+    """The arrays of one segment against each other and its static facts."""
+    if w.scales.ndim != 2:
+        raise ValueError(f"{where}expected one packed matrix, got a stack of shape {w.scales.shape[:-2]}")
+    if w.group_size < 1:
+        raise ValueError(f"{where}groups of {w.group_size} channels; a group has at least one")
+    groups = math.ceil(w.in_features / w.group_size)
+    if w.scales.shape[0] != groups:
+        raise ValueError(
+            f"{where}{w.in_features} channels in groups of {w.group_size} need {groups} scales, got {w.scales.shape[0]}"
+        )
+    if w.zeros is not None and tuple(w.zeros.shape) != tuple(w.scales.shape):
+        raise ValueError(f"{where}zeros of shape {w.zeros.shape} beside scales of shape {w.scales.shape}")
+    want = [(words_along(w.in_features, p), w.out_features) for p in plane_widths(w.bits)]
+    got = [tuple(plane.shape) for plane in w.planes]
+    if got != want or any(str(plane.dtype) != "uint32" for plane in w.planes):
+        kinds = ", ".join(f"{plane.dtype}{list(plane.shape)}" for plane in w.planes)
+        wanted = ", ".join(f"uint32{list(shape)}" for shape in want)
+        raise ValueError(f"{where}{w.bits}-bit planes of {w.in_features} channels are {wanted}; got {kinds or 'none'}")

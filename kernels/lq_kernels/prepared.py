@@ -38,6 +38,8 @@ def prepare(
     from lq_kernels import lowering
 
     several = isinstance(w, Sequence)
+    if several and not w:
+        raise ValueError("prepare got an empty sequence; give at least one matrix")
     splits = tuple(each.out_features for each in w) if several else None
     whole = side_by_side(w) if several else w
     check_matrix(whole)

@@ -23,6 +23,7 @@ class Timing:
     minimum: float  # the same of the fastest runs
     quartiles: float  # between the first and the third quartile of the longer program
     repeats: int
+    program: float  # median of the whole longer program: candidates are ranked by it, as differences may drown in noise
 
 
 def chain(product: Callable[[Array, Any], Array], x: Array, matrices: Sequence[Any]) -> list[Array]:
@@ -58,6 +59,7 @@ def time_chains(chains: tuple[Any, Any], x: Array, matrices: Sequence[Any], repe
         minimum=(min(twice) - min(once)) * per_product,
         quartiles=(third - first) / 2 * per_product,
         repeats=repeats,
+        program=statistics.median(twice) * 1e6,
     )
 
 

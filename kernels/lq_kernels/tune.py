@@ -103,7 +103,7 @@ def tune(
             _run(config, program, x, matrices, repeats, deadline)
             for config, program in zip(candidates, programs, strict=True)
         ]
-    return problem, sorted(outcomes, key=lambda o: o.timing.median if o.timing else float("inf"))
+    return problem, sorted(outcomes, key=lambda o: o.timing.program if o.timing else float("inf"))
 
 
 def _run(config, program, x, matrices, repeats, deadline) -> Outcome:

@@ -65,9 +65,17 @@ def _entries(directory: str | None, device_kind: str) -> dict:
     for folder in (SHIPPED, Path(directory) if directory else None):
         file = folder / file_name(device_kind) if folder else None
         if file is not None and file.is_file():
-            for backend, entries in json.loads(file.read_text(encoding="utf-8"))["entries"].items():
+            for backend, entries in _read(file).items():
                 merged[backend] = merged.get(backend, {}) | entries
     return merged
+
+
+def _read(file: Path) -> dict:
+    try:
+        entries = json.loads(file.read_text(encoding="utf-8"))["entries"]
+        return {backend: dict(table) for backend, table in entries.items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{file}: not a tuning table; remove it, or write it anew with lq_kernels.tune") from None
 
 
 def forget() -> None:

@@ -10,6 +10,7 @@ from products import assert_product, random_matrix, random_rows
 
 from lq_kernels import explain, export_checks, prepare, quantized_matmul, tuning
 from lq_kernels.dispatch import choose, problem_of
+from lq_kernels.gpu import OLDEST_JAX
 from lq_kernels.registry import automatic, backend_names, load_backend
 from lq_kernels.xla_scan import ScanConfig
 
@@ -51,6 +52,10 @@ def test_explain_says_what_is_taken_and_why_not_the_others():
     assert explain(rows, W).problem.rows == 10
     forced = str(explain(rows, W, backend="xla_scan", config=ScanConfig(64)))
     assert forced.splitlines()[1:] == ["  ScanConfig(chunk=64) (from caller)"]
+
+
+def test_explain_takes_several_matrices_as_the_product_does():
+    assert [choice.problem.out_features for choice in explain(X, [W, random_matrix(2, 256, 32)])] == [64, 32]
 
 
 def test_explain_takes_the_decision_that_is_taken():
@@ -114,6 +119,18 @@ class TestExport:
         assert "@tpu_custom_call" in exported.mlir_module()
         assert_product(jax.export.deserialize(exported.serialize()).call(X, *self.leaves), X, W)
 
+    def test_a_matrix_prepared_for_hopper_is_exported_with_its_kernel(self):
+        if jax.__version_info__ < OLDEST_JAX:
+            pytest.skip("the Hopper kernel needs a newer JAX")
+        w = prepare(W, backend="mosaic_gpu", platform="cuda", device_kind="NVIDIA H200")
+        leaves, structure = jax.tree.flatten(w)
+        product = jax.jit(lambda x, *leaves: quantized_matmul(x, jax.tree.unflatten(structure, leaves)))
+        for given, kernel in ((product, True), (jax.jit(lambda x, *_: quantized_matmul(x, W)), False)):
+            module = jax.export.export(given, platforms=["cuda"], disabled_checks=export_checks())(
+                X, *leaves
+            ).mlir_module()
+            assert ("mosaic_gpu" in module) == kernel
+
     def test_a_forced_fallback_exports_for_every_platform_without_custom_calls(self, monkeypatch):
         monkeypatch.setenv("LQ_KERNELS_BACKEND", "xla")
         again = jax.export.deserialize(self.export("cpu", "tpu", "cuda").serialize())
@@ -155,6 +172,13 @@ class TestTuningTables:
         monkeypatch.setenv("LQ_KERNELS_TABLES", str(tmp_path))
         self.write(tmp_path, {"chunks": 64})
         with pytest.raises(ValueError, match=r"unknown field 'chunks'; fields are chunk. Tune again"):
+            choose(self.problem, "cpu", W, forced="xla_scan")
+
+    @pytest.mark.parametrize("text", ["{", "{}", "[]", '{"entries": 3}'])
+    def test_a_broken_table_is_named(self, tmp_path, monkeypatch, text):
+        monkeypatch.setenv("LQ_KERNELS_TABLES", str(tmp_path))
+        (tmp_path / tuning.file_name("Some CPU (R) 9000")).write_text(text, encoding="utf-8")
+        with pytest.raises(ValueError, match=r"some_cpu_r_9000\.json: not a tuning table"):
             choose(self.problem, "cpu", W, forced="xla_scan")
 
     def test_shipped_tables_hold_configurations_of_their_backends(self):

@@ -102,6 +102,16 @@ def test_leading_axes_of_any_number_and_length(shape):
     assert_product(np.reshape(y, (-1, 64)), x.reshape(-1, 256), w)
 
 
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_no_rows_are_lowered_for_every_platform(platform):
+    """A product of no rows reaches the lowering when it is batched."""
+    w = random_matrix(4, 256, 64)
+    batched = jax.jit(jax.vmap(lambda x, w: quantized_matmul(x, w), in_axes=(0, None)))
+    lowered = batched.trace(jnp.zeros((2, 0, 256)), w).lower(lowering_platforms=(platform,))
+    assert "custom_call" not in lowered.as_text()
+    assert jax.jit(quantized_matmul)(jnp.zeros((3, 256)), random_matrix(4, 256, 0)).shape == (3, 0)
+
+
 def test_matrices_that_share_the_input_are_one_call():
     parts = [random_matrix(4, 256, n, seed=n) for n in (64, 32, 32)]
     x = random_rows(3, 256)
@@ -194,6 +204,13 @@ class TestRefusals:
             ({"x": jnp.ones((2, 64), jnp.int32)}, "x is int32; quantized_matmul takes bfloat16"),
             ({"backend": "cuda"}, "no backend is called 'cuda'; known: mosaic_gpu"),
             ({"interpret": True}, "interpret=True needs a backend"),
+            ({"w": dataclasses.replace(w, zeros=w.zeros[:1])}, "zeros of shape"),
+            (
+                {"w": dataclasses.replace(w, planes=(w.planes[0][:, :1],))},
+                r"4-bit planes of 64 channels are uint32\[8, 8\]",
+            ),
+            ({"w": dataclasses.replace(w, planes=())}, "got none"),
+            ({"w": dataclasses.replace(w, group_size=0)}, "a group has at least one"),
             ({"w": dataclasses.replace(w, group_size=16)}, "64 channels in groups of 16 need 4 scales, got 2"),
         ],
     )

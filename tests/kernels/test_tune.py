@@ -21,8 +21,9 @@ def test_every_candidate_is_timed_fastest_first():
     problem, outcomes = tuned(load_backend("xla_scan"))
     assert tuning.key(problem) == "2g64a K256 N64 M4 float32"
     assert {o.config for o in outcomes} == {ScanConfig(chunk) for chunk in (128, 256, 512, 1024, 2048)}
-    medians = [o.timing.median for o in outcomes]
-    assert medians == sorted(medians)
+    times = [o.timing.program for o in outcomes]
+    assert times == sorted(times)
+    assert times[0] > 0
 
 
 def test_a_candidate_that_breaks_is_kept_with_its_reason():

@@ -155,6 +155,7 @@ def restore(w: PreparedMatrix) -> tuple[PackedMatrix, ...]:
 BACKEND = Backend(
     name="mosaic_gpu",
     platforms=("cuda",),
+    assumes="NVIDIA H200",
     refuses=refuses,
     target=lambda device_kind: TARGET,
     target_in_call=lambda device_kind: TARGET,
