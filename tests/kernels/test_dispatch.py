@@ -73,6 +73,16 @@ def test_a_matrix_prepared_for_another_backend_is_served_and_noted():
     assert_product(quantized_matmul(X, pair, backend="xla")[0], X, W)
 
 
+def test_hopper_declines_64_bit_programs():
+    problem = problem_of(3, "bfloat16", W, "bfloat16", "NVIDIA H200")
+    if jax.__version_info__ >= OLDEST_JAX:
+        assert choose(problem, "cuda", W).backend == "mosaic_gpu"
+    with jax.enable_x64(True):
+        choice = choose(problem, "cuda", W)
+    assert choice.backend == "xla"
+    assert "mosaic_gpu" in choice.refusals
+
+
 def test_an_accelerator_without_its_kernel_says_so_once(caplog):
     device = jax.sharding.AbstractDevice(device_kind="NVIDIA A100-SXM4-80GB", num_cores=108, platform="gpu")
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):

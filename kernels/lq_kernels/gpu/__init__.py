@@ -32,6 +32,8 @@ OLDEST_JAX = (0, 11, 2)
 def refuses(problem: Problem) -> str | None:
     if jax.__version_info__ < OLDEST_JAX:
         return f"needs jax {'.'.join(map(str, OLDEST_JAX))}, this is {jax.__version__}"
+    if jax.config.jax_enable_x64:
+        return "its index arithmetic is 32 bits wide; jax_enable_x64 is on"
     if reason := _unfit_device(problem.device_kind):
         return reason
     for segment in problem.segments:
