@@ -100,7 +100,7 @@ def _child() -> None:
         case = Case(**fields)
         try:
             report = _report(case)
-        except Exception as problem:
+        except Exception as problem:  # the compiler's reason is the report; the next case goes on
             lines = str(problem).strip().splitlines() or [repr(problem)]
             report = {"case": case.name, "error": lines[0]}
         print(MARK + json.dumps(report), flush=True)

@@ -37,7 +37,7 @@ def test_a_target_that_is_a_directory_is_named(tmp_path, monkeypatch, relative):
     assert [file.name for file in tmp_path.iterdir()] == ["plan.json"]
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere: no directory is closed to it")
 def test_a_target_in_a_directory_that_cannot_be_written_to_is_named(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(PermissionError) as error:
