@@ -21,6 +21,8 @@ from lq_kernels.packed import PackedMatrix
 __all__ = ["BACKEND", "CpuConfig", "codebook_matmul", "status"]
 
 BLOCKED = "blocked"
+# Measured with AMX: at 4096 rows XLA's dot after unpacking takes a third of the time in bfloat16, half in float32.
+MAX_ROWS_FLOAT32, MAX_ROWS_HALF = 512, 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +95,13 @@ def _refuses(problem: Problem) -> str | None:
     return next(filter(None, reasons), None)
 
 
+def _declines(problem: Problem) -> str | None:
+    most = MAX_ROWS_FLOAT32 if problem.x_dtype == "float32" else MAX_ROWS_HALF
+    if problem.rows > most:
+        return f"more than {most} rows of {problem.x_dtype}: unpacking once and one dot are faster"
+    return None
+
+
 def _prepare(segments: tuple[PackedMatrix, ...], target: str) -> tuple[PackedMatrix, ...]:
     """Every array `[..., rows, N]` of every segment as panels `[N/128, rows, 128]`, columns padded with zeros."""
     return segments if target == "canonical" else jax.tree.map(_panels, segments)
@@ -128,6 +137,7 @@ BACKEND = Backend(
     name="cpu",
     platforms=("cpu",),
     refuses=_refuses,
+    declines=_declines,
     target=lambda device_kind: BLOCKED,
     target_in_call=lambda device_kind: "canonical",
     prepare=_prepare,
