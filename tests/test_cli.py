@@ -94,6 +94,7 @@ def test_generate_says_what_a_quantized_cache_takes(quantized):
     assert (status, printed) == lq("generate", quantized, "--prompt", "import", "--max-new-tokens", 5)[:2]
     size = 2 * 3 * 2 * 16 * 64 * 4
     assert f"key/value cache: {size} bytes at 4 bits; {size} as computed" in error
+    assert "nothing was quantized: the newest 128 tokens stay as computed, and there were no more" in error
 
 
 def test_quantize_can_score_and_allocate_itself(small_model, text_file, tmp_path):

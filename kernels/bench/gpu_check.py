@@ -222,6 +222,19 @@ def targets(timed: list[products.Product]) -> str:
     return measure.table(["8192x8192", "M", "x bf16", "aim", ""], rows)
 
 
+def shortcomings(results: dict) -> list[str]:
+    """Why the check has not passed, a line each: what broke, is wrong or was not checked. Empty when it has."""
+    found = [f"{name} broke: {results[name]['failed']}" for name, _ in STAGES if "failed" in results[name]]
+    checked = results["numerics"]
+    if "run" in checked:
+        found += [f"{len(checked['failures'])} wrong products"] if checked["failures"] else []
+        found += [f"{checked['left']} products not checked: no time was left"] if checked["left"] else []
+    tuned = results["tuning"].get("problems", [])
+    if tuned and not any(outcome["timing"] for problem in tuned for outcome in problem["outcomes"]):
+        found.append("no configuration ran: see the reasons in gpu_check.json")
+    return found
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
@@ -236,8 +249,8 @@ def main() -> int:
     size = dataclasses.replace(SMOKE if options.smoke else Size(), backend=options.backend)
     results = run(size, options.out, options.minutes)
     print(report(results))
-    broken = any("failed" in results[name] for name, _ in STAGES)
-    return 1 if broken or results["numerics"]["failures"] else 0
+    print("\n".join(problems := shortcomings(results)), file=sys.stderr)
+    return 1 if problems else 0
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import jax
 from jax import Array
 
 from lq_kernels.packed import PackedMatrix, SegmentedMatrix
+from lq_kernels.pytree import register
 
 Config = Any  # a frozen dataclass of the backend's own
 
@@ -53,7 +54,7 @@ def segment_of(w: PackedMatrix) -> Segment:
 class Problem:
     """y `[rows, out_features]` = x `[rows, in_features]` @ w, for one device kind."""
 
-    rows: int
+    rows: int  # or a symbolic dimension of `jax.export`
     in_features: int
     out_features: int
     x_dtype: str
@@ -82,10 +83,19 @@ class PreparedMatrix:
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
 
 
-jax.tree_util.register_dataclass(
+def _decode(meta: dict[str, Any]) -> dict[str, Any]:
+    splits = meta["splits"]
+    return meta | {
+        "segments": tuple(Segment(**segment) for segment in meta["segments"]),
+        "splits": None if splits is None else tuple(splits),
+    }
+
+
+register(
     PreparedMatrix,
     data_fields=["arrays", "permutation"],
     meta_fields=["backend", "target", "segments", "in_features", "out_features", "splits"],
+    decode=_decode,
 )
 
 Matrix = PackedMatrix | SegmentedMatrix | PreparedMatrix
@@ -117,6 +127,8 @@ class Backend:
     # Whether the compiler can partition the program over devices by itself. A kernel is opaque to it: it would gather
     # every operand whole.
     partitionable: bool = False
+    # Whether it can be lowered for a number of rows that is known only later (export with symbolic shapes).
+    symbolic_rows: bool = False
     config_type: type
     # (problem, target)
     default_config: Callable[[Problem, str], Config]

@@ -110,6 +110,8 @@ def _why_not(backend: Backend, problem: Problem, platform: str, config, interpre
         return f"runs on {', '.join(backend.platforms)}, not on {platform}"
     if config is not None and not isinstance(config, backend.config_type):
         return f"takes a {backend.config_type.__name__}, not a {type(config).__name__}"
+    if not (isinstance(problem.rows, int) or backend.symbolic_rows):
+        return f"the number of rows is symbolic ({problem.rows}); a kernel is made for a number"
     if problem.devices > 1 and not backend.partitionable:
         return f"the compiler would gather the operands whole to run it on {problem.devices} devices; use jax.shard_map"
     return backend.refuses(problem)

@@ -9,6 +9,7 @@ from jax.core import ShapedArray
 from jax.interpreters import mlir
 
 from lq_kernels.backend import PreparedMatrix
+from lq_kernels.devices import default_platform, device_kind
 from lq_kernels.dispatch import choose, problem_of
 from lq_kernels.prepared import lay_out, unprepared
 from lq_kernels.registry import load_backend
@@ -72,29 +73,6 @@ def _untyped(avals) -> list:
     """Without the types of `shard_map`: one device's program is just a program to a kernel. Explicit axes stay."""
     explicit = jax.sharding.AxisType.Explicit
     return [a if explicit in a.sharding.mesh.axis_types else ShapedArray(a.shape, a.dtype) for a in avals]
-
-
-def default_platform() -> str:
-    """The default device's platform, as lowering rules call it."""
-    platform = jax.devices()[0].platform
-    if platform == "gpu":
-        return "rocm" if "rocm" in jax.devices()[0].client.platform_version.lower() else "cuda"
-    return platform
-
-
-def device_kind(platform: str) -> str | None:
-    """The kind of device that is compiled for.
-
-    The abstract mesh's when one is set (compiling ahead of time), else that of the platform's first device; None where
-    the platform has none.
-    """
-    abstract = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    if abstract is not None:
-        return abstract.device_kind
-    try:
-        return jax.devices(platform)[0].device_kind
-    except RuntimeError:
-        return None
 
 
 def _automatic_devices(ctx) -> int:

@@ -17,7 +17,7 @@ from jax import Array
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from lq_kernels import lowering
+from lq_kernels import devices, lowering
 from lq_kernels.backend import Config, Matrix, PreparedMatrix
 from lq_kernels.dispatch import choose, forced_backend, problem_of
 from lq_kernels.packed import check_matrix
@@ -45,7 +45,7 @@ def quantized_matmul(
       backend: one of `backend_names()` to force it; None: the first that can, in the platform's order. The environment
         variable LQ_KERNELS_BACKEND forces one for the whole program.
       config: the backend's own configuration; None: the tuning table's, else its heuristics.
-      out_dtype: dtype of the result; x's when None. Sums are float32 and rounded once.
+      out_dtype: dtype of the result, one of those of x; x's when None. Sums are float32 and rounded once.
       interpret: run a Pallas kernel in interpret mode, on any platform: True, or the interpreter's own parameters.
         Needs `backend`; for tests, and not differentiable.
 
@@ -60,8 +60,7 @@ def quantized_matmul(
         options = {"backend": backend, "config": config, "out_dtype": out_dtype, "interpret": interpret}
         return tuple(quantized_matmul(x, each, **options) for each in w)
     backend = backend or forced_backend()
-    _check(x, w, backend, interpret)
-    out_dtype = jnp.dtype(out_dtype or x.dtype)
+    out_dtype = _check(x, w, backend, out_dtype, interpret)
     leaves, structure = jax.tree.flatten(w)
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     params = {"structure": structure, "backend": backend, "config": config, "out_dtype": out_dtype}
@@ -102,14 +101,15 @@ def explain(
         where = {"platform": platform, "device_kind": device_kind, "backend": backend, "config": config}
         return tuple(explain(x, each, **where, out_dtype=out_dtype, interpret=interpret) for each in w)
     backend = backend or forced_backend()
-    _check(x, w, backend, interpret)
-    platform = platform or lowering.default_platform()
-    device_kind = device_kind or lowering.device_kind(platform)
-    problem = problem_of(math.prod(x.shape[:-1]), x.dtype, w, jnp.dtype(out_dtype or x.dtype), device_kind)
+    out_dtype = _check(x, w, backend, out_dtype, interpret)
+    platform = devices.known_platform(platform)
+    device_kind = device_kind or devices.device_kind(platform)
+    problem = problem_of(math.prod(x.shape[:-1]), x.dtype, w, out_dtype, device_kind)
     return choose(problem, platform, w, forced=backend, config=config, interpret=interpret)
 
 
-def _check(x, w: Matrix, backend: str | None, interpret: bool) -> None:
+def _check(x, w: Matrix, backend: str | None, out_dtype, interpret: bool) -> jnp.dtype:
+    """Refuses what cannot be multiplied; returns the dtype of the result."""
     if not isinstance(w, PreparedMatrix):
         check_matrix(w)
     if x.ndim == 0 or x.shape[-1] != w.in_features:
@@ -118,10 +118,14 @@ def _check(x, w: Matrix, backend: str | None, interpret: bool) -> None:
         )
     if str(x.dtype) not in X_DTYPES:
         raise ValueError(f"x is {x.dtype}; quantized_matmul takes {', '.join(X_DTYPES)}")
+    out_dtype = jnp.dtype(out_dtype or x.dtype)
+    if str(out_dtype) not in X_DTYPES:
+        raise ValueError(f"out_dtype is {out_dtype}; quantized_matmul gives {', '.join(X_DTYPES)}")
     if backend is not None:
         load_backend(backend)
     elif interpret:
         raise ValueError("interpret=True needs a backend to interpret; name it, as in backend='mosaic_tpu'")
+    return out_dtype
 
 
 def _ends(splits: tuple[int, ...]) -> list[int]:

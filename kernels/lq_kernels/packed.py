@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from lq_kernels.packing import plane_widths, unpack, words_along
+from lq_kernels.pytree import register
 
 SEGMENT_CHANNELS = 128
 
@@ -112,11 +113,8 @@ class SegmentedMatrix:
         return rows if self.permutation is None else jnp.take(rows, jnp.argsort(self.permutation), axis=-2)
 
 
-for _type, _data, _meta in (
-    (PackedMatrix, ["planes", "scales", "zeros"], ["zero_point", "bits", "group_size", "in_features"]),
-    (SegmentedMatrix, ["segments", "permutation"], []),
-):
-    jax.tree_util.register_dataclass(_type, data_fields=_data, meta_fields=_meta)
+register(PackedMatrix, ["planes", "scales", "zeros"], ["zero_point", "bits", "group_size", "in_features"])
+register(SegmentedMatrix, ["segments", "permutation"], [])
 
 
 def check_matrix(w: PackedMatrix | SegmentedMatrix) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from lq_kernels import devices
 from lq_kernels.backend import Backend, Matrix, PreparedMatrix, segment_of
 from lq_kernels.dispatch import choose, forced_backend, problem_of
 from lq_kernels.packed import PackedMatrix, SegmentedMatrix, check_matrix
@@ -32,19 +33,17 @@ def prepare(
       backend takes the canonical layout as it is.
 
     Raises:
-      ValueError: several matrices that cannot be one; no backend of that name.
+      ValueError: several matrices that cannot be one; no backend or platform of that name.
       NotImplementedError: the named backend cannot serve the matrix.
     """
-    from lq_kernels import lowering
-
     several = isinstance(w, Sequence)
     if several and not w:
         raise ValueError("prepare got an empty sequence; give at least one matrix")
     splits = tuple(each.out_features for each in w) if several else None
     whole = side_by_side(w) if several else w
     check_matrix(whole)
-    platform = platform or lowering.default_platform()
-    device_kind = device_kind or lowering.device_kind(platform)
+    platform = devices.known_platform(platform)
+    device_kind = device_kind or devices.device_kind(platform)
     problem = problem_of(1, jnp.bfloat16, whole, jnp.bfloat16, device_kind)
     choice = choose(problem, platform, whole, forced=backend or forced_backend(), interpret=backend is not None)
     chosen = load_backend(choice.backend)

@@ -21,8 +21,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lq_kernels import lowering, tuning
+from lq_kernels import tuning
 from lq_kernels.backend import Backend, Config, Problem
+from lq_kernels.devices import default_platform, device_kind
 from lq_kernels.dispatch import problem_of
 from lq_kernels.matmul import quantized_matmul
 from lq_kernels.packed import PackedMatrix
@@ -83,8 +84,8 @@ def tune(
     Returns:
       The problem, and an `Outcome` for every candidate, fastest first, failures last.
     """
-    platform = lowering.default_platform()
-    problem = problem_of(rows, jnp.dtype(x_dtype), w, jnp.dtype(x_dtype), lowering.device_kind(platform))
+    platform = default_platform()
+    problem = problem_of(rows, jnp.dtype(x_dtype), w, jnp.dtype(x_dtype), device_kind(platform))
     prepared = prepare(w, backend=backend.name)
     copies = copies_to_leave_cache(prepared.nbytes, cache_bytes)
     matrices = [prepared, *[jax.tree.map(lambda a: a + 0, prepared) for _ in range(copies - 1)]]
@@ -135,11 +136,31 @@ def write_entry(folder: Path, backend: Backend, problem: Problem, config: Config
     return file
 
 
+def count(text: str) -> int:
+    """ "16" -> 16"""
+    if not re.fullmatch(r"\d+", text):
+        raise argparse.ArgumentTypeError(f"{text!r}; write a whole number")
+    return int(text)
+
+
+def positive(text: str) -> int:
+    if not (number := count(text)):
+        raise argparse.ArgumentTypeError(f"{text!r}; write 1 or more")
+    return number
+
+
 def numbers(text: str) -> list[int]:
     """ "1,16" -> [1, 16]"""
     if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text):
         raise argparse.ArgumentTypeError(f"{text!r}; write whole numbers with commas between them, as in 1,16")
     return [int(part) for part in text.split(",")]
+
+
+def widths(text: str) -> list[int]:
+    """ "2,4" -> [2, 4]"""
+    if beyond := [bits for bits in numbers(text) if bits > 8]:
+        raise argparse.ArgumentTypeError(f"{beyond[0]} bits; a code has 1 to 8")
+    return numbers(text)
 
 
 def shapes(text: str) -> list[tuple[int, int]]:
@@ -153,22 +174,25 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m lq_kernels.tune", description=__doc__.split("\n", 1)[0])
     parser.add_argument("--backend", choices=backend_names(), help="default: the first of this platform that can")
     parser.add_argument("--shapes", type=shapes, default=[(4096, 4096)], help="KxN, several with commas")
-    parser.add_argument("--bits", type=numbers, default=[4])
+    parser.add_argument("--bits", type=widths, default=[4])
     parser.add_argument("--rows", type=numbers, default=[1, 16])
-    parser.add_argument("--group", type=int, default=128)
+    parser.add_argument("--group", type=positive, default=128)
     parser.add_argument("--symmetric", action="store_true")
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
-    parser.add_argument("--cache-mb", type=int, default=64, help="cache that a chain of matrices must leave behind")
-    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--cache-mb", type=count, default=64, help="cache that a chain of matrices must leave behind")
+    parser.add_argument("--repeats", type=positive, default=10)
     parser.add_argument("--out", type=Path, default=tuning.SHIPPED, help="folder of the tables")
     options = parser.parse_args(arguments)
-    name = options.backend or automatic(lowering.default_platform())[0]
+    name = options.backend or automatic(default_platform())[0]
     failed = 0
     for K, N in options.shapes:
         for bits in options.bits:
             w = random_packed(bits, K, N, options.group, asymmetric=not options.symmetric)
             for rows in options.rows:
-                failed += not _tune_one(load_backend(name), w, rows, options)
+                try:
+                    failed += not _tune_one(load_backend(name), w, rows, options)
+                except NotImplementedError as reason:  # the backend does not serve such a matrix at all
+                    parser.error(str(reason))
     return 1 if failed else 0
 
 

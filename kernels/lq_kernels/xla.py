@@ -51,6 +51,7 @@ BACKEND = Backend(
     restore=lambda prepared: prepared.arrays,
     matmul=_matmul,
     partitionable=True,
+    symbolic_rows=True,
     config_type=XlaConfig,
     default_config=lambda problem, target: XlaConfig(),
     candidates=lambda problem, target: [XlaConfig()],

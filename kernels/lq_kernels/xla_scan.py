@@ -23,6 +23,10 @@ MAX_ROWS = 512
 class ScanConfig:
     chunk: int = 512  # input channels unpacked at a time; rounded up to whole groups and whole words
 
+    def __post_init__(self):
+        if self.chunk < 1:
+            raise ValueError(f"ScanConfig: chunk={self.chunk}; write at least 1 input channel")
+
 
 def scan_matmul(x: Array, w: PackedMatrix, out_dtype, chunk: int) -> Array:
     """x `[M, K]` @ w, `chunk` input channels at a time, accumulated in float32."""
@@ -62,6 +66,7 @@ BACKEND = dataclasses.replace(
     declines=_declines,
     matmul=_matmul,
     partitionable=False,  # a loop over the input channels would gather a matrix that is cut along them
+    symbolic_rows=False,  # a copy of x in chunks is made for a number of rows
     config_type=ScanConfig,
     default_config=lambda problem, target: ScanConfig(),
     candidates=lambda problem, target: [ScanConfig(chunk=chunk) for chunk in (128, 256, 512, 1024, 2048)],

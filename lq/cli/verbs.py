@@ -266,7 +266,7 @@ def generate(
     from lq.models.generate import cache_nbytes, decode_continuation, kv_cache_spec
     from lq.models.generate import generate as continue_prompts
 
-    kv_cache_spec(kv_bits)  # refused before any work
+    cache = kv_cache_spec(kv_bits)  # refused before any work
     if temperature == 0.0:
         arguments.refuse(context, arguments.SAMPLING, "at temperature 0 nothing is drawn")
     decoder, params, tokenizer = load(model)
@@ -283,11 +283,14 @@ def generate(
         seed=seed,
         kv_bits=kv_bits,
     )
-    if kv_bits != 16:
+    if cache is not None:
         sizes = [
             cache_nbytes(decoder, params, prompts, max_new_tokens=max_new_tokens, kv_bits=b) for b in (kv_bits, 16)
         ]
         print(f"key/value cache: {sizes[0]} bytes at {kv_bits} bits; {sizes[1]} as computed", file=sys.stderr)
+        if max(map(len, prompts)) + max_new_tokens <= cache.residual:
+            note = f"nothing was quantized: the newest {cache.residual} tokens stay as computed, and there were no more"
+            print(note, file=sys.stderr)
     for text, ids, new in zip(prompt, prompts, continuations, strict=True):
         print(text + decode_continuation(tokenizer, ids, new))
 
@@ -322,7 +325,7 @@ def version() -> None:
     """Versions, devices, and which matmul backends this installation has."""
     from lq.runs.environment import device_name, versions
     from lq_kernels.cpu import status
-    from lq_kernels.lowering import default_platform
+    from lq_kernels.devices import default_platform
     from lq_kernels.registry import automatic
 
     for name, number in versions().items():

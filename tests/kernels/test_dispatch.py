@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from products import assert_product, random_matrix, random_rows
 
-from lq_kernels import explain, export_checks, prepare, quantized_matmul, tuning
+from lq_kernels import SegmentedMatrix, explain, export_checks, prepare, quantized_matmul, tuning
 from lq_kernels.dispatch import choose, problem_of
 from lq_kernels.gpu import OLDEST_JAX
 from lq_kernels.registry import automatic, backend_names, load_backend
@@ -111,11 +111,22 @@ class TestForcedFallback:
             quantized_matmul(X, W)
 
 
+def test_a_gpu_is_one_of_two_platforms():
+    for ask in (lambda: explain(X, W, platform="gpu"), lambda: prepare(W, platform="gpu")):
+        with pytest.raises(ValueError, match="^platform 'gpu' may be either of two: write 'cuda' or 'rocm'$"):
+            ask()
+
+
+def test_a_configuration_that_cannot_be_is_refused():
+    with pytest.raises(ValueError, match="^ScanConfig: chunk=0; write at least 1 input channel$"):
+        ScanConfig(chunk=0)
+
+
 class TestExport:
     leaves, structure = jax.tree.flatten(W)
 
     def export(self, *platforms, **options):
-        """`jax.export` takes arrays, not our types."""
+        """The matrix as plain arrays: whoever calls the program needs nothing of ours."""
         product = jax.jit(lambda x, *leaves: quantized_matmul(x, jax.tree.unflatten(self.structure, leaves)))
         return jax.export.export(product, platforms=platforms, **options)(X, *self.leaves)
 
@@ -123,6 +134,33 @@ class TestExport:
         exported = self.export("cpu", disabled_checks=export_checks())
         again = jax.export.deserialize(exported.serialize())
         assert_product(again.call(X, *self.leaves), X, W)
+
+    @pytest.mark.parametrize("form", ["packed", "segmented", "prepared", "several"])
+    def test_a_program_takes_our_matrices_as_arguments(self, form):
+        halves = SegmentedMatrix(
+            segments=(W.rows(0, 128), W.rows(128, 128)), permutation=jnp.arange(256, dtype=jnp.int32)
+        )
+        w = {
+            "packed": W,
+            "segmented": halves,
+            "prepared": prepare(halves, backend="mosaic_tpu", device_kind="TPU v6 lite"),
+            "several": prepare([W, W]),
+        }[form]
+        exported = jax.export.export(jax.jit(quantized_matmul), disabled_checks=export_checks())(X, w)
+        y = jax.export.deserialize(exported.serialize()).call(X, w)
+        for each in y if form == "several" else (y,):
+            assert_product(each, X, W)
+
+    def test_a_number_of_rows_known_later_is_served_by_xla(self):
+        (rows,) = jax.export.symbolic_shape("rows")
+        x = jax.ShapeDtypeStruct((rows, 256), X.dtype)
+        choice = explain(x, W)
+        assert choice.backend == "xla"
+        assert choice.refusals["xla_scan"] == "the number of rows is symbolic (rows); a kernel is made for a number"
+        exported = jax.export.export(jax.jit(quantized_matmul))(x, W)
+        again = jax.export.deserialize(exported.serialize())
+        for count in (1, 3):
+            assert_product(again.call(X[:count], W), X[:count], W)
 
     def test_one_program_for_several_platforms_holds_the_kernel_of_each(self):
         exported = self.export("cpu", "tpu", disabled_checks=export_checks())

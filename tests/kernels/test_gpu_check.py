@@ -71,7 +71,8 @@ def test_what_there_is_no_time_for_is_said(tmp_path):
     assert found["tuning"]["left"] == ["W2 128x128 M1"]
     assert found["decoding"]["left"] == [None, 3]
     assert found["products"]["left"] == 4
-    assert done.returncode == 0
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "1 products not checked: no time was left"
 
 
 def test_torch_is_absent_with_its_reason(results):

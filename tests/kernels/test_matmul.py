@@ -210,6 +210,8 @@ class TestRefusals:
                 r"4-bit planes of 64 channels are uint32\[8, 8\]",
             ),
             ({"w": dataclasses.replace(w, planes=())}, "got none"),
+            ({"out_dtype": jnp.int32}, "out_dtype is int32; quantized_matmul gives bfloat16, float16, float32"),
+            ({"out_dtype": np.float64}, "out_dtype is float64; quantized_matmul gives bfloat16, float16, float32"),
             ({"w": dataclasses.replace(w, group_size=0)}, "a group has at least one"),
             ({"w": dataclasses.replace(w, group_size=16)}, "64 channels in groups of 16 need 4 scales, got 2"),
         ],

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import time
 
 import jax.numpy as jnp
@@ -28,12 +29,12 @@ def test_every_candidate_is_timed_fastest_first():
 
 def test_a_candidate_that_breaks_is_kept_with_its_reason():
     scan = load_backend("xla_scan")
-    broken = dataclasses.replace(scan, candidates=lambda problem, target: [ScanConfig("many"), ScanConfig(128)])
+    broken = dataclasses.replace(scan, candidates=lambda problem, target: [ScanConfig(math.inf), ScanConfig(128)])
     _, outcomes = tuned(broken)
-    assert [o.config for o in outcomes] == [ScanConfig(128), ScanConfig("many")]
+    assert [o.config for o in outcomes] == [ScanConfig(128), ScanConfig(math.inf)]
     assert outcomes[0].failure is None
     assert outcomes[1].timing is None
-    assert outcomes[1].failure.startswith("TypeError: ")
+    assert outcomes[1].failure.startswith("OverflowError: ")
 
 
 def test_after_the_deadline_nothing_is_run():
@@ -73,6 +74,11 @@ def test_a_second_run_leaves_other_entries_alone(tmp_path):
         (["--shapes", "4096"], "'4096'; write KxN, several with commas, as in 4096x4096,4096x14336"),
         (["--rows", "1;2"], "'1;2'; write whole numbers with commas between them, as in 1,16"),
         (["--backend", "cublas"], "invalid choice: 'cublas'"),
+        (["--bits", "2,9"], "argument --bits: 9 bits; a code has 1 to 8"),
+        (["--group", "0"], "argument --group: '0'; write 1 or more"),
+        (["--repeats", "0"], "argument --repeats: '0'; write 1 or more"),
+        (["--cache-mb", "-1"], "argument --cache-mb: '-1'; write a whole number"),
+        (["--backend", "mosaic_gpu", "--group", "7", "--shapes", "128x128"], "mosaic_gpu: "),
     ],
 )
 def test_wrong_arguments(argument, message, capsys):
