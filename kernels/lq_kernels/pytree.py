@@ -22,17 +22,17 @@ def register(
     """
     jax.tree_util.register_dataclass(cls, data_fields=list(data_fields), meta_fields=list(meta_fields))
 
-    def write(values: tuple) -> bytes:
-        return json.dumps(dict(zip(meta_fields, values, strict=True)), default=dataclasses.asdict).encode()
+    def write(aux_data: tuple) -> bytes:
+        return json.dumps(dict(zip(meta_fields, aux_data, strict=True)), default=dataclasses.asdict).encode()
 
-    def build(values: tuple, children: Sequence) -> Any:
+    def build(aux_data: tuple, children: Sequence) -> Any:
         return cls(
             **dict(zip(data_fields, children, strict=True)),
-            **dict(zip(meta_fields, values, strict=True)),
+            **dict(zip(meta_fields, aux_data, strict=True)),
         )
 
-    def read(text: bytes | bytearray) -> tuple:
-        meta = decode(json.loads(bytes(text)))
+    def read(serialized: bytes | bytearray) -> tuple:
+        meta = decode(json.loads(bytes(serialized)))
         return tuple(meta[name] for name in meta_fields)
 
     jax.export.register_pytree_node_serialization(

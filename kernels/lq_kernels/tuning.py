@@ -43,7 +43,10 @@ def file_name(device_kind: str) -> str:
 
 
 def lookup(backend: Backend, problem: Problem) -> Config | None:
-    """The tuned configuration, or None; for a symbolic number of rows there is none. Raises ValueError when a table's entry has fields the backend does not know."""
+    """The tuned configuration, or None; there is none for a symbolic number of rows.
+
+    Raises ValueError when a table's entry has fields the backend does not know.
+    """
     if problem.device_kind is None or not isinstance(problem.rows, int):
         return None
     fields = _entries(os.environ.get(DIRECTORY), problem.device_kind).get(backend.name, {}).get(key(problem))

@@ -113,12 +113,12 @@ class TestForcedFallback:
 
 def test_a_gpu_is_one_of_two_platforms():
     for ask in (lambda: explain(X, W, platform="gpu"), lambda: prepare(W, platform="gpu")):
-        with pytest.raises(ValueError, match="^platform 'gpu' may be either of two: write 'cuda' or 'rocm'$"):
+        with pytest.raises(ValueError, match=r"^platform 'gpu' may be either of two: write 'cuda' or 'rocm'$"):
             ask()
 
 
 def test_a_configuration_that_cannot_be_is_refused():
-    with pytest.raises(ValueError, match="^ScanConfig: chunk=0; write at least 1 input channel$"):
+    with pytest.raises(ValueError, match=r"^ScanConfig: chunk=0; write at least 1 input channel$"):
         ScanConfig(chunk=0)
 
 
