@@ -21,6 +21,12 @@ from lq_kernels.pytree import register
 Config = Any  # a frozen dataclass of the backend's own
 
 
+def require(config: Config, field: str, holds: bool, wanted: str) -> None:
+    """For a configuration's `__post_init__`. Raises ValueError, one line, when its field is out of range."""
+    if not holds:
+        raise ValueError(f"{type(config).__name__}: {field}={getattr(config, field)!r}; write {wanted}")
+
+
 @dataclasses.dataclass(frozen=True)
 class Segment:
     """The static facts of one run of input channels."""

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from lq_kernels import xla
-from lq_kernels.backend import PreparedMatrix, Problem
+from lq_kernels.backend import PreparedMatrix, Problem, require
 from lq_kernels.packed import PackedMatrix
 
 MAX_ROWS = 512
@@ -24,8 +24,7 @@ class ScanConfig:
     chunk: int = 512  # input channels unpacked at a time; rounded up to whole groups and whole words
 
     def __post_init__(self):
-        if self.chunk < 1:
-            raise ValueError(f"ScanConfig: chunk={self.chunk}; write at least 1 input channel")
+        require(self, "chunk", self.chunk >= 1, "1 or more input channels")
 
 
 def scan_matmul(x: Array, w: PackedMatrix, out_dtype, chunk: int) -> Array:

@@ -1,6 +1,8 @@
 """Which backend is taken, what `explain` says, the forced fallback, lowering for other platforms, tuning tables."""
 
+import dataclasses
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -117,9 +119,20 @@ def test_a_gpu_is_one_of_two_platforms():
             ask()
 
 
-def test_a_configuration_that_cannot_be_is_refused():
-    with pytest.raises(ValueError, match=r"^ScanConfig: chunk=0; write at least 1 input channel$"):
-        ScanConfig(chunk=0)
+@pytest.mark.parametrize(
+    ("name", "fields", "message"),
+    [
+        ("xla_scan", {"chunk": 0}, "ScanConfig: chunk=0; write 1 or more input channels"),
+        ("mosaic_gpu", {"token_tile": 12}, "GpuConfig: token_tile=12; write 8, 16 ... 128"),
+        ("mosaic_gpu", {"pairs": 3}, "GpuConfig: pairs=3; write 1 or 2"),
+        ("mosaic_gpu", {"blocks": 0}, "GpuConfig: blocks=0; write 1 or more"),
+    ],
+)
+def test_a_configuration_that_cannot_be_is_refused(name, fields, message):
+    backend = load_backend(name)
+    good = backend.default_config(problem_of(1, "bfloat16", W, "bfloat16", None), backend.target(None))
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        dataclasses.replace(good, **fields)
 
 
 class TestExport:

@@ -9,7 +9,7 @@ import itertools
 import math
 import re
 
-from lq_kernels.backend import Problem
+from lq_kernels.backend import Problem, require
 from lq_kernels.gpu.layout import ROW, TILE, StreamSegment, stream_segment
 from lq_kernels.split import TERMS
 
@@ -31,6 +31,14 @@ class GpuConfig:
     blocks: int  # thread blocks; all are to run at once
     split: bool  # cut units of work between blocks, and sum the parts in a second pass
     cluster: int  # thread blocks that share x: 1, or 2 where work is not cut and N fills an even number of strips
+
+    def __post_init__(self):
+        tile = self.token_tile
+        require(self, "token_tile", tile % 8 == 0 and 8 <= tile <= LARGEST_TOKEN_TILE, "8, 16 ... 128")
+        require(self, "pairs", self.pairs in (1, 2), "1 or 2")
+        for field in ("stage_bytes", "slots", "blocks"):
+            require(self, field, getattr(self, field) >= 1, "1 or more")
+        require(self, "cluster", self.cluster in (1, 2), "1 or 2")
 
 
 def multiprocessors(device_kind: str | None) -> int:
