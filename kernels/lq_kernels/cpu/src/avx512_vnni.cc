@@ -1,0 +1,259 @@
+// AVX-512 with VNNI and VBMI: Ice Lake servers and later, Zen 4 and later.
+//
+// `vpdpbusd` multiplies 64 codes, as unsigned bytes, by signed bytes of x, and adds the products of four to each 32-bit
+// lane: exact integers. fixed.h makes the bytes of x. A lane is a column; the four bytes of a word are a *quad* of
+// codes. What is subtracted from every code, the centre, is subtracted in integers too, which stay below 2^24: y is
+// rounded only when the sums of the digits are put together, and then relative to what comes out.
+#include "fixed.h"
+
+namespace lq {
+namespace {
+
+typedef __m512i I;
+
+constexpr int64_t kLanes = 16;
+constexpr int64_t kUnpackOnce = 5;  // rows from which codes are unpacked for all rows, not for two at a time
+
+// Fetches ahead, as in avx512.h.
+inline I load_words(const Words& w, int64_t row, int64_t column) {
+  const uint32_t* words = w.data + row * w.row + column;
+  _mm_prefetch(words + 2 * Avx512::kNear * w.row, _MM_HINT_T0);
+  _mm_prefetch(words + Avx512::kFar * w.row, _MM_HINT_T2);
+  return _mm512_loadu_si512(words);
+}
+
+inline I bytes(int value) { return _mm512_set1_epi8(static_cast<char>(value)); }
+
+// Each kind of codes unpacks row r of a block of its first plane to kQuads quads; a block has eight.
+template <int W>
+struct OnePlane {
+  static constexpr int kQuads = 8 / W;
+  static void unpack(const Words* planes, int64_t block, int r, int64_t column, I* quads) {
+    const I word = load_words(planes[0], block * W + r, column);
+#pragma GCC unroll 8
+    for (int h = 0; h < kQuads; ++h) {
+      if (W == 8) quads[h] = word;
+      // Twice the code of one bit, see fixed.h.
+      if (W == 1) quads[h] = _mm512_and_si512(h ? _mm512_srli_epi32(word, h - 1) : _mm512_add_epi32(word, word), bytes(2));
+      if (W == 2 || W == 4) quads[h] = _mm512_and_si512(_mm512_srli_epi32(word, W * h), bytes((1 << W) - 1));
+    }
+  }
+};
+
+// For `vpmultishiftqb`: what a plane of width W has for row r of a first plane of width F, every byte's bits in it, the
+// first at bit `low`.
+template <int F, int W>
+struct Places {
+  alignas(64) uint8_t place[64] = {};
+  constexpr Places(int r, int low) {
+    for (int i = 0; i < 64; ++i)
+      place[i] = static_cast<uint8_t>((i / 4 % 2 * 32 + (r * (32 / F) + i % 4 * (8 / F)) * W % 32 - low) & 63);
+  }
+};
+
+// A second plane of width W, and a third of one bit.
+template <int F, int W, bool THIRD = false>
+struct Planes {
+  static constexpr int kQuads = 8 / F;
+
+  template <int W2>
+  static I spread(const Words& w, int64_t block, int r, int64_t column, int low) {
+    static constexpr Places<F, W2> kPlaces[4] = {{0, F}, {1, F}, {2, F}, {3, F}};
+    static constexpr Places<F, W2> kThird[4] = {{0, F + W}, {1, F + W}, {2, F + W}, {3, F + W}};
+    const uint8_t* place = (low == F ? kPlaces : kThird)[r].place;
+    return _mm512_multishift_epi64_epi8(_mm512_load_si512(place), load_words(w, block * W2 + r * W2 / F, column));
+  }
+
+  static void unpack(const Words* planes, int64_t block, int r, int64_t column, I* quads) {
+    const I first = load_words(planes[0], block * F + r, column);
+    const I second = spread<W>(planes[1], block, r, column, F);
+    const I third = THIRD ? spread<1>(planes[2], block, r, column, F + W) : second;
+#pragma GCC unroll 4
+    for (int h = 0; h < kQuads; ++h) {
+      // mask ? low : high, bit by bit
+      I code = _mm512_ternarylogic_epi32(bytes((1 << F) - 1), _mm512_srli_epi32(first, F * h),
+                                         _mm512_srli_epi32(second, W * h), 0xCA);
+      if (THIRD) code = _mm512_ternarylogic_epi32(bytes((1 << (F + W)) - 1), code, _mm512_srli_epi32(third, h), 0xCA);
+      quads[h] = _mm512_and_si512(code, bytes((1 << (F + W + THIRD)) - 1));
+    }
+  }
+};
+
+// What all rows share of one chunk and panel.
+struct Shared {
+  const Words* planes;
+  int64_t blocks;
+  const Epilogue* epilogue;
+};
+
+// Rows of one chunk and panel.
+struct Rows {
+  const int8_t* digits;
+  int64_t row;  // bytes from one row of digits to the next
+  const Fixed* fixed;
+  float* total;  // [rows, kPanel]
+};
+
+// total += the chunk's part of y, for R rows of x with T digits and C vectors of columns.
+template <class Codes, int R, int T, int C>
+inline void multiply(const Shared& s, const Rows& rows, int64_t column) {
+  constexpr int H = Codes::kQuads;
+  I acc[R][T][C];
+  for (int m = 0; m < R; ++m)
+    for (int t = 0; t < T; ++t)
+      for (int c = 0; c < C; ++c) acc[m][t][c] = _mm512_set1_epi32(rows.fixed[m].start[t]);
+  for (int64_t block = 0; block < s.blocks; ++block) {
+    const int8_t* x = rows.digits + block * kBlock * kDigits;
+#pragma GCC unroll 8
+    for (int r = 0; r < 8 / H; ++r, x += H * 4)
+#pragma GCC unroll 8
+      for (int c = 0; c < C; ++c) {
+        I quads[H];
+        Codes::unpack(s.planes, block, r, column + c * kLanes, quads);
+#pragma GCC unroll 8
+        for (int h = 0; h < H; ++h)
+#pragma GCC unroll 2
+          for (int m = 0; m < R; ++m)
+#pragma GCC unroll 4
+            for (int t = 0; t < T; ++t) {
+              int32_t four;
+              memcpy(&four, x + m * rows.row + t * kBlock + h * 4, 4);
+              acc[m][t][c] = _mm512_dpbusd_epi32(acc[m][t][c], quads[h], _mm512_set1_epi32(four));
+            }
+      }
+  }
+  const Epilogue& e = *s.epilogue;
+  for (int m = 0; m < R; ++m)
+    for (int c = 0; c < C; ++c) {
+      const int64_t n = column + c * kLanes;
+      __m512 v = _mm512_cvtepi32_ps(acc[m][T - 1][c]);
+      for (int t = T - 2; t >= 0; --t) v = Avx512::fma(v, Avx512::set1(256.0f), _mm512_cvtepi32_ps(acc[m][t][c]));
+      v = _mm512_mul_ps(v, Avx512::set1(rows.fixed[m].unit));
+      if (e.has_zero) v = Avx512::fnma(Avx512::set1(rows.fixed[m].sum), Avx512::load(e.zero + n), v);
+      float* to = rows.total + m * kPanel + n;
+      Avx512::store(to, Avx512::fma(v, Avx512::load(e.scale + n), Avx512::load(to)));
+    }
+}
+
+template <class Codes, int R, int T>
+inline void multiply_panel(const Shared& s, const Rows& rows) {
+  constexpr int C = R * T == 3 ? 8 : R * T == 8 ? 2 : 4;  // up to 24 sums in registers
+  for (int64_t n = 0; n < kPanel; n += C * kLanes) multiply<Codes, R, T, C>(s, rows, n);
+}
+
+template <class Codes>
+void multiply_rows(const Shared& s, Rows rows, int64_t count) {
+  const auto four = [](const Fixed& f) { return f.terms == 4; };
+  for (; count >= 2; count -= 2) {
+    (four(rows.fixed[0]) || four(rows.fixed[1]) ? multiply_panel<Codes, 2, 4> : multiply_panel<Codes, 2, 3>)(s, rows);
+    rows.digits += 2 * rows.row, rows.fixed += 2, rows.total += 2 * kPanel;
+  }
+  if (count) (four(rows.fixed[0]) ? multiply_panel<Codes, 1, 4> : multiply_panel<Codes, 1, 3>)(s, rows);
+}
+
+// All codes of a chunk as a plane of bytes.
+template <class Codes>
+void unpack_chunk(const Shared& s, uint32_t (*to)[kPanel]) {
+  constexpr int H = Codes::kQuads;
+  for (int64_t block = 0; block < s.blocks; ++block)
+    for (int r = 0; r < 8 / H; ++r, to += H)
+      for (int64_t n = 0; n < kPanel; n += kLanes) {
+        I quads[H];
+        Codes::unpack(s.planes, block, r, n, quads);
+        for (int h = 0; h < H; ++h) _mm512_store_si512(to[h] + n, quads[h]);
+      }
+}
+
+struct Operations {
+  void (*multiply)(const Shared&, Rows, int64_t);
+  void (*unpack)(const Shared&, uint32_t (*)[kPanel]);
+};
+
+template <class Codes>
+constexpr Operations operations() {
+  return {multiply_rows<Codes>, unpack_chunk<Codes>};
+}
+
+constexpr Operations kOperations[9] = {{},
+                                       operations<OnePlane<1>>(),
+                                       operations<OnePlane<2>>(),
+                                       operations<Planes<2, 1>>(),
+                                       operations<OnePlane<4>>(),
+                                       operations<Planes<4, 1>>(),
+                                       operations<Planes<4, 2>>(),
+                                       operations<Planes<4, 2, true>>(),
+                                       operations<OnePlane<8>>()};
+
+// What one thread works in.
+struct Room {
+  alignas(64) uint32_t codes[kChunk / 4][kPanel];
+  alignas(64) float total[kRows * kPanel];
+  alignas(64) float acc[kPanel];
+  Copies copies;
+  Epilogue epilogue;
+};
+
+// Rows whose x stayed float32, one by one.
+void float_rows(const Product& p, const Chunk& chunk, int64_t panel, const Fixed* fixed, const float* x,
+                const float* sums, int64_t rows, Room* room) {
+  for (int64_t m = 0; m < rows; ++m) {
+    if (fixed[m].terms) continue;
+    memset(room->acc, 0, sizeof(room->acc));
+    const int64_t columns = at_most(kPanel, p.N - panel * kPanel);
+    few_rows<Avx512>(p, chunk, panel, columns, x + m * p.padded_K, 1, &room->copies, room->acc);
+    finish<Avx512>(room->epilogue, room->acc, sums + m, 1, room->total + m * kPanel);
+  }
+}
+
+void chunk_of_panel(const Product& p, const Chunk& chunk, int64_t index, int64_t panel, const void* scratch, int64_t m,
+                    int64_t rows, Room* room) {
+  const Segment& segment = *chunk.segment;
+  const int64_t columns = at_most(kPanel, p.N - panel * kPanel);
+  Words planes[3];
+  for (int64_t i = 0, copied = 0; i < segment.planes; copied += kChunk / 32 * segment.plane[i].width, ++i)
+    planes[i] = words_of(segment.plane[i], chunk, panel, columns, p.padded_N, true, room->copies.words + copied);
+  load_epilogue(p, chunk, panel, columns, &room->epilogue);
+  const int64_t at = m * p.padded_K + segment.padded_begin + chunk.begin;
+  const FixedPoint f = fixed_point(p, scratch);
+  const Fixed* fixed = f.chunks + index * p.M + m;
+  const Rows all = {f.digits + at * kDigits, p.padded_K * kDigits, fixed, room->total};
+  Shared shared = {planes, divide_up(chunk.length, kBlock), &room->epilogue};
+  if (rows < kUnpackOnce || segment.bits == 8) {
+    kOperations[segment.bits].multiply(shared, all, rows);
+  } else {
+    kOperations[segment.bits].unpack(shared, room->codes);
+    const Words unpacked = {room->codes[0], kPanel, shared.blocks * 8};
+    shared.planes = &unpacked;
+    kOperations[8].multiply(shared, all, rows);
+  }
+  const Activations a = activations(p, scratch);
+  float_rows(p, chunk, panel, fixed, a.x + at, a.sums + index * p.M + m, rows, room);
+}
+
+void vnni_panels(const Product& p, const void* scratch, int64_t first, int64_t last) {
+  Room room;
+  for (int64_t panel = first; panel < last; ++panel)
+    for (int64_t m = 0; m < p.M; m += kRows) {
+      const int64_t rows = at_most(kRows, p.M - m);
+      memset(room.total, 0, static_cast<size_t>(rows * kPanel) * sizeof(float));
+      for_each_chunk(p, [&](int64_t index, const Chunk& chunk) {
+        chunk_of_panel(p, chunk, index, panel, scratch, m, rows, &room);
+      });
+      for (int64_t r = 0; r < rows; ++r)
+        store_floats(room.total + r * kPanel, p.y, p.y_type, (m + r) * p.N + panel * kPanel,
+                     at_most(kPanel, p.N - panel * kPanel));
+    }
+}
+
+bool vnni_supported() {
+  return supports_avx512() && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
+}
+
+// A codebook's numbers are no integers.
+bool vnni_serves(const Product& p) { return !p.codebook; }
+
+}  // namespace
+
+const Kernel kAvx512Vnni = {"avx512_vnni", vnni_supported, vnni_serves, always, fixed_scratch_bytes, fix, vnni_panels};
+
+}  // namespace lq
