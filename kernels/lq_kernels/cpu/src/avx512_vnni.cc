@@ -12,36 +12,51 @@ namespace {
 typedef __m512i I;
 
 constexpr int64_t kLanes = 16;
+constexpr int64_t kNear = 4, kFar = 48;  // rows of words fetched ahead, see avx512.h
 constexpr int64_t kUnpackOnce = 5;  // rows from which codes are unpacked for all rows, not for two at a time
-
-// Fetches ahead, as in avx512.h.
-inline I load_words(const Words& w, int64_t row, int64_t column) {
-  const uint32_t* words = w.data + row * w.row + column;
-  _mm_prefetch(words + 2 * Avx512::kNear * w.row, _MM_HINT_T0);
-  _mm_prefetch(words + Avx512::kFar * w.row, _MM_HINT_T2);
-  return _mm512_loadu_si512(words);
-}
 
 inline I bytes(int value) { return _mm512_set1_epi8(static_cast<char>(value)); }
 
-// Each kind of codes unpacks row r of a block of its first plane to kQuads quads; a block has eight.
+inline void add_products(I* sums, I codes, I x) { asm("vpdpbusd %2, %1, %0" : "+v"(*sums) : "v"(codes), "v"(x)); }
+
+// The same address, unknown to the compiler, which would keep what it has read from it in more registers than there are.
+template <class T>
+inline const T* fresh(const T* address) {
+  asm volatile("" : "+r"(address));
+  return address;
+}
+
+// Sixteen columns of a row of words. Fetches ahead, as in avx512.h.
+inline const uint32_t* words_at(const Words& w, int64_t row, int64_t column) {
+  const uint32_t* words = w.data + row * w.row + column;
+  _mm_prefetch(words + kNear * w.row, _MM_HINT_T0);
+  _mm_prefetch(words + kFar * w.row, _MM_HINT_T2);
+  return words;
+}
+
+// Kinds of codes. A block is 8 / kQuads rows of words of the first plane, and each row kQuads quads. `Row` is what is
+// kept of one row while its quads are unpacked.
 template <int W>
 struct OnePlane {
   static constexpr int kQuads = 8 / W;
-  static void unpack(const Words* planes, int64_t block, int r, int64_t column, I* quads) {
-    const I word = load_words(planes[0], block * W + r, column);
-#pragma GCC unroll 8
-    for (int h = 0; h < kQuads; ++h) {
-      if (W == 8) quads[h] = word;
-      // Twice the code of one bit, see fixed.h.
-      if (W == 1) quads[h] = _mm512_and_si512(h ? _mm512_srli_epi32(word, h - 1) : _mm512_add_epi32(word, word), bytes(2));
-      if (W == 2 || W == 4) quads[h] = _mm512_and_si512(_mm512_srli_epi32(word, W * h), bytes((1 << W) - 1));
-    }
+  static constexpr bool kFew = true;
+  typedef const uint32_t* Row;
+
+  static Row row(const Words* planes, int64_t block, int r, int64_t column) {
+    return words_at(planes[0], block * W + r, column);
+  }
+
+  static I quad(Row row, int h) {
+    const I word = _mm512_loadu_si512(fresh(row));
+    if (W == 8) return word;
+    if (W > 1) return _mm512_and_si512(_mm512_srli_epi32(word, W * h), bytes((1 << W) - 1));
+    // Twice the code of one bit, see fixed.h.
+    return _mm512_and_si512(h ? _mm512_srli_epi32(word, h - 1) : _mm512_add_epi32(word, word), bytes(2));
   }
 };
 
-// For `vpmultishiftqb`: what a plane of width W has for row r of a first plane of width F, every byte's bits in it, the
-// first at bit `low`.
+// For `vpmultishiftqb`: the bits that a plane of width W has for each byte of row r of a first plane of width F, from bit
+// `low` on.
 template <int F, int W>
 struct Places {
   alignas(64) uint8_t place[64] = {};
@@ -51,31 +66,36 @@ struct Places {
   }
 };
 
-// A second plane of width W, and a third of one bit.
+template <int F, int W, int LOW>
+inline I spread(const Words& w, int64_t block, int r, int64_t column) {
+  static constexpr Places<F, W> kPlaces[4] = {{0, LOW}, {1, LOW}, {2, LOW}, {3, LOW}};
+  const I word = _mm512_loadu_si512(words_at(w, block * W + r * W / F, column));
+  return _mm512_multishift_epi64_epi8(_mm512_load_si512(kPlaces[r].place), word);
+}
+
+// A second plane of width W, and perhaps a third of one bit.
 template <int F, int W, bool THIRD = false>
 struct Planes {
   static constexpr int kQuads = 8 / F;
+  static constexpr bool kFew = false;
+  struct Row {
+    const uint32_t* first;
+    I second, third;
+  };
 
-  template <int W2>
-  static I spread(const Words& w, int64_t block, int r, int64_t column, int low) {
-    static constexpr Places<F, W2> kPlaces[4] = {{0, F}, {1, F}, {2, F}, {3, F}};
-    static constexpr Places<F, W2> kThird[4] = {{0, F + W}, {1, F + W}, {2, F + W}, {3, F + W}};
-    const uint8_t* place = (low == F ? kPlaces : kThird)[r].place;
-    return _mm512_multishift_epi64_epi8(_mm512_load_si512(place), load_words(w, block * W2 + r * W2 / F, column));
+  static Row row(const Words* planes, int64_t block, int r, int64_t column) {
+    Row row = {words_at(planes[0], block * F + r, column), spread<F, W, F>(planes[1], block, r, column), {}};
+    if (THIRD) row.third = spread<F, 1, F + W>(planes[2], block, r, column);
+    return row;
   }
 
-  static void unpack(const Words* planes, int64_t block, int r, int64_t column, I* quads) {
-    const I first = load_words(planes[0], block * F + r, column);
-    const I second = spread<W>(planes[1], block, r, column, F);
-    const I third = THIRD ? spread<1>(planes[2], block, r, column, F + W) : second;
-#pragma GCC unroll 4
-    for (int h = 0; h < kQuads; ++h) {
-      // mask ? low : high, bit by bit
-      I code = _mm512_ternarylogic_epi32(bytes((1 << F) - 1), _mm512_srli_epi32(first, F * h),
-                                         _mm512_srli_epi32(second, W * h), 0xCA);
-      if (THIRD) code = _mm512_ternarylogic_epi32(bytes((1 << (F + W)) - 1), code, _mm512_srli_epi32(third, h), 0xCA);
-      quads[h] = _mm512_and_si512(code, bytes((1 << (F + W + THIRD)) - 1));
-    }
+  static I quad(const Row& row, int h) {
+    // The bits of the first where the mask has ones, of the other where it has none.
+    I code = _mm512_ternarylogic_epi32(bytes((1 << F) - 1), _mm512_srli_epi32(_mm512_loadu_si512(fresh(row.first)), F * h),
+                                       _mm512_srli_epi32(row.second, W * h), 0xCA);
+    if (THIRD)
+      code = _mm512_ternarylogic_epi32(bytes((1 << (F + W)) - 1), code, _mm512_srli_epi32(row.third, h), 0xCA);
+    return _mm512_and_si512(code, bytes((1 << (F + W + THIRD)) - 1));
   }
 };
 
@@ -97,36 +117,49 @@ struct Rows {
 // total += the chunk's part of y, for R rows of x with T digits and C vectors of columns.
 template <class Codes, int R, int T, int C>
 inline void multiply(const Shared& s, const Rows& rows, int64_t column) {
-  constexpr int H = Codes::kQuads;
+  constexpr int H = Codes::kQuads, G = C < 4 ? C : 4;  // vectors at a time
   I acc[R][T][C];
+#pragma GCC unroll 8
   for (int m = 0; m < R; ++m)
+#pragma GCC unroll 8
     for (int t = 0; t < T; ++t)
+#pragma GCC unroll 8
       for (int c = 0; c < C; ++c) acc[m][t][c] = _mm512_set1_epi32(rows.fixed[m].start[t]);
   for (int64_t block = 0; block < s.blocks; ++block) {
     const int8_t* x = rows.digits + block * kBlock * kDigits;
-#pragma GCC unroll 8
+#pragma GCC unroll 1
     for (int r = 0; r < 8 / H; ++r, x += H * 4)
 #pragma GCC unroll 8
-      for (int c = 0; c < C; ++c) {
-        I quads[H];
-        Codes::unpack(s.planes, block, r, column + c * kLanes, quads);
+      for (int first = 0; first < C; first += G) {
+        typename Codes::Row row[G];
 #pragma GCC unroll 8
-        for (int h = 0; h < H; ++h)
-#pragma GCC unroll 2
+        for (int c = 0; c < G; ++c) row[c] = Codes::row(s.planes, block, r, column + (first + c) * kLanes);
+#pragma GCC unroll 8
+        for (int h = 0; h < H; ++h) {
+          I quads[G];
+#pragma GCC unroll 8
+          for (int c = 0; c < G; ++c) quads[c] = Codes::quad(row[c], h);
+#pragma GCC unroll 8
           for (int m = 0; m < R; ++m)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
             for (int t = 0; t < T; ++t) {
               int32_t four;
-              memcpy(&four, x + m * rows.row + t * kBlock + h * 4, 4);
-              acc[m][t][c] = _mm512_dpbusd_epi32(acc[m][t][c], quads[h], _mm512_set1_epi32(four));
+              memcpy(&four, fresh(x) + m * rows.row + t * kBlock + h * 4, 4);
+              const I b = _mm512_set1_epi32(four);
+#pragma GCC unroll 8
+              for (int c = 0; c < G; ++c) add_products(&acc[m][t][first + c], quads[c], b);
             }
+        }
       }
   }
   const Epilogue& e = *s.epilogue;
+#pragma GCC unroll 8
   for (int m = 0; m < R; ++m)
+#pragma GCC unroll 8
     for (int c = 0; c < C; ++c) {
       const int64_t n = column + c * kLanes;
       __m512 v = _mm512_cvtepi32_ps(acc[m][T - 1][c]);
+#pragma GCC unroll 8
       for (int t = T - 2; t >= 0; --t) v = Avx512::fma(v, Avx512::set1(256.0f), _mm512_cvtepi32_ps(acc[m][t][c]));
       v = _mm512_mul_ps(v, Avx512::set1(rows.fixed[m].unit));
       if (e.has_zero) v = Avx512::fnma(Avx512::set1(rows.fixed[m].sum), Avx512::load(e.zero + n), v);
@@ -137,7 +170,7 @@ inline void multiply(const Shared& s, const Rows& rows, int64_t column) {
 
 template <class Codes, int R, int T>
 inline void multiply_panel(const Shared& s, const Rows& rows) {
-  constexpr int C = R * T == 3 ? 8 : R * T == 8 ? 2 : 4;  // up to 24 sums in registers
+  constexpr int C = R * T == 3 && Codes::kFew ? 8 : R * T == 8 ? 2 : 4;  // up to 24 sums in registers
   for (int64_t n = 0; n < kPanel; n += C * kLanes) multiply<Codes, R, T, C>(s, rows, n);
 }
 
@@ -158,9 +191,9 @@ void unpack_chunk(const Shared& s, uint32_t (*to)[kPanel]) {
   for (int64_t block = 0; block < s.blocks; ++block)
     for (int r = 0; r < 8 / H; ++r, to += H)
       for (int64_t n = 0; n < kPanel; n += kLanes) {
-        I quads[H];
-        Codes::unpack(s.planes, block, r, n, quads);
-        for (int h = 0; h < H; ++h) _mm512_store_si512(to[h] + n, quads[h]);
+        const auto row = Codes::row(s.planes, block, r, n);
+#pragma GCC unroll 8
+        for (int h = 0; h < H; ++h) _mm512_store_si512(to[h] + n, Codes::quad(row, h));
       }
 }
 
