@@ -12,18 +12,24 @@ namespace {
 typedef __m512i I;
 
 constexpr int64_t kLanes = 16;
-constexpr int64_t kNear = 4, kFar = 48;  // rows of words fetched ahead, see avx512.h
+constexpr int64_t kNear = 4, kFar = 96;  // rows of words fetched ahead, see avx512.h
 constexpr int64_t kUnpackOnce = 5;  // rows from which codes are unpacked for all rows, not for two at a time
 
 inline I bytes(int value) { return _mm512_set1_epi8(static_cast<char>(value)); }
 
 inline void add_products(I* sums, I codes, I x) { asm("vpdpbusd %2, %1, %0" : "+v"(*sums) : "v"(codes), "v"(x)); }
 
-// The same address, unknown to the compiler, which would keep what it has read from it in more registers than there are.
-template <class T>
-inline const T* fresh(const T* address) {
-  asm volatile("" : "+r"(address));
-  return address;
+// Loads that the compiler must not merge: it would keep what is read twice in more registers than there are.
+inline I load(const uint32_t* words) {
+  I word;
+  asm volatile("vmovdqu64 %1, %0" : "=v"(word) : "m"(*reinterpret_cast<const I*>(words)));
+  return word;
+}
+
+inline I broadcast(const int8_t* four) {
+  I x;
+  asm volatile("vpbroadcastd %1, %0" : "=v"(x) : "m"(*reinterpret_cast<const int8_t (*)[4]>(four)));
+  return x;
 }
 
 // Sixteen columns of a row of words. Fetches ahead, as in avx512.h.
@@ -47,7 +53,7 @@ struct OnePlane {
   }
 
   static I quad(Row row, int h) {
-    const I word = _mm512_loadu_si512(fresh(row));
+    const I word = load(row);
     if (W == 8) return word;
     if (W > 1) return _mm512_and_si512(_mm512_srli_epi32(word, W * h), bytes((1 << W) - 1));
     // Twice the code of one bit, see fixed.h.
@@ -90,11 +96,11 @@ struct Planes {
   }
 
   static I quad(const Row& row, int h) {
-    // The bits of the first where the mask has ones, of the other where it has none.
-    I code = _mm512_ternarylogic_epi32(bytes((1 << F) - 1), _mm512_srli_epi32(_mm512_loadu_si512(fresh(row.first)), F * h),
-                                       _mm512_srli_epi32(row.second, W * h), 0xCA);
+    // 0xE2: the first's bits where the mask has ones, the last's where it has none.
+    I code = _mm512_srli_epi32(load(row.first), F * h);
+    code = _mm512_ternarylogic_epi32(code, bytes((1 << F) - 1), _mm512_srli_epi32(row.second, W * h), 0xE2);
     if (THIRD)
-      code = _mm512_ternarylogic_epi32(bytes((1 << (F + W)) - 1), code, _mm512_srli_epi32(row.third, h), 0xCA);
+      code = _mm512_ternarylogic_epi32(code, bytes((1 << (F + W)) - 1), _mm512_srli_epi32(row.third, h), 0xE2);
     return _mm512_and_si512(code, bytes((1 << (F + W + THIRD)) - 1));
   }
 };
@@ -143,9 +149,7 @@ inline void multiply(const Shared& s, const Rows& rows, int64_t column) {
           for (int m = 0; m < R; ++m)
 #pragma GCC unroll 8
             for (int t = 0; t < T; ++t) {
-              int32_t four;
-              memcpy(&four, fresh(x) + m * rows.row + t * kBlock + h * 4, 4);
-              const I b = _mm512_set1_epi32(four);
+              const I b = broadcast(x + m * rows.row + t * kBlock + h * 4);
 #pragma GCC unroll 8
               for (int c = 0; c < G; ++c) add_products(&acc[m][t][first + c], quads[c], b);
             }
