@@ -12,11 +12,11 @@ namespace {
 typedef __m512i I;
 
 constexpr int64_t kLanes = 16;
-constexpr int64_t kNear = 4, kFar = 96;  // rows of words fetched ahead, see avx512.h
-constexpr int64_t kUnpackOnce = 5;  // rows from which codes are unpacked for all rows, not for two at a time
+constexpr int64_t kUnpackOnce = 4;  // rows from which codes are unpacked for all of them, not for each
 
 inline I bytes(int value) { return _mm512_set1_epi8(static_cast<char>(value)); }
 
+// The compiler's own choice of registers for `_mm512_dpbusd_epi32` copies half of the sums in every turn of a loop.
 inline void add_products(I* sums, I codes, I x) { asm("vpdpbusd %2, %1, %0" : "+v"(*sums) : "v"(codes), "v"(x)); }
 
 // Loads that the compiler must not merge: it would keep what is read twice in more registers than there are.
@@ -32,27 +32,18 @@ inline I broadcast(const int8_t* four) {
   return x;
 }
 
-// Sixteen columns of a row of words. Fetches ahead, as in avx512.h.
-inline const uint32_t* words_at(const Words& w, int64_t row, int64_t column) {
-  const uint32_t* words = w.data + row * w.row + column;
-  _mm_prefetch(words + kNear * w.row, _MM_HINT_T0);
-  _mm_prefetch(words + kFar * w.row, _MM_HINT_T2);
-  return words;
-}
-
-// Kinds of codes. A block is 8 / kQuads rows of words of the first plane, and each row kQuads quads. `Row` is what is
-// kept of one row while its quads are unpacked.
+// The kinds of codes. A block is 8 / kQuads rows of words of the first plane, and each of these kQuads quads. `Held` is
+// what is kept of one row of words while its quads are unpacked, for kGroup vectors of columns at a time.
 template <int W>
 struct OnePlane {
-  static constexpr int kQuads = 8 / W;
-  static constexpr bool kFew = true;
-  typedef const uint32_t* Row;
+  static constexpr int kQuads = 8 / W, kGroup = 4;
+  typedef const uint32_t* Held;
 
-  static Row row(const Words* planes, int64_t block, int r, int64_t column) {
-    return words_at(planes[0], block * W + r, column);
+  static Held hold(const Words* planes, int64_t block, int r, int64_t column) {
+    return planes[0].data + (block * W + r) * planes[0].row + column;
   }
 
-  static I quad(Row row, int h) {
+  static I quad(Held row, int h) {
     const I word = load(row);
     if (W == 8) return word;
     if (W > 1) return _mm512_and_si512(_mm512_srli_epi32(word, W * h), bytes((1 << W) - 1));
@@ -75,33 +66,47 @@ struct Places {
 template <int F, int W, int LOW>
 inline I spread(const Words& w, int64_t block, int r, int64_t column) {
   static constexpr Places<F, W> kPlaces[4] = {{0, LOW}, {1, LOW}, {2, LOW}, {3, LOW}};
-  const I word = _mm512_loadu_si512(words_at(w, block * W + r * W / F, column));
+  const I word = load(w.data + (block * W + r * W / F) * w.row + column);
   return _mm512_multishift_epi64_epi8(_mm512_load_si512(kPlaces[r].place), word);
 }
 
 // A second plane of width W, and perhaps a third of one bit.
 template <int F, int W, bool THIRD = false>
 struct Planes {
-  static constexpr int kQuads = 8 / F;
-  static constexpr bool kFew = false;
-  struct Row {
+  static constexpr int kQuads = 8 / F, kGroup = 2;
+  struct Held {
     const uint32_t* first;
     I second, third;
   };
 
-  static Row row(const Words* planes, int64_t block, int r, int64_t column) {
-    Row row = {words_at(planes[0], block * F + r, column), spread<F, W, F>(planes[1], block, r, column), {}};
-    if (THIRD) row.third = spread<F, 1, F + W>(planes[2], block, r, column);
-    return row;
+  static Held hold(const Words* planes, int64_t block, int r, int64_t column) {
+    const uint32_t* first = planes[0].data + (block * F + r) * planes[0].row + column;
+    const I second = spread<F, W, F>(planes[1], block, r, column);
+    return {first, second, THIRD ? spread<F, 1, F + W>(planes[2], block, r, column) : second};
   }
 
-  static I quad(const Row& row, int h) {
+  static I quad(const Held& held, int h) {
     // 0xE2: the first's bits where the mask has ones, the last's where it has none.
-    I code = _mm512_srli_epi32(load(row.first), F * h);
-    code = _mm512_ternarylogic_epi32(code, bytes((1 << F) - 1), _mm512_srli_epi32(row.second, W * h), 0xE2);
+    I code = _mm512_srli_epi32(load(held.first), F * h);
+    code = _mm512_ternarylogic_epi32(code, bytes((1 << F) - 1), _mm512_srli_epi32(held.second, W * h), 0xE2);
     if (THIRD)
-      code = _mm512_ternarylogic_epi32(code, bytes((1 << (F + W)) - 1), _mm512_srli_epi32(row.third, h), 0xE2);
+      code = _mm512_ternarylogic_epi32(code, bytes((1 << (F + W)) - 1), _mm512_srli_epi32(held.third, h), 0xE2);
     return _mm512_and_si512(code, bytes((1 << (F + W + THIRD)) - 1));
+  }
+};
+
+// Brings the words of the next chunk, a line at a time, while this one is multiplied. One row of a prepared matrix goes
+// without: it is read from end to end, which the processor's own prefetching does best, and disturbed by ours.
+struct Ahead {
+  const Words* planes;
+  int64_t count, per_row;  // planes left; lines for each row of words that is multiplied
+  int64_t line;
+
+  void fetch() {
+    for (int64_t i = 0; i < per_row && count; ++i) {
+      _mm_prefetch(planes->data + (planes->rows + line / 8) * planes->row + line % 8 * kLanes, _MM_HINT_T1);
+      if (++line == 8 * planes->rows) line = 0, ++planes, --count;
+    }
   }
 };
 
@@ -112,80 +117,65 @@ struct Shared {
   const Epilogue* epilogue;
 };
 
-// Rows of one chunk and panel.
-struct Rows {
+// One row of x in one chunk and panel.
+struct Row {
   const int8_t* digits;
-  int64_t row;  // bytes from one row of digits to the next
   const Fixed* fixed;
-  float* total;  // [rows, kPanel]
+  float* total;  // [kPanel]
+  Ahead* ahead;  // null: nothing is to be fetched
 };
 
-// total += the chunk's part of y, for R rows of x with T digits and C vectors of columns.
-template <class Codes, int R, int T, int C>
-inline void multiply(const Shared& s, const Rows& rows, int64_t column) {
-  constexpr int H = Codes::kQuads, G = C < 4 ? C : 4;  // vectors at a time
-  I acc[R][T][C];
+// total += the chunk's part of y, for T digits and C vectors of columns.
+template <class Codes, int T, int C>
+inline void multiply(const Shared& s, const Row& row, int64_t column) {
+  constexpr int H = Codes::kQuads, G = C == 8 ? Codes::kGroup : 4;
+  I acc[T][C];
 #pragma GCC unroll 8
-  for (int m = 0; m < R; ++m)
+  for (int t = 0; t < T; ++t)
 #pragma GCC unroll 8
-    for (int t = 0; t < T; ++t)
-#pragma GCC unroll 8
-      for (int c = 0; c < C; ++c) acc[m][t][c] = _mm512_set1_epi32(rows.fixed[m].start[t]);
+    for (int c = 0; c < C; ++c) acc[t][c] = _mm512_set1_epi32(row.fixed->start[t]);
   for (int64_t block = 0; block < s.blocks; ++block) {
-    const int8_t* x = rows.digits + block * kBlock * kDigits;
+    const int8_t* x = row.digits + block * kBlock * kDigits;
 #pragma GCC unroll 1
-    for (int r = 0; r < 8 / H; ++r, x += H * 4)
+    for (int r = 0; r < 8 / H; ++r, x += H * 4) {
+      if (row.ahead) row.ahead->fetch();
 #pragma GCC unroll 8
       for (int first = 0; first < C; first += G) {
-        typename Codes::Row row[G];
+        typename Codes::Held held[G];
 #pragma GCC unroll 8
-        for (int c = 0; c < G; ++c) row[c] = Codes::row(s.planes, block, r, column + (first + c) * kLanes);
+        for (int c = 0; c < G; ++c) held[c] = Codes::hold(s.planes, block, r, column + (first + c) * kLanes);
 #pragma GCC unroll 8
         for (int h = 0; h < H; ++h) {
           I quads[G];
 #pragma GCC unroll 8
-          for (int c = 0; c < G; ++c) quads[c] = Codes::quad(row[c], h);
+          for (int c = 0; c < G; ++c) quads[c] = Codes::quad(held[c], h);
 #pragma GCC unroll 8
-          for (int m = 0; m < R; ++m)
+          for (int t = 0; t < T; ++t) {
+            const I four = broadcast(x + t * kBlock + h * 4);
 #pragma GCC unroll 8
-            for (int t = 0; t < T; ++t) {
-              const I b = broadcast(x + m * rows.row + t * kBlock + h * 4);
-#pragma GCC unroll 8
-              for (int c = 0; c < G; ++c) add_products(&acc[m][t][first + c], quads[c], b);
-            }
+            for (int c = 0; c < G; ++c) add_products(&acc[t][first + c], quads[c], four);
+          }
         }
       }
+    }
   }
   const Epilogue& e = *s.epilogue;
 #pragma GCC unroll 8
-  for (int m = 0; m < R; ++m)
+  for (int c = 0; c < C; ++c) {
+    const int64_t n = column + c * kLanes;
+    __m512 v = _mm512_cvtepi32_ps(acc[T - 1][c]);
 #pragma GCC unroll 8
-    for (int c = 0; c < C; ++c) {
-      const int64_t n = column + c * kLanes;
-      __m512 v = _mm512_cvtepi32_ps(acc[m][T - 1][c]);
-#pragma GCC unroll 8
-      for (int t = T - 2; t >= 0; --t) v = Avx512::fma(v, Avx512::set1(256.0f), _mm512_cvtepi32_ps(acc[m][t][c]));
-      v = _mm512_mul_ps(v, Avx512::set1(rows.fixed[m].unit));
-      if (e.has_zero) v = Avx512::fnma(Avx512::set1(rows.fixed[m].sum), Avx512::load(e.zero + n), v);
-      float* to = rows.total + m * kPanel + n;
-      Avx512::store(to, Avx512::fma(v, Avx512::load(e.scale + n), Avx512::load(to)));
-    }
-}
-
-template <class Codes, int R, int T>
-inline void multiply_panel(const Shared& s, const Rows& rows) {
-  constexpr int C = R * T == 3 && Codes::kFew ? 8 : R * T == 8 ? 2 : 4;  // up to 24 sums in registers
-  for (int64_t n = 0; n < kPanel; n += C * kLanes) multiply<Codes, R, T, C>(s, rows, n);
+    for (int t = T - 2; t >= 0; --t) v = Avx512::fma(v, Avx512::set1(256.0f), _mm512_cvtepi32_ps(acc[t][c]));
+    v = _mm512_mul_ps(v, Avx512::set1(row.fixed->unit));
+    if (e.has_zero) v = Avx512::fnma(Avx512::set1(row.fixed->sum), Avx512::load(e.zero + n), v);
+    Avx512::store(row.total + n, Avx512::fma(v, Avx512::load(e.scale + n), Avx512::load(row.total + n)));
+  }
 }
 
 template <class Codes>
-void multiply_rows(const Shared& s, Rows rows, int64_t count) {
-  const auto four = [](const Fixed& f) { return f.terms == 4; };
-  for (; count >= 2; count -= 2) {
-    (four(rows.fixed[0]) || four(rows.fixed[1]) ? multiply_panel<Codes, 2, 4> : multiply_panel<Codes, 2, 3>)(s, rows);
-    rows.digits += 2 * rows.row, rows.fixed += 2, rows.total += 2 * kPanel;
-  }
-  if (count) (four(rows.fixed[0]) ? multiply_panel<Codes, 1, 4> : multiply_panel<Codes, 1, 3>)(s, rows);
+void multiply_row(const Shared& s, const Row& row) {
+  if (row.fixed->terms <= 3) return multiply<Codes, 3, 8>(s, row, 0);
+  for (int64_t n = 0; n < kPanel; n += kPanel / 2) multiply<Codes, 4, 4>(s, row, n);
 }
 
 // All codes of a chunk as a plane of bytes.
@@ -195,20 +185,20 @@ void unpack_chunk(const Shared& s, uint32_t (*to)[kPanel]) {
   for (int64_t block = 0; block < s.blocks; ++block)
     for (int r = 0; r < 8 / H; ++r, to += H)
       for (int64_t n = 0; n < kPanel; n += kLanes) {
-        const auto row = Codes::row(s.planes, block, r, n);
+        const auto held = Codes::hold(s.planes, block, r, n);
 #pragma GCC unroll 8
-        for (int h = 0; h < H; ++h) _mm512_store_si512(to[h] + n, Codes::quad(row, h));
+        for (int h = 0; h < H; ++h) _mm512_store_si512(to[h] + n, Codes::quad(held, h));
       }
 }
 
 struct Operations {
-  void (*multiply)(const Shared&, Rows, int64_t);
+  void (*multiply)(const Shared&, const Row&);
   void (*unpack)(const Shared&, uint32_t (*)[kPanel]);
 };
 
 template <class Codes>
 constexpr Operations operations() {
-  return {multiply_rows<Codes>, unpack_chunk<Codes>};
+  return {multiply_row<Codes>, unpack_chunk<Codes>};
 }
 
 constexpr Operations kOperations[9] = {{},
@@ -253,16 +243,25 @@ void chunk_of_panel(const Product& p, const Chunk& chunk, int64_t index, int64_t
   const int64_t at = m * p.padded_K + segment.padded_begin + chunk.begin;
   const FixedPoint f = fixed_point(p, scratch);
   const Fixed* fixed = f.chunks + index * p.M + m;
-  const Rows all = {f.digits + at * kDigits, p.padded_K * kDigits, fixed, room->total};
+  const Operations* operations = &kOperations[segment.bits];
   Shared shared = {planes, divide_up(chunk.length, kBlock), &room->epilogue};
-  if (rows < kUnpackOnce || segment.bits == 8) {
-    kOperations[segment.bits].multiply(shared, all, rows);
-  } else {
-    kOperations[segment.bits].unpack(shared, room->codes);
-    const Words unpacked = {room->codes[0], kPanel, shared.blocks * 8};
-    shared.planes = &unpacked;
-    kOperations[8].multiply(shared, all, rows);
+  Words all[3];
+  memcpy(all, planes, sizeof(planes));
+  Ahead ahead = {all, segment.planes, 0, 0};
+  const bool once = rows >= (segment.planes > 1 ? kUnpackOnce : ONE) && segment.bits != 8;
+  if (once) {
+    operations->unpack(shared, room->codes);
+    planes[0] = {room->codes[0], kPanel, shared.blocks * 8};
+    operations = &kOperations[8];
   }
+  const int64_t start = once || planes[0].row != kPanel ? 0 : 1;
+  if (rows > start) {
+    int64_t lines = 0;
+    for (int64_t i = 0; i < segment.planes; ++i) lines += 8 * all[i].rows;
+    ahead.per_row = divide_up(lines, (rows - start) * planes[0].rows);
+  }
+  for (int64_t r = 0; r < rows; ++r)
+    operations->multiply(shared, {f.digits + (at + r * p.padded_K) * kDigits, fixed + r, room->total + r * kPanel, r >= start ? &ahead : nullptr});
   const Activations a = activations(p, scratch);
   float_rows(p, chunk, panel, fixed, a.x + at, a.sums + index * p.M + m, rows, room);
 }
