@@ -12,7 +12,7 @@ namespace {
 typedef __m512i I;
 
 constexpr int64_t kLanes = 16;
-constexpr int64_t kUnpackOnce = 4;  // rows from which codes are unpacked for all of them, not for each
+constexpr int64_t kUnpackOnce = 4;  // rows from which codes of several planes are unpacked for all, not for each
 
 inline I bytes(int value) { return _mm512_set1_epi8(static_cast<char>(value)); }
 
@@ -39,8 +39,8 @@ struct OnePlane {
   static constexpr int kQuads = 8 / W, kGroup = 4;
   typedef const uint32_t* Held;
 
-  static Held hold(const Words* planes, int64_t block, int r, int64_t column) {
-    return planes[0].data + (block * W + r) * planes[0].row + column;
+  static Held hold(const Words* planes, int64_t row, int64_t column) {
+    return planes[0].data + row * planes[0].row + column;
   }
 
   static I quad(Held row, int h) {
@@ -64,10 +64,10 @@ struct Places {
 };
 
 template <int F, int W, int LOW>
-inline I spread(const Words& w, int64_t block, int r, int64_t column) {
+inline I spread(const Words& w, int64_t row, int64_t column) {
   static constexpr Places<F, W> kPlaces[4] = {{0, LOW}, {1, LOW}, {2, LOW}, {3, LOW}};
-  const I word = load(w.data + (block * W + r * W / F) * w.row + column);
-  return _mm512_multishift_epi64_epi8(_mm512_load_si512(kPlaces[r].place), word);
+  const I word = load(w.data + row * W / F * w.row + column);
+  return _mm512_multishift_epi64_epi8(_mm512_load_si512(kPlaces[row % F].place), word);
 }
 
 // A second plane of width W, and perhaps a third of one bit.
@@ -79,10 +79,10 @@ struct Planes {
     I second, third;
   };
 
-  static Held hold(const Words* planes, int64_t block, int r, int64_t column) {
-    const uint32_t* first = planes[0].data + (block * F + r) * planes[0].row + column;
-    const I second = spread<F, W, F>(planes[1], block, r, column);
-    return {first, second, THIRD ? spread<F, 1, F + W>(planes[2], block, r, column) : second};
+  static Held hold(const Words* planes, int64_t row, int64_t column) {
+    const uint32_t* first = planes[0].data + row * planes[0].row + column;
+    const I second = spread<F, W, F>(planes[1], row, column);
+    return {first, second, THIRD ? spread<F, 1, F + W>(planes[2], row, column) : second};
   }
 
   static I quad(const Held& held, int h) {
@@ -134,27 +134,24 @@ inline void multiply(const Shared& s, const Row& row, int64_t column) {
   for (int t = 0; t < T; ++t)
 #pragma GCC unroll 8
     for (int c = 0; c < C; ++c) acc[t][c] = _mm512_set1_epi32(row.fixed->start[t]);
-  for (int64_t block = 0; block < s.blocks; ++block) {
-    const int8_t* x = row.digits + block * kBlock * kDigits;
-#pragma GCC unroll 1
-    for (int r = 0; r < 8 / H; ++r, x += H * 4) {
-      if (row.ahead) row.ahead->fetch();
+  const int8_t* x = row.digits;
+  for (int64_t r = 0; r < s.blocks * (8 / H); ++r, x += H * 4 * kDigits) {
+    if (row.ahead) row.ahead->fetch();
 #pragma GCC unroll 8
-      for (int first = 0; first < C; first += G) {
-        typename Codes::Held held[G];
+    for (int first = 0; first < C; first += G) {
+      typename Codes::Held held[G];
 #pragma GCC unroll 8
-        for (int c = 0; c < G; ++c) held[c] = Codes::hold(s.planes, block, r, column + (first + c) * kLanes);
+      for (int c = 0; c < G; ++c) held[c] = Codes::hold(s.planes, r, column + (first + c) * kLanes);
 #pragma GCC unroll 8
-        for (int h = 0; h < H; ++h) {
-          I quads[G];
+      for (int h = 0; h < H; ++h) {
+        I quads[G];
 #pragma GCC unroll 8
-          for (int c = 0; c < G; ++c) quads[c] = Codes::quad(held[c], h);
+        for (int c = 0; c < G; ++c) quads[c] = Codes::quad(held[c], h);
 #pragma GCC unroll 8
-          for (int t = 0; t < T; ++t) {
-            const I four = broadcast(x + t * kBlock + h * 4);
+        for (int t = 0; t < T; ++t) {
+          const I four = broadcast(x + (h * kDigits + t) * 4);
 #pragma GCC unroll 8
-            for (int c = 0; c < G; ++c) add_products(&acc[t][first + c], quads[c], four);
-          }
+          for (int c = 0; c < G; ++c) add_products(&acc[t][first + c], quads[c], four);
         }
       }
     }
@@ -182,13 +179,12 @@ void multiply_row(const Shared& s, const Row& row) {
 template <class Codes>
 void unpack_chunk(const Shared& s, uint32_t (*to)[kPanel]) {
   constexpr int H = Codes::kQuads;
-  for (int64_t block = 0; block < s.blocks; ++block)
-    for (int r = 0; r < 8 / H; ++r, to += H)
-      for (int64_t n = 0; n < kPanel; n += kLanes) {
-        const auto held = Codes::hold(s.planes, block, r, n);
+  for (int64_t r = 0; r < s.blocks * (8 / H); ++r, to += H)
+    for (int64_t n = 0; n < kPanel; n += kLanes) {
+      const auto held = Codes::hold(s.planes, r, n);
 #pragma GCC unroll 8
-        for (int h = 0; h < H; ++h) _mm512_store_si512(to[h] + n, Codes::quad(held, h));
-      }
+      for (int h = 0; h < H; ++h) _mm512_store_si512(to[h] + n, Codes::quad(held, h));
+    }
 }
 
 struct Operations {
@@ -237,31 +233,30 @@ void chunk_of_panel(const Product& p, const Chunk& chunk, int64_t index, int64_t
   const Segment& segment = *chunk.segment;
   const int64_t columns = at_most(kPanel, p.N - panel * kPanel);
   Words planes[3];
-  for (int64_t i = 0, copied = 0; i < segment.planes; copied += kChunk / 32 * segment.plane[i].width, ++i)
+  int64_t lines = 0;
+  for (int64_t i = 0, copied = 0; i < segment.planes; copied += kChunk / 32 * segment.plane[i].width, ++i) {
     planes[i] = words_of(segment.plane[i], chunk, panel, columns, p.padded_N, true, room->copies.words + copied);
+    lines += planes[i].rows * (kPanel / kLanes);
+  }
   load_epilogue(p, chunk, panel, columns, &room->epilogue);
+  const Words unpacked = {room->codes[0], kPanel, divide_up(chunk.length, kBlock) * 8};
+  Shared shared = {planes, divide_up(chunk.length, kBlock), &room->epilogue};
+  const Operations* operations = &kOperations[segment.bits];
+  const bool once = segment.planes > 1 && rows >= kUnpackOnce;
+  if (once) {
+    operations->unpack(shared, room->codes);
+    shared.planes = &unpacked;
+    operations = &kOperations[8];
+  }
+  const int64_t start = once || planes[0].row != kPanel ? 0 : 1;  // the first row for which words are fetched ahead
+  const int64_t turns = (rows - start) * shared.planes[0].rows;
+  Ahead ahead = {planes, segment.planes, turns ? divide_up(lines, turns) : 0, 0};
   const int64_t at = m * p.padded_K + segment.padded_begin + chunk.begin;
   const FixedPoint f = fixed_point(p, scratch);
   const Fixed* fixed = f.chunks + index * p.M + m;
-  const Operations* operations = &kOperations[segment.bits];
-  Shared shared = {planes, divide_up(chunk.length, kBlock), &room->epilogue};
-  Words all[3];
-  memcpy(all, planes, sizeof(planes));
-  Ahead ahead = {all, segment.planes, 0, 0};
-  const bool once = rows >= (segment.planes > 1 ? kUnpackOnce : ONE) && segment.bits != 8;
-  if (once) {
-    operations->unpack(shared, room->codes);
-    planes[0] = {room->codes[0], kPanel, shared.blocks * 8};
-    operations = &kOperations[8];
-  }
-  const int64_t start = once || planes[0].row != kPanel ? 0 : 1;
-  if (rows > start) {
-    int64_t lines = 0;
-    for (int64_t i = 0; i < segment.planes; ++i) lines += 8 * all[i].rows;
-    ahead.per_row = divide_up(lines, (rows - start) * planes[0].rows);
-  }
   for (int64_t r = 0; r < rows; ++r)
-    operations->multiply(shared, {f.digits + (at + r * p.padded_K) * kDigits, fixed + r, room->total + r * kPanel, r >= start ? &ahead : nullptr});
+    operations->multiply(shared, {f.digits + (at + r * p.padded_K) * kDigits, fixed + r, room->total + r * kPanel,
+                                  r < start ? nullptr : &ahead});
   const Activations a = activations(p, scratch);
   float_rows(p, chunk, panel, fixed, a.x + at, a.sums + index * p.M + m, rows, room);
 }

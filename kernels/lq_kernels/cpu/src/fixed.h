@@ -29,7 +29,7 @@ struct Fixed {
 };
 
 struct FixedPoint {
-  int8_t* digits;  // [M, blocks, kDigits, kBlock], a block's codes in the order of `code_of`
+  int8_t* digits;  // [M, blocks, quads, kDigits, 4], codes in the order of `code_of`
   Fixed* chunks;   // [chunks, M]
 };
 
@@ -74,8 +74,8 @@ inline int terms_of(const float* x, int64_t count, uint32_t greatest) {
   return half_reach(x, count, greatest - 13 * kTwo) ? 4 : 0;
 }
 
-// `count` numbers, whole blocks: what is beyond the chunk is zero. `order` picks the first two digits, see `fix`.
-inline Fixed fix_chunk(const float* x, int64_t count, int bits, __m512i order, int8_t* digits) {
+// `count` numbers, whole blocks: what is beyond the chunk is zero. `order` picks the bytes of the halves of a block.
+inline Fixed fix_chunk(const float* x, int64_t count, int bits, const __m512i* order, int8_t* digits) {
   Fixed f = {};
   __m512i most = _mm512_setzero_si512();
   for (int64_t k = 0; k < count; k += 16) most = _mm512_max_epu32(most, magnitude(x + k));
@@ -92,8 +92,7 @@ inline Fixed fix_chunk(const float* x, int64_t count, int bits, __m512i order, i
   const __m512 per_unit = _mm512_set1_ps(as_float(static_cast<uint32_t>(127 + 127 + shift - e) << 23));
   const float unit = as_float(static_cast<uint32_t>(e - shift) << 23);
   const __m512i half = _mm512_set1_epi32(static_cast<int>(0x80808080u)), one = _mm512_set1_epi8(1);
-  const __m512i upper = _mm512_add_epi8(order, _mm512_set1_epi8(2));
-  __m512i low = _mm512_setzero_si512(), high = low;
+  __m512i sums = _mm512_setzero_si512();
   for (int64_t k = 0; k < count; k += kBlock, digits += kBlock * kDigits) {
     __m512i q[2];
     for (int i = 0; i < 2; ++i) {
@@ -101,19 +100,17 @@ inline Fixed fix_chunk(const float* x, int64_t count, int bits, __m512i order, i
       const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + k + 16 * i), per_unit));
       q[i] = _mm512_xor_si512(_mm512_add_epi32(whole, half), half);
     }
-    const __m512i first = _mm512_permutex2var_epi8(q[0], order, q[1]);
-    const __m512i last = _mm512_permutex2var_epi8(q[0], upper, q[1]);
-    _mm512_storeu_si512(digits, first);
-    _mm512_storeu_si512(digits + 64, last);
-    low = _mm512_dpbusd_epi32(low, one, first), high = _mm512_dpbusd_epi32(high, one, last);
+    for (int i = 0; i < 2; ++i) {
+      const __m512i four_quads = _mm512_permutex2var_epi8(q[0], order[i], q[1]);
+      _mm512_storeu_si512(digits + 64 * i, four_quads);
+      sums = _mm512_dpbusd_epi32(sums, one, four_quads);
+    }
   }
-  const int32_t sums[kDigits] = {
-      _mm512_mask_reduce_add_epi32(0x00FF, low), _mm512_mask_reduce_add_epi32(0xFF00, low),
-      _mm512_mask_reduce_add_epi32(0x00FF, high), _mm512_mask_reduce_add_epi32(0xFF00, high)};
   int64_t sum = 0;
   for (int t = kDigits - 1; t >= 0; --t) {
-    f.start[t] = -sums[t] * (bits == 1 ? 1 : 1 << (bits - 1));
-    sum = 256 * sum + sums[t];
+    const int32_t digit = _mm512_mask_reduce_add_epi32(static_cast<__mmask16>(0x1111 << t), sums);
+    f.start[t] = -digit * (1 << (bits == 1 ? 0 : bits - 1));
+    sum = 256 * sum + digit;
   }
   f.unit = bits == 1 ? unit / 2 : unit;  // codes of one bit are doubled, so that their centre is a whole number
   f.sum = static_cast<float>(sum) * unit;
@@ -125,14 +122,14 @@ inline void fix(const Product& p, void* scratch) {
   const Activations a = activations(p, scratch);
   const FixedPoint f = fixed_point(p, scratch);
   for_each_chunk(p, [&](int64_t index, const Chunk& chunk) {
-    alignas(64) uint8_t order[64];
-    for (int i = 0; i < 64; ++i)
-      order[i] = static_cast<uint8_t>(4 * code_of(chunk.segment->bits, i % 32 / 4, i % 4) + i / 32);
-    const __m512i picks = _mm512_load_si512(order);
+    alignas(64) uint8_t place[128];
+    for (int i = 0; i < 128; ++i)
+      place[i] = static_cast<uint8_t>(4 * code_of(chunk.segment->bits, i / 16, i % 4) + i / 4 % 4);
+    const __m512i order[2] = {_mm512_load_si512(place), _mm512_load_si512(place + 64)};
     const int64_t k = chunk.segment->padded_begin + chunk.begin, count = divide_up(chunk.length, kBlock) * kBlock;
     for (int64_t m = 0; m < p.M; ++m) {
       const int64_t at = m * p.padded_K + k;
-      f.chunks[index * p.M + m] = fix_chunk(a.x + at, count, chunk.segment->bits, picks, f.digits + at * kDigits);
+      f.chunks[index * p.M + m] = fix_chunk(a.x + at, count, chunk.segment->bits, order, f.digits + at * kDigits);
     }
   });
 }
