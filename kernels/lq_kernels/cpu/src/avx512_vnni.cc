@@ -52,8 +52,8 @@ struct OnePlane {
   }
 };
 
-// For `vpmultishiftqb`: the bits that a plane of width W has for each byte of row r of a first plane of width F, from bit
-// `low` on.
+// For `vpmultishiftqb`: the bits that a plane of width W has for each byte of row r of a first plane of width F, to lie
+// from bit `low` on.
 template <int F, int W>
 struct Places {
   alignas(64) uint8_t place[64] = {};
