@@ -24,6 +24,7 @@ if building.find() is None and building.compiler() is not None:
 needs_library = pytest.mark.skipif(library().reason is not None, reason=cpu.status())
 ISAS = library().supported or ("plain",)
 TARGETS = ("canonical", "blocked")
+INTEGERS_ONLY = ("amx", "avx512_vnni")  # instruction sets that serve no codebook
 ROWS = (1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 33, 64)
 
 
@@ -166,6 +167,75 @@ def test_what_is_not_finite_stays_in_its_row(isa, rows, bad):
 
 @needs_library
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("size", [1e2, 1e4, 1e6, 1e12])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
+def test_a_huge_x_at_the_zero_point_hides_nothing(isa, size, bits):
+    # The channels of the huge x have a weight of exactly zero, so that |x| @ |w| is that of the others. avx512_vnni
+    # rounds every x by at most 4.1e-6 of the chunk's median, here 0.67, either way: 3.4e-6 of the mean, 0.8, if all
+    # errors had the sign of their weight, and a tenth of it as they come. The rest of the bound is for float32 sums.
+    K, huge = 600, [5, 200, 201, 599]
+    codes = np.random.default_rng(bits).integers(0, 2**bits, (K, 150))
+    codes[huge] = 2 ** (bits - 1)
+    w = random_matrix(bits, K, 150, 128, asymmetric=False, codes=codes)
+    for rows in (1, 2, 7):
+        x = np.array(random_rows(rows, K))
+        x[rows // 2, huge] *= size
+        assert_product(product(jnp.asarray(x), w, isa=isa), x, w)
+
+
+@needs_library
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("size", [1e-33, 1e-30, 1e-10, 1e10, 1e30])
+def test_small_and_large_x(isa, size):
+    w = random_matrix(3, 300, 70, 64)
+    dense = np.abs(np.asarray(w.dequantize(), np.float64))
+    for rows in (1, 6):
+        x = np.array(random_rows(rows, 300) * size)
+        x[rows // 2, :128] = 0
+        y, x64 = np.asarray(product(jnp.asarray(x), w, isa=isa), np.float64), x.astype(np.float64)
+        # The zero point leaves after the sum, so errors are relative to the codes too: at most 7 times 0.03. What is
+        # below 2^-126, in x or in a part of it, may be taken for zero.
+        bound = 4e-6 * np.abs(x64) @ (dense + 0.21) + 2.0**-126 * (dense + 0.21).sum(0)
+        assert (np.abs(y - x64 @ np.asarray(w.dequantize(), np.float64)) <= bound).all()
+
+
+@needs_library
+@pytest.mark.parametrize("isa", ISAS)
+def test_a_row_of_zeros_gives_zeros(isa):
+    w = random_matrix(4, 300, 70, 64)
+    for rows in (1, 6):
+        x = np.array(random_rows(rows, 300))
+        x[rows - 1] = 0
+        assert not np.asarray(product(jnp.asarray(x), w, isa=isa))[rows - 1].any()
+
+
+@needs_library
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_products_of_small_integers_are_exact(isa, bits):
+    # Sums below 300 * 8 * 255 < 2^24, and below 2^24 halves at one bit.
+    w = random_matrix(bits, 300, 70, 64, scales=np.float32(1))
+    rng = np.random.default_rng(bits)
+    for rows in (1, 6):
+        x = rng.integers(-8, 9, (rows, 300)).astype(np.float32)
+        want = x.astype(np.float64) @ np.asarray(w.dequantize(), np.float64)
+        for dtype in (jnp.float32, jnp.bfloat16):
+            np.testing.assert_array_equal(product(jnp.asarray(x, dtype), w, isa=isa), want)
+
+
+@needs_library
+@pytest.mark.skipif("avx512_vnni" not in ISAS, reason="not on this processor")
+def test_rows_of_avx512_vnni_do_not_depend_on_each_other():
+    w = random_matrix(5, 300, 200, 64)
+    x = np.array(random_rows(9, 300))
+    x[2, 7], x[3, 80], x[4, 5], x[5] = 1e3, 1e9, np.nan, 0  # other numbers of digits, and none
+    y = np.asarray(product(jnp.asarray(x), w, isa="avx512_vnni"))
+    for m in range(9):
+        assert equal_bits(product(jnp.asarray(x[m : m + 1]), w, isa="avx512_vnni"), y[m : m + 1])
+
+
+@needs_library
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("rows", [1, 3, 40])
 def test_result_does_not_depend_on_threads_layout_or_run(isa, rows):
     w = random_matrix(5, 300, 1000, 128)
@@ -196,7 +266,7 @@ NF4 = np.array(
 
 
 @needs_library
-@pytest.mark.parametrize("isa", [isa for isa in ISAS if isa != "amx"])
+@pytest.mark.parametrize("isa", [isa for isa in ISAS if isa not in INTEGERS_ONLY])
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 def test_a_codebook_of_any_numbers(isa, bits):
     rng = np.random.default_rng(bits)
@@ -229,13 +299,14 @@ def test_integers_as_a_codebook_are_the_integer_product():
 
 
 @needs_library
-def test_amx_is_not_taken_for_a_codebook():
-    if "amx" not in library().supported:
+@pytest.mark.parametrize("isa", INTEGERS_ONLY)
+def test_integers_only_are_not_taken_for_a_codebook(isa):
+    if isa not in library().supported:
         pytest.skip(f"this processor has {', '.join(library().supported)}")
     w = random_matrix(4, 64, 32, 64)
-    with pytest.raises(Exception, match="amx does not serve this product"):
+    with pytest.raises(Exception, match=f"{isa} does not serve this product"):
         codebook_matmul(
-            random_rows(8, 64), w.planes, w.scales, jnp.arange(16.0), bits=4, group_size=64, config=CpuConfig(isa="amx")
+            random_rows(8, 64), w.planes, w.scales, jnp.arange(16.0), bits=4, group_size=64, config=CpuConfig(isa=isa)
         )
 
 

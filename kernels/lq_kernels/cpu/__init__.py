@@ -28,7 +28,7 @@ MAX_ROWS_FLOAT32, MAX_ROWS_HALF = 512, 256
 @dataclasses.dataclass(frozen=True)
 class CpuConfig:
     threads: int = 0  # of XLA's pool; 0: all of them. The result is the same to the bit
-    isa: str | None = None  # "amx", "avx512", "avx2", "neon", "plain"; None: the best this processor has
+    isa: str | None = None  # "amx", "avx512_vnni", "avx512", "avx2", "neon", "plain"; None: the best there is
 
 
 def codebook_matmul(

@@ -40,6 +40,7 @@ _X86 = ("x86_64", "amd64")
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma")
 UNITS = (
     Unit("amx", _X86, (*_AVX512, "-mamx-tile", "-mamx-bf16")),
+    Unit("avx512_vnni", _X86, (*_AVX512, "-mavx512vnni", "-mavx512vbmi")),
     Unit("avx512", _X86, _AVX512),
     Unit("avx2", _X86, ("-mavx2", "-mfma")),
     Unit("neon", ("aarch64", "arm64"), ()),

@@ -26,6 +26,9 @@ const std::vector<const Kernel*>& kernels() {
 #ifdef LQ_AMX
       &kAmx,
 #endif
+#ifdef LQ_AVX512_VNNI
+      &kAvx512Vnni,
+#endif
 #ifdef LQ_AVX512
       &kAvx512,
 #endif

@@ -78,7 +78,7 @@ struct Kernel {
 };
 
 // Each is defined by the file of its name; those that the compiler cannot build are left out of `kernels()` in ffi.cc.
-extern const Kernel kPlain, kAvx2, kAvx512, kAmx, kNeon;
+extern const Kernel kPlain, kAvx2, kAvx512, kAvx512Vnni, kAmx, kNeon;
 
 }  // namespace lq
 
