@@ -229,6 +229,9 @@ def shortcomings(results: dict) -> list[str]:
     if "run" in checked:
         found += [f"{len(checked['failures'])} wrong products"] if checked["failures"] else []
         found += [f"{checked['left']} products not checked: no time was left"] if checked["left"] else []
+    timed = results["products"].get("products", [])
+    ours = [p for p in timed if p["method"].startswith("W") and p["failure"]]
+    found += [f"{p['method']} {p['K']}x{p['N']} M{p['rows']}: {p['failure']}" for p in ours]
     tuned = results["tuning"].get("problems", [])
     if tuned and not any(outcome["timing"] for problem in tuned for outcome in problem["outcomes"]):
         found.append("no configuration ran: see the reasons in gpu_check.json")

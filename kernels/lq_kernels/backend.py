@@ -112,7 +112,7 @@ class Backend:
     """See the module's docstring. M, K, N: rows of x, input channels, output channels."""
 
     name: str
-    platforms: tuple[str, ...]  # as JAX names them when lowering: "cpu", "cuda", "tpu", ...
+    platforms: tuple[str, ...]  # as JAX names them when lowering: "cpu", "cuda", "tpu", ...; none: any
     # One line why it can't, or None.
     refuses: Callable[[Problem], str | None]
     # The layout for a device kind (None: one that every device of the platform can use), and the one to take when a

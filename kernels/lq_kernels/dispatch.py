@@ -106,7 +106,7 @@ def layout_target(backend: Backend, w: Matrix, device_kind: str | None) -> str:
 
 
 def _why_not(backend: Backend, problem: Problem, platform: str, config, interpret: bool) -> str | None:
-    if platform not in backend.platforms and not interpret:
+    if backend.platforms and platform not in backend.platforms and not interpret:
         return f"runs on {', '.join(backend.platforms)}, not on {platform}"
     if config is not None and not isinstance(config, backend.config_type):
         return f"takes a {backend.config_type.__name__}, not a {type(config).__name__}"

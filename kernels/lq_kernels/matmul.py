@@ -20,8 +20,8 @@ from jax.interpreters import ad, batching, mlir
 from lq_kernels import devices, lowering
 from lq_kernels.backend import Config, Matrix, PreparedMatrix
 from lq_kernels.dispatch import choose, forced_backend, problem_of
-from lq_kernels.packed import check_matrix
-from lq_kernels.prepared import unprepared
+from lq_kernels.packed import PackedMatrix, SegmentedMatrix, check_matrix
+from lq_kernels.prepared import check_prepared, unprepared
 from lq_kernels.registry import load_backend
 
 X_DTYPES = ("bfloat16", "float16", "float32")
@@ -87,7 +87,8 @@ def explain(
     """Which backend `quantized_matmul(x, w)` takes, with what configuration, and why those before it refused.
 
     Args:
-      x: `[..., K]`; only shape and dtype are looked at.
+      x: `[..., K]`; only shape and dtype are looked at, and over how many devices it is spread, as for w: outside
+        `shard_map` the compiler partitions such a product by itself.
       platform: "cpu", "cuda", "tpu" ...; that of the default device when None.
       device_kind: as `jax.Device.device_kind` says it ("TPU v5 lite", "NVIDIA H200"); that of the platform's first
         device when None, unknown where there is none.
@@ -104,14 +105,20 @@ def explain(
     out_dtype = _check(x, w, backend, out_dtype, interpret)
     platform = devices.known_platform(platform)
     device_kind = device_kind or devices.device_kind(platform)
-    problem = problem_of(math.prod(x.shape[:-1]), x.dtype, w, out_dtype, device_kind)
+    concrete = [a for a in jax.tree.leaves((x, w)) if isinstance(a, jax.Array) and not isinstance(a, jax.core.Tracer)]
+    spread = max((len(a.sharding.device_set) for a in concrete), default=1)
+    problem = problem_of(math.prod(x.shape[:-1]), x.dtype, w, out_dtype, device_kind, spread)
     return choose(problem, platform, w, forced=backend, config=config, interpret=interpret)
 
 
 def _check(x, w: Matrix, backend: str | None, out_dtype, interpret: bool) -> jnp.dtype:
     """Refuses what cannot be multiplied; returns the dtype of the result."""
-    if not isinstance(w, PreparedMatrix):
+    if isinstance(w, PreparedMatrix):
+        check_prepared(w)
+    elif isinstance(w, PackedMatrix | SegmentedMatrix):
         check_matrix(w)
+    else:
+        raise ValueError(f"w is a {type(w).__name__}; quantized_matmul takes a packed, segmented or prepared matrix")
     if x.ndim == 0 or x.shape[-1] != w.in_features:
         raise ValueError(
             f"x of shape {x.shape} for a matrix of {w.in_features} input channels: its last axis must be that"

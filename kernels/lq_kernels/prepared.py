@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from lq_kernels import devices
-from lq_kernels.backend import Backend, Matrix, PreparedMatrix, segment_of
+from lq_kernels.backend import Backend, Matrix, PreparedMatrix, Segment, segment_of
 from lq_kernels.dispatch import choose, forced_backend, problem_of
 from lq_kernels.packed import PackedMatrix, SegmentedMatrix, check_matrix
+from lq_kernels.packing import plane_widths, words_along
 from lq_kernels.registry import load_backend
 
 
@@ -37,6 +38,10 @@ def prepare(
       NotImplementedError: the named backend cannot serve the matrix.
     """
     several = isinstance(w, Sequence)
+    if any(not isinstance(each, PackedMatrix | SegmentedMatrix) for each in (w if several else [w])):
+        raise ValueError("prepare takes packed or segmented matrices, and none that is prepared already")
+    if device_kind and not platform and not backend:
+        raise ValueError(f"device_kind {device_kind!r} without its platform; give platform too, as in platform='tpu'")
     if several and not w:
         raise ValueError("prepare got an empty sequence; give at least one matrix")
     splits = tuple(each.out_features for each in w) if several else None
@@ -47,10 +52,40 @@ def prepare(
     problem = problem_of(1, jnp.bfloat16, whole, jnp.bfloat16, device_kind)
     choice = choose(problem, platform, whole, forced=backend or forced_backend(), interpret=backend is not None)
     chosen = load_backend(choice.backend)
-    target = chosen.target(device_kind)
+    target = chosen.target(device_kind) if 0 not in (whole.in_features, whole.out_features) else "canonical"
     if target == "canonical" and not several:
         return w
     return lay_out(whole, chosen, target, splits)
+
+
+def check_prepared(w: PreparedMatrix) -> None:
+    """Raises ValueError when the arrays are not those of one matrix of so many channels, but of several parts."""
+    got = tuple(tuple(leaf.shape) for leaf in jax.tree.leaves(w.arrays))
+    if got != _shapes(w.backend, w.target, w.segments, w.out_features):
+        raise ValueError(
+            f"the arrays are not those of a prepared matrix [{w.in_features}, {w.out_features}]; one that was prepared "
+            "inside jax.shard_map is multiplied inside jax.shard_map"
+        )
+
+
+@functools.lru_cache(maxsize=4096)
+def _shapes(backend: str, target: str, segments: tuple[Segment, ...], out_features: int) -> tuple[tuple[int, ...], ...]:
+    """Of the arrays of a matrix laid out."""
+
+    def empty(s: Segment) -> PackedMatrix:
+        array = lambda rows, dtype: jnp.zeros((rows, out_features), dtype)  # noqa: E731
+        return PackedMatrix(
+            planes=tuple(array(words_along(s.in_features, width), jnp.uint32) for width in plane_widths(s.bits)),
+            scales=array(s.groups, s.scale_dtype),
+            zeros=None if s.zero_dtype is None else array(s.groups, s.zero_dtype),
+            zero_point=s.zero_point,
+            bits=s.bits,
+            group_size=s.group_size,
+            in_features=s.in_features,
+        )
+
+    laid_out = jax.eval_shape(lambda: _relayout(backend, target)(tuple(empty(s) for s in segments)))
+    return tuple(tuple(leaf.shape) for leaf in jax.tree.leaves(laid_out))
 
 
 def lay_out(w: PackedMatrix | SegmentedMatrix, backend: Backend, target: str, splits=None) -> PreparedMatrix:
@@ -80,8 +115,8 @@ def unprepared(w: Matrix) -> PackedMatrix | SegmentedMatrix:
 def side_by_side(matrices: Sequence[PackedMatrix | SegmentedMatrix]) -> PackedMatrix | SegmentedMatrix:
     """Matrices that share their input as one, output channels one after the other.
 
-    Raises ValueError when their segments differ in anything but the output channels, or a permutation is not the very
-    same array.
+    Raises ValueError when their segments differ in anything but the output channels, or their permutations differ;
+    while a program is traced, permutations are the same when they are the same array.
     """
     first = matrices[0]
     for i, other in enumerate(matrices[1:], start=1):
@@ -89,7 +124,7 @@ def side_by_side(matrices: Sequence[PackedMatrix | SegmentedMatrix]) -> PackedMa
             raise ValueError(
                 f"matrix {i} differs from the first in width, group, dtype or segments; prepare each by itself"
             )
-        if other.permutation is not first.permutation:
+        if not _same(other.permutation, first.permutation):
             raise ValueError(f"matrix {i} has another permutation of the input; prepare each by itself")
     joined = [
         jax.tree.map(lambda *arrays: jnp.concatenate(arrays, axis=-1), *segments)
@@ -98,6 +133,12 @@ def side_by_side(matrices: Sequence[PackedMatrix | SegmentedMatrix]) -> PackedMa
     if isinstance(first, PackedMatrix):
         return joined[0]
     return SegmentedMatrix(segments=tuple(joined), permutation=first.permutation)
+
+
+def _same(a, b) -> bool:
+    if a is b or a is None or b is None or isinstance(a, jax.core.Tracer) or isinstance(b, jax.core.Tracer):
+        return a is b
+    return bool(jnp.array_equal(a, b))
 
 
 @functools.cache

@@ -8,6 +8,11 @@ from typing import Any
 import jax
 
 
+def _plain(value):
+    """A dataclass as a dict, a scalar of NumPy as Python's."""
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value.item()
+
+
 def register(
     cls: type,
     data_fields: Sequence[str],
@@ -23,7 +28,7 @@ def register(
     jax.tree_util.register_dataclass(cls, data_fields=list(data_fields), meta_fields=list(meta_fields))
 
     def write(aux_data: tuple) -> bytes:
-        return json.dumps(dict(zip(meta_fields, aux_data, strict=True)), default=dataclasses.asdict).encode()
+        return json.dumps(dict(zip(meta_fields, aux_data, strict=True)), default=_plain).encode()
 
     def build(aux_data: tuple, children: Sequence) -> Any:
         return cls(

@@ -25,11 +25,11 @@ from lq_kernels import tuning
 from lq_kernels.backend import Backend, Config, Problem
 from lq_kernels.devices import default_platform, device_kind
 from lq_kernels.dispatch import problem_of
-from lq_kernels.matmul import quantized_matmul
+from lq_kernels.matmul import explain, quantized_matmul
 from lq_kernels.packed import PackedMatrix
 from lq_kernels.packing import plane_widths, words_along
 from lq_kernels.prepared import prepare
-from lq_kernels.registry import automatic, backend_names, load_backend
+from lq_kernels.registry import backend_names, load_backend
 from lq_kernels.timing import Timing, compile_chains, copies_to_leave_cache, time_chains
 
 
@@ -122,13 +122,10 @@ def _run(config, program, x, matrices, repeats, deadline) -> Outcome:
 def write_entry(folder: Path, backend: Backend, problem: Problem, config: Config) -> Path:
     """Puts one problem's configuration into the device's table, whatever else is there staying. Returns the file."""
     file = folder / tuning.file_name(problem.device_kind or "unknown")
-    table: dict = {"entries": {}}
-    if file.exists():
-        table = json.loads(file.read_text(encoding="utf-8"))
-    table["device_kind"] = problem.device_kind
-    table["versions"] = {"jax": jax.__version__}
-    table["entries"].setdefault(backend.name, {})[tuning.key(problem)] = dataclasses.asdict(config)
-    table["entries"][backend.name] = dict(sorted(table["entries"][backend.name].items()))
+    entries = tuning.read_entries(file) if file.exists() else {}
+    mine = entries.get(backend.name, {}) | {tuning.key(problem): dataclasses.asdict(config)}
+    entries[backend.name] = dict(sorted(mine.items()))
+    table = {"device_kind": problem.device_kind, "versions": {"jax": jax.__version__}, "entries": entries}
     folder.mkdir(parents=True, exist_ok=True)
     temporary = file.with_suffix(f".{os.getpid()}")
     temporary.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
@@ -143,10 +140,22 @@ def count(text: str) -> int:
     return int(text)
 
 
-def positive(text: str) -> int:
-    if not (number := count(text)):
-        raise argparse.ArgumentTypeError(f"{text!r}; write 1 or more")
+def at_least(least: int):
+    def number(text: str) -> int:
+        if count(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r}; write {least} or more")
+        return count(text)
+
     return number
+
+
+def writable(text: str) -> Path:
+    """A folder that is there, made when it is not: refused before any work."""
+    try:
+        Path(text).mkdir(parents=True, exist_ok=True)
+    except OSError as reason:
+        raise argparse.ArgumentTypeError(f"{text}: {reason.strerror}; write a folder that can be made") from None
+    return Path(text)
 
 
 def numbers(text: str) -> list[int]:
@@ -176,24 +185,31 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--shapes", type=shapes, default=[(4096, 4096)], help="KxN, several with commas")
     parser.add_argument("--bits", type=widths, default=[4])
     parser.add_argument("--rows", type=numbers, default=[1, 16])
-    parser.add_argument("--group", type=positive, default=128)
+    parser.add_argument("--group", type=at_least(1), default=128)
     parser.add_argument("--symmetric", action="store_true")
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     parser.add_argument("--cache-mb", type=count, default=64, help="cache that a chain of matrices must leave behind")
-    parser.add_argument("--repeats", type=positive, default=10)
-    parser.add_argument("--out", type=Path, default=tuning.SHIPPED, help="folder of the tables")
+    parser.add_argument("--repeats", type=at_least(2), default=10)
+    parser.add_argument("--out", type=writable, default=tuning.SHIPPED, help="folder of the tables")
     options = parser.parse_args(arguments)
-    name = options.backend or automatic(default_platform())[0]
     failed = 0
     for K, N in options.shapes:
         for bits in options.bits:
             w = random_packed(bits, K, N, options.group, asymmetric=not options.symmetric)
             for rows in options.rows:
                 try:
+                    x = jax.ShapeDtypeStruct((rows, K), jnp.dtype(options.dtype))
+                    name = explain(x, w, backend=options.backend).backend
                     failed += not _tune_one(load_backend(name), w, rows, options)
-                except NotImplementedError as reason:  # the backend does not serve such a matrix at all
+                except (NotImplementedError, ValueError) as reason:  # not such a matrix, not here; a broken table
                     parser.error(str(reason))
     return 1 if failed else 0
+
+
+def _said(outcome: Outcome) -> str:
+    if (t := outcome.timing) is None:
+        return str(outcome.failure)
+    return f"{t.median:9.1f} us (min {t.minimum:.1f})" if t.median > 0 else "lost in noise"
 
 
 def _tune_one(backend: Backend, w: PackedMatrix, rows: int, options) -> bool:
@@ -202,8 +218,7 @@ def _tune_one(backend: Backend, w: PackedMatrix, rows: int, options) -> bool:
     problem, outcomes = tune(backend, w, rows, x_dtype=jnp.dtype(options.dtype), **settings)
     print(f"{backend.name}  {tuning.key(problem)}")
     for outcome in outcomes:
-        t = outcome.timing
-        print(f"  {outcome.failure}" if t is None else f"  {t.median:9.1f} us (min {t.minimum:.1f})", outcome.config)
+        print(f"  {_said(outcome)}", outcome.config)
     if outcomes[0].timing is None:
         print(f"tune: no candidate of {backend.name} ran; nothing is written for this problem", file=sys.stderr)
         return False

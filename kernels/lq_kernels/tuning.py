@@ -45,7 +45,7 @@ def file_name(device_kind: str) -> str:
 def lookup(backend: Backend, problem: Problem) -> Config | None:
     """The tuned configuration, or None; there is none for a symbolic number of rows.
 
-    Raises ValueError when a table's entry has fields the backend does not know.
+    Raises ValueError when a table's entry has fields the backend does not know, or values it refuses.
     """
     if problem.device_kind is None or not isinstance(problem.rows, int):
         return None
@@ -53,12 +53,13 @@ def lookup(backend: Backend, problem: Problem) -> Config | None:
     if fields is None:
         return None
     known = {f.name for f in dataclasses.fields(backend.config_type)}
-    if unknown := sorted(set(fields) - known):
-        raise ValueError(
-            f"tuning table of {problem.device_kind}, {backend.name}, {key(problem)!r}: unknown field {unknown[0]!r}; "
-            f"fields are {', '.join(sorted(known))}. Tune again, or remove the entry"
-        )
-    return backend.config_type(**fields)
+    try:
+        if unknown := sorted(set(fields) - known):
+            raise ValueError(f"unknown field {unknown[0]!r}; fields are {', '.join(sorted(known))}")
+        return backend.config_type(**fields)
+    except (TypeError, ValueError) as reason:
+        where = f"tuning table of {problem.device_kind}, {backend.name}, {key(problem)!r}"
+        raise ValueError(f"{where}: {reason}. Tune again, or remove the entry") from None
 
 
 @functools.lru_cache(maxsize=64)
@@ -68,12 +69,13 @@ def _entries(directory: str | None, device_kind: str) -> dict:
     for folder in (SHIPPED, Path(directory) if directory else None):
         file = folder / file_name(device_kind) if folder else None
         if file is not None and file.is_file():
-            for backend, entries in _read(file).items():
+            for backend, entries in read_entries(file).items():
                 merged[backend] = merged.get(backend, {}) | entries
     return merged
 
 
-def _read(file: Path) -> dict:
+def read_entries(file: Path) -> dict[str, dict]:
+    """The entries of one table by backend. Raises ValueError, one line, for a file that is none."""
     try:
         entries = json.loads(file.read_text(encoding="utf-8"))["entries"]
         return {backend: dict(table) for backend, table in entries.items()}

@@ -43,7 +43,7 @@ def _matmul(x: Array, w: PreparedMatrix, *, out_dtype, config, interpret=False) 
 
 BACKEND = Backend(
     name="xla",
-    platforms=("cpu", "cuda", "rocm", "tpu"),
+    platforms=(),
     refuses=lambda problem: None,
     target=lambda device_kind: "canonical",
     target_in_call=lambda device_kind: "canonical",

@@ -6,16 +6,18 @@ The number of devices must be set before JAX starts, hence a process of its own.
 import dataclasses
 import functools
 import os
+import re
 import sys
 
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
 import jax
 import jax.numpy as jnp
+import pytest
 from jax.sharding import PartitionSpec as P
 from products import assert_product, random_matrix, random_rows, random_segments
 
-from lq_kernels import prepare, quantized_matmul
+from lq_kernels import PreparedMatrix, explain, prepare, quantized_matmul
 
 AUTO, EXPLICIT = jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit
 
@@ -73,6 +75,10 @@ def run_prepared(backend: str, check_vma: bool, interpret) -> None:
     columns = shard(product, in_specs=(P(), P("tensor")), out_specs=P(None, "tensor"))
     assert_product(jax.jit(columns)(x, laid_out), x, w)
 
+    parts = "one that was prepared inside jax.shard_map is multiplied inside jax.shard_map"
+    with pytest.raises(ValueError, match=re.escape(parts) if isinstance(laid_out, PreparedMatrix) else "need 8 scales"):
+        product(x, laid_out)
+
     part = lambda w: lay_out(dataclasses.replace(w, in_features=1024 // 8))  # noqa: E731
     laid_out = jax.jit(shard(part, in_specs=P("tensor"), out_specs=P("tensor")))(w)
     partial_sum = lambda x, w: jax.lax.psum(product(x, w), "tensor")  # noqa: E731
@@ -91,6 +97,7 @@ def run_partitioned_by_the_compiler() -> None:
             w_placed = jax.tree.map(lambda a: place(a, None, "tensor"), w)  # noqa: B023
             compiled = jax.jit(quantized_matmul).lower(x_placed, w_placed).compile()
             assert "all-gather" not in compiled.as_text()
+            assert explain(x_placed, w_placed).backend == "xla"
             y = compiled(x_placed, w_placed)
             assert y.sharding.spec == P(None, "tensor")
             assert_product(y, x, w)

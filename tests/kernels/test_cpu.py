@@ -170,9 +170,7 @@ def test_what_is_not_finite_stays_in_its_row(isa, rows, bad):
 @pytest.mark.parametrize("size", [1e2, 1e4, 1e6, 1e12])
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
 def test_a_huge_x_at_the_zero_point_hides_nothing(isa, size, bits):
-    # The channels of the huge x have a weight of exactly zero, so that |x| @ |w| is that of the others. avx512_vnni
-    # rounds every x by at most 4.1e-6 of the chunk's median, here 0.67, either way: 3.4e-6 of the mean, 0.8, if all
-    # errors had the sign of their weight, and a tenth of it as they come. The rest of the bound is for float32 sums.
+    # The channels of the huge x have a weight of exactly zero, so that |x| @ |w| is that of the others.
     K, huge = 600, [5, 200, 201, 599]
     codes = np.random.default_rng(bits).integers(0, 2**bits, (K, 150))
     codes[huge] = 2 ** (bits - 1)
@@ -181,6 +179,26 @@ def test_a_huge_x_at_the_zero_point_hides_nothing(isa, size, bits):
         x = np.array(random_rows(rows, K))
         x[rows // 2, huge] *= size
         assert_product(product(jnp.asarray(x), w, isa=isa), x, w)
+
+
+@needs_library
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("x_dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("columns", ["one weight each", "none where x is large"])
+def test_sparse_columns(isa, x_dtype, columns):
+    # avx512_vnni rounds no x by more than 4.1e-6 of itself; the other half of the bound is for the float32 sums.
+    codes = np.full((256, 256), 8)
+    x = np.array(random_rows(16, 256))
+    if columns == "one weight each":
+        codes[np.arange(256), np.arange(256)] = 15
+    else:
+        x[:, ::2] *= 1e-3
+        codes[::2] = np.random.default_rng(0).integers(0, 16, (128, 256))
+    w, x = random_matrix(4, 256, 256, 128, asymmetric=False, codes=codes), jnp.asarray(x, x_dtype)
+    x64, w64 = np.asarray(x.astype(jnp.float32), np.float64), np.asarray(w.dequantize(), np.float64)
+    for rows in (1, 16):
+        y = np.asarray(product(x[:rows], w, isa=isa), np.float64)
+        assert (np.abs(y - x64[:rows] @ w64) <= 8e-6 * np.abs(x64[:rows]) @ np.abs(w64)).all()
 
 
 @needs_library

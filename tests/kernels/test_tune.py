@@ -75,10 +75,11 @@ def test_a_second_run_leaves_other_entries_alone(tmp_path):
         (["--rows", "1;2"], "'1;2'; write whole numbers with commas between them, as in 1,16"),
         (["--backend", "cublas"], "invalid choice: 'cublas'"),
         (["--bits", "2,9"], "argument --bits: 9 bits; a code has 1 to 8"),
+        (["--out", "/proc/tables"], "argument --out: /proc/tables: No such file or directory; write a folder that can"),
         (["--group", "0"], "argument --group: '0'; write 1 or more"),
-        (["--repeats", "0"], "argument --repeats: '0'; write 1 or more"),
+        (["--repeats", "0"], "argument --repeats: '0'; write 2 or more"),
         (["--cache-mb", "-1"], "argument --cache-mb: '-1'; write a whole number"),
-        (["--backend", "mosaic_gpu", "--group", "7", "--shapes", "128x128"], "mosaic_gpu: "),
+        (["--backend", "mosaic_gpu", "--shapes", "128x128"], "mosaic_gpu: runs on cuda, not on cpu"),
     ],
 )
 def test_wrong_arguments(argument, message, capsys):

@@ -17,6 +17,7 @@ from lq_kernels.backend import Backend, PreparedMatrix, Problem, require
 from lq_kernels.cpu.call import PANEL, X_TYPES, Operand, call
 from lq_kernels.cpu.library import library, status
 from lq_kernels.packed import PackedMatrix
+from lq_kernels.packing import plane_widths, words_along
 
 __all__ = ["BACKEND", "CpuConfig", "codebook_matmul", "status"]
 
@@ -32,7 +33,7 @@ class CpuConfig:
     isa: str | None = None  # "amx", "avx512_vnni", "avx512", "avx2", "neon", "plain"; None: the best there is
 
     def __post_init__(self):
-        require(self, "threads", self.threads >= 0, "0 for all, or a number")
+        require(self, "threads", type(self.threads) is int and 0 <= self.threads < 1 << 31, "0 for all, or a number")
         there = library().supported
         require(self, "isa", self.isa is None or self.isa in there, f"one of {', '.join(there) or 'none'}, or None")
 
@@ -66,6 +67,12 @@ def codebook_matmul(
     """
     if not 1 <= bits <= 4:
         raise ValueError(f"a codebook has codes of 1 to 4 bits, not {bits}")
+    planes_needed = [words_along(x.shape[1], width) for width in plane_widths(bits)]
+    if [plane.shape[0] for plane in planes] != planes_needed:
+        rows = [plane.shape[0] for plane in planes]
+        raise ValueError(
+            f"codes of {bits} bits of {x.shape[1]} channels are planes of {planes_needed} words, got {rows}"
+        )
     if codebook.shape != (1 << bits,):
         raise ValueError(f"codes of {bits} bits need {1 << bits} numbers, got a codebook of shape {codebook.shape}")
     if reason := _refuses_group(group_size, x.shape[1]) or library().reason:
@@ -104,7 +111,7 @@ def _refuses(problem: Problem) -> str | None:
 def _declines(problem: Problem) -> str | None:
     most = MAX_ROWS_FLOAT32 if problem.x_dtype == "float32" else MAX_ROWS_HALF
     if problem.rows > most:
-        return f"more than {most} rows of {problem.x_dtype}: unpacking once and one dot are faster"
+        return f"more than {most} rows of {problem.x_dtype}: plain XLA is faster"
     return None
 
 

@@ -2,12 +2,10 @@
 //
 //   x[k] = unit * (d0[k] + 256 d1[k] + 65536 d2[k] + 2^24 d3[k]),   -128 <= d[k] <= 127
 //
-// The greatest |x| of the chunk takes 23 bits and a sign, so |x| is rounded by no more than 2^-22.9 of it: as good as a
-// float32 sum unless that greatest one stands alone. Where fewer than half of the numbers that are not zero reach 1/32
-// of it, the fourth byte is used, which rounds by 2^-30.9, and where fewer than half reach 2^-13, x stays float32. So
-// each x is off by no more than 2^-17.9 = 4.1e-6 of the chunk's median |x|, in either direction: the error of y by it
-// is far below 4e-6 of |x| @ |w|, whatever w is at the greatest x. bfloat16 that spans fewer than 15 bits in a chunk is
-// exact.
+// Three bytes are used where they hold every x exactly: bfloat16 that spans no more than 15 bits in a chunk, say. Four
+// are used where they do, or where they round no x by more than 2^-17.9 = 4.1e-6 of itself: they round by 2^-30.9 of the
+// greatest, so the least that is not zero must reach 2^-13 of it. Otherwise x stays float32. The error of y by this is
+// then within 4.1e-6 of |x| @ |w|, whatever w is.
 //
 // Each row is converted by itself: y does not depend on the rows beside it.
 #ifndef LQ_FIXED_H_
@@ -55,23 +53,46 @@ inline __m512i magnitude(const float* x) {
   return _mm512_and_si512(_mm512_loadu_si512(x), _mm512_set1_epi32(0x7FFFFFFF));
 }
 
-// Of the numbers that are not zero, at least half have a magnitude of `least`.
-inline bool half_reach(const float* x, int64_t count, uint32_t least) {
-  int64_t reach = 0, all = 0;
+// The unit of so many digits, a power of two, and its inverse.
+struct Unit {
+  float value, inverse;
+};
+
+inline Unit unit_of(uint32_t greatest, int terms) {
+  // 2^e > greatest (1 + 2^-7): a digit of 127 at the top may not round up to 128.
+  const int32_t e = static_cast<int32_t>((greatest + (1u << 16)) >> 23) + 1, shift = 8 * terms - 1;
+  return {as_float(static_cast<uint32_t>(e - shift) << 23), as_float(static_cast<uint32_t>(254 + shift - e) << 23)};
+}
+
+inline __m512i whole(const float* x, const Unit& unit) {
+  return _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x), _mm512_set1_ps(unit.inverse)));
+}
+
+inline bool exact(const float* x, int64_t count, const Unit& unit) {
+  __mmask16 differ = 0;
+  for (int64_t k = 0; k < count; k += 16) {
+    const __m512 back = _mm512_mul_ps(_mm512_cvtepi32_ps(whole(x + k, unit)), _mm512_set1_ps(unit.value));
+    differ |= _mm512_cmp_ps_mask(back, _mm512_loadu_ps(x + k), _CMP_NEQ_UQ);
+  }
+  return !differ;
+}
+
+// Whether every number that is not zero has a magnitude of `least`.
+inline bool all_reach(const float* x, int64_t count, uint32_t least) {
+  __mmask16 below = 0;
   for (int64_t k = 0; k < count; k += 16) {
     const __m512i v = magnitude(x + k);
-    reach += __builtin_popcount(_mm512_cmpge_epu32_mask(v, _mm512_set1_epi32(static_cast<int>(least))));
-    all += __builtin_popcount(_mm512_test_epi32_mask(v, v));
+    below |= _mm512_mask_cmplt_epu32_mask(_mm512_test_epi32_mask(v, v), v, _mm512_set1_epi32(static_cast<int>(least)));
   }
-  return 2 * reach >= all;
+  return !below;
 }
 
 // The digits in use for `count` numbers, the greatest magnitude of which has these bits.
 inline int terms_of(const float* x, int64_t count, uint32_t greatest) {
   constexpr uint32_t kTwo = 1u << 23;  // a factor of two
   if (greatest < 34 * kTwo) return 0;  // 2^-93: the unit would be subnormal
-  if (half_reach(x, count, greatest - 5 * kTwo)) return 3;
-  return half_reach(x, count, greatest - 13 * kTwo) ? 4 : 0;
+  if (exact(x, count, unit_of(greatest, 3))) return 3;
+  return all_reach(x, count, greatest - 13 * kTwo) || exact(x, count, unit_of(greatest, 4)) ? 4 : 0;
 }
 
 // `count` numbers, whole blocks: what is beyond the chunk is zero. `order` picks the bytes of the halves of a block.
@@ -87,18 +108,14 @@ inline Fixed fix_chunk(const float* x, int64_t count, int bits, const __m512i* o
     memset(digits, 0, static_cast<size_t>(count * kDigits));
     return f;
   }
-  // 2^e > greatest (1 + 2^-7): a digit of 127 at the top may not round up to 128.
-  const int32_t e = static_cast<int32_t>((greatest + (1u << 16)) >> 23) + 1, shift = 8 * f.terms - 1;
-  const __m512 per_unit = _mm512_set1_ps(as_float(static_cast<uint32_t>(127 + 127 + shift - e) << 23));
-  const float unit = as_float(static_cast<uint32_t>(e - shift) << 23);
+  const Unit unit = unit_of(greatest, f.terms);
   const __m512i half = _mm512_set1_epi32(static_cast<int>(0x80808080u)), one = _mm512_set1_epi8(1);
   __m512i sums = _mm512_setzero_si512();
   for (int64_t k = 0; k < count; k += kBlock, digits += kBlock * kDigits) {
     __m512i q[2];
     for (int i = 0; i < 2; ++i) {
       // Bytes from 0 to 255 by adding 128 to each, then from -128 to 127.
-      const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + k + 16 * i), per_unit));
-      q[i] = _mm512_xor_si512(_mm512_add_epi32(whole, half), half);
+      q[i] = _mm512_xor_si512(_mm512_add_epi32(whole(x + k + 16 * i, unit), half), half);
     }
     for (int i = 0; i < 2; ++i) {
       const __m512i four_quads = _mm512_permutex2var_epi8(q[0], order[i], q[1]);
@@ -112,8 +129,8 @@ inline Fixed fix_chunk(const float* x, int64_t count, int bits, const __m512i* o
     f.start[t] = -digit * (1 << (bits == 1 ? 0 : bits - 1));
     sum = 256 * sum + digit;
   }
-  f.unit = bits == 1 ? unit / 2 : unit;  // codes of one bit are doubled, so that their centre is a whole number
-  f.sum = static_cast<float>(sum) * unit;
+  f.unit = bits == 1 ? unit.value / 2 : unit.value;  // codes of one bit are doubled, so that their centre is a whole number
+  f.sum = static_cast<float>(sum) * unit.value;
   return f;
 }
 

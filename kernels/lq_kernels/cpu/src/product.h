@@ -46,7 +46,6 @@ struct Segment {
   int64_t group;     // input channels that share a scale
   int64_t x_begin;   // first channel in x
   int64_t padded_begin;  // the same when every segment is padded to whole blocks
-  int64_t group_begin;   // groups before this segment
 };
 
 struct Product {
@@ -59,7 +58,6 @@ struct Product {
   const Segment* segments;
   int64_t count;
   int64_t padded_K;
-  int64_t groups;
   // The widest rows that may be read beyond column N: a prepared matrix is padded to whole panels, a canonical one is
   // not.
   bool padded_N;
