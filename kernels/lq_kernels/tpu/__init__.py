@@ -8,6 +8,10 @@ Numerics: unpacked numbers are whole and exact in bfloat16, products are exact, 
 unpacked number is not code - zero but 2**bits + code, the difference is removed by a product of sums of x over groups:
 the error then is relative to 2**bits too, a handful of float32 roundings of the exact result.
 
+`TpuConfig(scaled=True)`, the default where 256 rows of bfloat16 or more give bfloat16 on v6e and v7x, multiplies the
+weights of groups shorter than the matrix unit is deep by their scales first: each is rounded to bfloat16, by 2**-9 of
+itself at most, zero points being taken off exactly before.
+
 `TpuConfig(activations="int8")` rounds x to 8 bits with one scale per row and multiplies integers, on chips whose matrix
 unit does; it is never chosen by default.
 """
@@ -19,9 +23,10 @@ from lq_kernels.backend import Backend, PreparedMatrix, Problem
 from lq_kernels.packed import PackedMatrix
 from lq_kernels.split import bf16_terms, sum_terms
 from lq_kernels.tpu import layout
-from lq_kernels.tpu.config import TpuConfig, candidates, default_config, fits, vmem_limit
+from lq_kernels.tpu.config import TpuConfig, candidates, default_config, fits, tile, vmem_limit
 from lq_kernels.tpu.fields import CHUNK
 from lq_kernels.tpu.layout import LANES, padded, padded_groups, schemes, target_of
+from lq_kernels.tpu.plan import Plan, Strip
 
 INTEGER_UNITS = ("v5e", "v5p", "v6e")  # generations whose matrix unit multiplies int8
 
@@ -75,42 +80,46 @@ def _starts(segments) -> list[int]:
     return [sum(s.in_features for s in segments[:i]) for i in range(len(segments))]
 
 
-def _plan(w: PreparedMatrix, rows: int, config: TpuConfig, generation: str, integer: bool):
-    from lq_kernels.tpu.kernel import Plan, Strip
-
+def _plan(w: PreparedMatrix, rows: int, config: TpuConfig, generation: str, integer: bool) -> Plan:
     strips, first = [], 0
     for s in w.segments:
         parts, chunks = schemes(s.bits, w.target), padded(s.in_features, CHUNK) // CHUNK
         size = None if s.group_size >= s.in_features else s.group_size
-        strips.append(Strip(parts, chunks, size, padded_groups(s), first, None if s.asymmetric else s.zero_point))
+        whole = "int" in str(s.zero_dtype) if s.asymmetric else s.zero_point in range((1 << s.bits) + 1)
+        zero_point = None if s.asymmetric else s.zero_point
+        strips.append(Strip(parts, chunks, size, padded_groups(s), first, zero_point, whole))
         first += chunks
+    block, columns = min(config.rows, rows), min(config.columns, padded(w.out_features, LANES))
     return Plan(
         strips=tuple(strips),
-        rows=min(config.rows, rows),
-        columns=min(config.columns, padded(w.out_features, LANES)),
+        rows=block,
+        columns=columns,
+        turn=config.turn if block % config.turn == 0 else block,
+        tile=tile(config, block, columns, generation),
+        blocks=-(-rows // block),
         unroll=config.unroll,
         depth=config.depth,
         keep=config.keep,
+        scaled=config.scaled,
         integer=integer,
         vmem_limit=vmem_limit(generation),
     )
 
 
 def _group_sums(x: Array, strip, segment, start: int, plan) -> Array:
-    """Sums of x over each group of a segment as bfloat16 terms `[3, Mp, groups]`, Mp being M rounded up to 16.
+    """Sums of x over each group of a segment `[M, 3 * Gp]`: three bfloat16 terms, one beside the other.
 
     Times what is to be subtracted from every unpacked number where that is one number for the whole segment.
     """
     own = x[:, start : start + segment.in_features]
     size = min(segment.group_size, segment.in_features)
-    rows = padded(x.shape[0], 16)
     whole = segment.groups * size
     own = jnp.pad(own, ((0, 0), (0, whole - segment.in_features))).reshape(x.shape[0], segment.groups, size)
     sums = own.sum(-1, dtype=jnp.float32)
-    sums = jnp.pad(sums, ((0, rows - x.shape[0]), (0, strip.groups - segment.groups)))
+    sums = jnp.pad(sums, ((0, 0), (0, strip.groups - segment.groups)))
     if strip.zero_point is not None:
         sums = sums * (strip.zero_point + plan.offset(strip))
-    return bf16_terms(sums).reshape(3, rows, strip.groups)
+    return bf16_terms(sums).reshape(3, x.shape[0], -1).swapaxes(0, 1).reshape(x.shape[0], -1)
 
 
 def _pad_segments(x: Array, w: PreparedMatrix, plan) -> Array:

@@ -11,8 +11,10 @@ MIB = 1 << 20
 # VMEM of a core, and what of it a kernel may ask for: the compiler keeps some to itself.
 VMEM = {"v4": 16 * MIB, "v5e": 128 * MIB, "v5p": 64 * MIB, "v6e": 128 * MIB, "v7x": 64 * MIB, "tpu": 16 * MIB}
 CORES = {"v4": 2, "v5p": 2}  # that share one program's grid
-ROWS = 256  # of a block of x
-KEEP_FROM = 2  # blocks of rows that make keeping the unpacked strip worth its VMEM
+ROWS = 1024  # of a block of x
+TURN = 256  # of them multiplied by one run of code
+DEEP = ("v6e", "v7x")  # generations whose matrix unit is 256 deep, two groups of 128
+SCALED_FROM = 256  # rows of bfloat16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,11 +22,24 @@ class TpuConfig:
     """One way to run a product."""
 
     rows: int = ROWS  # of a block of x; fewer when there are fewer
+    turn: int = TURN  # rows of a block that one run of code multiplies; all of them where it does not divide them
     columns: int = 256  # output channels of a block, a multiple of 128
     unroll: int = 8  # chunks of 256 input channels per loop step
     depth: int = 32  # input channels of a dot; the groups in it share one, each with its own rows of x
     keep: bool = False  # unpack a strip once and keep it in VMEM for all blocks of rows
+    scaled: bool = False  # scale weights before the dot, rounded to bfloat16: dots then are as deep as the matrix unit
     activations: str = "bfloat16"  # "int8": x is rounded to 8 bits per row; faster, and no longer exact
+
+
+def tile(config: TpuConfig, rows: int, columns: int, generation: str) -> tuple[int, int]:
+    """Rows and columns of the sums held at a time: 32 of the 64 registers, which leaves the others to unpack in.
+
+    Scaled, the matrix unit of v6e costs less with all 64, and v7x' adds up by itself; v4 spills either way.
+    """
+    if rows <= 64 and columns <= 512:
+        return rows, columns
+    wide = 128 if columns % 256 else 256
+    return (256 if config.scaled or generation == "v4" else 32 * 1024 // wide), wide
 
 
 def vmem_limit(generation: str) -> int:
@@ -42,7 +57,7 @@ def vmem_bytes(problem: Problem, target: str, config: TpuConfig) -> int:
         chunks, groups = padded(s.in_features, CHUNK) // CHUNK, padded_groups(s)
         parts = schemes(s.bits, target)
         blocks += sum(chunks * part.words * columns * 4 for part in parts)
-        blocks += groups * columns * 4 * (2 if s.asymmetric else 1) + rows * padded(groups, LANES) * 4
+        blocks += groups * columns * 4 * (2 if s.asymmetric else 1) + rows * padded(3 * groups, LANES) * 2
         scratch += groups * columns * 4 * 2
         if config.keep:
             scratch += len(parts) * chunks * CHUNK * columns * 2
@@ -58,9 +73,9 @@ def fits(problem: Problem, target: str, config: TpuConfig) -> bool:
 
 
 def default_config(problem: Problem, target: str) -> TpuConfig:
-    """The widest strip of which every core gets four, that fits VMEM; many rows in blocks that share its unpacking.
+    """The widest strip of which every core gets four, that fits VMEM; many rows in turns that share its unpacking.
 
-    A loop turn is as long as its code may be: filling and draining the matrix unit costs about 100 bundles a turn.
+    A run of code is as long as it may be: filling and draining the matrix unit costs 100 to 300 bundles.
     """
     enough = 4 * CORES.get(target.partition("-")[0], 1)
     preferred = list(_preferences(problem, target))
@@ -72,25 +87,46 @@ def default_config(problem: Problem, target: str) -> TpuConfig:
 
 
 def _preferences(problem: Problem, target: str):
-    """Many rows to a block before few, the unpacked strip kept before not, wide strips before narrow."""
+    """Many rows to a block before few, the unpacked strip kept before not, wide strips before narrow.
+
+    Each block of rows is fetched once for every strip: where there are several, the strips had better be wide.
+    """
     rows, generation = terms(problem) * problem.rows, target.partition("-")[0]
+    scaled = _scaled(problem, generation)
+    chunks = max(padded(s.in_features, CHUNK) // CHUNK for s in problem.segments)
+    unroll = _unroll(chunks, 64 if scaled else 16)
+    longest = 2 * TURN if scaled and unroll <= 16 else TURN
     for halvings in range(int(math.log2(ROWS // 16)) + 1):
         blocks = math.ceil(rows / (ROWS >> halvings))
-        for keep in (True, False) if blocks >= KEEP_FROM else (False,):
-            for columns in (512, 256, 128) if rows <= 64 else (256, 128):
+        turns = math.ceil(rows / blocks / longest)
+        turn = padded(math.ceil(rows / (blocks * turns)), 16)
+        for keep in (True, False) if blocks * turns > 1 else (False,):
+            for columns in (512, 256, 128) if rows <= 64 else (1024, 512, 256, 128) if blocks > 1 else (256, 128):
                 yield TpuConfig(
-                    rows=padded(math.ceil(rows / blocks), 16),
+                    rows=turn * turns,
+                    turn=turn,
                     columns=min(columns, padded(problem.out_features, LANES)),
-                    unroll=_unroll(problem),
+                    unroll=unroll,
                     depth=_depth(generation, rows),
                     keep=keep,
+                    scaled=scaled,
                 )
 
 
-def _unroll(problem: Problem) -> int:
-    """At most 16, and such that the turns of the longest segment's loop leave few chunks over."""
-    chunks = max(padded(s.in_features, CHUNK) // CHUNK for s in problem.segments)
-    return math.ceil(chunks / math.ceil(chunks / 16))
+def _scaled(problem: Problem, generation: str) -> bool:
+    """Whether many rows meet weights rounded to bfloat16, as in any product of a dequantized matrix.
+
+    A dot per group of 128 takes the time of 256 on a matrix unit that deep. Only where x and the result are rounded
+    to bfloat16 too: that is as large an error.
+    """
+    rounded = problem.x_dtype == problem.out_dtype == "bfloat16"
+    short = any(s.group_size < min(CHUNK, s.in_features) for s in problem.segments)
+    return rounded and short and problem.rows >= SCALED_FROM and generation in DEEP
+
+
+def _unroll(chunks: int, most: int) -> int:
+    """At most so many, and such that the turns of the longest segment's loop leave few chunks over."""
+    return math.ceil(chunks / math.ceil(chunks / most))
 
 
 def _depth(generation: str, rows: int) -> int:
@@ -110,7 +146,7 @@ def candidates(problem: Problem, target: str) -> list[TpuConfig]:
                     config = dataclasses.replace(
                         default, rows=min(block, default.rows), columns=columns, unroll=unroll, keep=keep
                     )
-                    several = terms(problem) * problem.rows > config.rows
+                    several = terms(problem) * problem.rows > min(config.rows, config.turn)
                     if columns <= widest and several >= keep and fits(problem, target, config):
                         found.append(config)
     return list(dict.fromkeys(found))
