@@ -61,3 +61,12 @@ def test_decode_is_limited_by_memory_where_the_matrix_unit_allows(chip):
         for result in RECORD["costs"][f"{chip} {bits}bit"]:
             if result["rows"] <= 16:
                 assert result["whole"] <= result["budget"], (bits, result["rows"])
+
+
+@pytest.mark.parametrize("chip", ["v6e", "v7x"])
+def test_many_rows_cost_what_a_dense_product_does(chip):
+    """What the record claims: 256-deep dots, within a tenth of a product of bfloat16 weights and nothing else."""
+    dense = json.loads((BENCH / "results" / "static_cost_tpu_dense.json").read_text(encoding="utf-8"))
+    for result in RECORD["costs"][f"{chip} 4bit prefill"]:
+        limit = dense["per_1024_weights"][chip][str(result["rows"])]["bundles"]
+        assert result["whole"] <= 1.10 * limit, result["rows"]

@@ -53,13 +53,16 @@ def matmul(x: Array, w: PreparedMatrix, *, out_dtype, config: TpuConfig, interpr
         raise NotImplementedError(f"{generation} has no integer matrix unit; use activations='bfloat16'")
     x_scale = None
     terms, x_scale = quantize_rows(x) if integer else (bf16_terms(x), jnp.float32(1))
-    plan = _plan(w, terms.shape[0], config, generation, integer)
+    rows = terms.shape[0]
+    plan = _plan(w, rows, config, generation, integer)
+    if plan.rows > rows:
+        terms = jnp.pad(terms, ((0, plan.rows - rows), (0, 0)))
     sums = tuple(
         _group_sums(terms, strip, segment, start, plan) if plan.corrected(strip) else None
         for strip, segment, start in zip(plan.strips, w.segments, _starts(w.segments), strict=True)
     )
-    direct = out_dtype if integer is False and terms.shape[0] == x.shape[0] and _storable(out_dtype) else jnp.float32
-    y = multiply(_pad_segments(terms, w, plan), sums, w.arrays, plan, direct, interpret)[:, : w.out_features]
+    direct = out_dtype if integer is False and rows == x.shape[0] and _storable(out_dtype) else jnp.float32
+    y = multiply(_pad_segments(terms, w, plan), sums, w.arrays, plan, direct, interpret)[:rows, : w.out_features]
     y = y * x_scale if integer else sum_terms(y, x.shape[0]) if direct == jnp.float32 else y
     return y.astype(out_dtype)
 
@@ -89,7 +92,9 @@ def _plan(w: PreparedMatrix, rows: int, config: TpuConfig, generation: str, inte
         zero_point = None if s.asymmetric else s.zero_point
         strips.append(Strip(parts, chunks, size, padded_groups(s), first, zero_point, whole))
         first += chunks
-    block, columns = min(config.rows, rows), min(config.columns, padded(w.out_features, LANES))
+    # A block of several turns is whole turns of rows, for which x is padded; one of a single turn ends where x does.
+    block = config.rows if config.rows > config.turn and rows > config.turn else min(config.rows, rows)
+    columns = min(config.columns, padded(w.out_features, LANES))
     return Plan(
         strips=tuple(strips),
         rows=block,

@@ -80,7 +80,9 @@ def default_config(problem: Problem, target: str) -> TpuConfig:
     enough = 4 * CORES.get(target.partition("-")[0], 1)
     preferred = list(_preferences(problem, target))
     for config in preferred:
-        several = problem.out_features >= enough * config.columns or config.columns == LANES
+        several = (
+            problem.out_features >= enough * config.columns or config.columns <= (2 if config.scaled else 1) * LANES
+        )
         if several and fits(problem, target, config):
             return config
     return preferred[-1]
