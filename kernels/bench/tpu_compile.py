@@ -156,7 +156,7 @@ def compile_one(chip: str, segments, columns: int, rows: int, x_dtype: str, targ
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=kind)):
         compiled = jax.jit(product).trace(x, prepared).lower(lowering_platforms=("tpu",)).compile()
     counted = schedule(folder)
-    terms = {"bfloat16": 1, "float16": 2, "float32": 3}[x_dtype] if config.activations != "int8" else 1
+    terms = {"int8": 1, "digits": 4}.get(config.activations, {"bfloat16": 1, "float16": 2, "float32": 3}[x_dtype])
     steps = -(-columns // config.columns) * -(-terms * rows // min(config.rows, terms * rows))
     again = sum(loop["bundles"] * (loop["trips"] - 1) for loop in counted["loops"] if loop["trips"])
     weights = matrix.in_features * columns

@@ -10,7 +10,7 @@ import pytest
 from lq_kernels import PackedMatrix, SegmentedMatrix, quantized_matmul
 from lq_kernels.backend import Problem, segment_of
 from lq_kernels.prepared import lay_out
-from lq_kernels.tpu import BACKEND, TpuConfig, quantize_rows
+from lq_kernels.tpu import BACKEND, TpuConfig, digits, quantize_rows
 from lq_kernels.tpu.fields import scheme
 from lq_kernels.tpu.layout import target_of
 
@@ -87,7 +87,8 @@ LAYOUTS = [(bits, target) for target in ("v5e", "v6e") for bits in range(1, 9)] 
 def test_every_width_of_every_layout(bits, target):
     w, dense = matrix(bits, 512, 256, 128, asymmetric=True, seed=bits)
     x = activations(3, 512)
-    assert error(product(x, w, target), x, dense) < BOUND
+    for kind in {"bfloat16", "bfloat16" if target == "v4" else "digits"}:
+        assert error(product(x, w, target, activations=kind), x, dense) < BOUND
 
 
 CASES = [  # bits, K, N, group, asymmetric, M
@@ -307,6 +308,42 @@ def test_int8_activations_are_rounded_once_and_then_exact(target, bits, group):
     exact = np.asarray(rounded, np.float64) * np.asarray(scale, np.float64)
     assert np.max(np.abs(y - exact @ dense) / (np.abs(exact) @ np.abs(dense))) < BOUND
     assert 1e-4 < error(y, x, dense) < 1e-2
+
+
+@pytest.mark.parametrize("size", [1e-25, 1.0, 1e38])
+def test_digits_add_up_to_all_but_the_smallest_numbers(size):
+    x = activations(4, 300, "float32") * (size / 8)
+    x = x.at[1].set(0).at[2, 5].set(size).at[3, 7].set(np.nan)
+    found, places = digits(x)
+    assert found.dtype == jnp.int8
+    assert int(jnp.max(jnp.abs(found.astype(jnp.int32)))) <= 64
+    total = (np.asarray(found, np.float64) * np.asarray(places, np.float64)).reshape(4, 4, 300).sum(0)
+    x = np.asarray(x, np.float64)
+    assert np.isnan(total[3]).all()
+    assert np.all(np.abs(total - x)[:3] <= 2.0**-27 * np.abs(x[:3]).max(1, keepdims=True))
+    small = jnp.asarray(x[0], "bfloat16").astype("float32")[None]
+    exact = np.abs(small) > 2.0**-20 * float(jnp.max(jnp.abs(small)))
+    found, places = digits(small)
+    total = (np.asarray(found, np.float64) * np.asarray(places, np.float64)).sum(0)
+    assert np.all((total == np.asarray(small[0], np.float64)) | ~np.asarray(exact[0]))
+
+
+@pytest.mark.parametrize(("target", "bits", "group"), INTEGER_CASES)
+def test_digits_of_rows_with_an_outlier_lose_nothing(target, bits, group):
+    w, dense = matrix(bits, 600, 130, group, asymmetric=True)
+    x = activations(5, 600).at[:, 9].set(3000)
+    assert error(product(x, w, target, activations="digits"), x, dense) < BOUND
+
+
+def test_digits_are_the_default_of_few_bfloat16_rows_where_integers_are_multiplied():
+    w, _ = matrix(4, 512, 256, 128)
+    problem = Problem(4, 512, 256, "bfloat16", "bfloat16", (segment_of(w),), None)
+
+    def kind(target="v5e", **changes):
+        return BACKEND.default_config(dataclasses.replace(problem, **changes), target).activations
+
+    assert {kind(), kind("v5p"), kind("v6e"), kind(out_dtype="float32")} == {"digits"}
+    assert {kind("v4"), kind("v7x"), kind(rows=5), kind(x_dtype="float32")} == {"bfloat16"}
 
 
 def test_int8_activations_are_never_the_default_and_refused_without_the_unit():

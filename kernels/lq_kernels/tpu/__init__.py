@@ -12,23 +12,25 @@ the error then is relative to 2**bits too, a handful of float32 roundings of the
 weights of groups shorter than the matrix unit is deep by their scales first: each is rounded to bfloat16, by 2**-9 of
 itself at most, zero points being taken off exactly before.
 
+`TpuConfig(activations="digits")`, the default up to 4 rows of bfloat16 on chips whose matrix unit multiplies int8,
+splits each row of x into four rows of int8 digits. Sums over a group are integers then, and exact.
+
 `TpuConfig(activations="int8")` rounds x to 8 bits with one scale per row and multiplies integers, on chips whose matrix
 unit does; it is never chosen by default.
 """
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from lq_kernels.backend import Backend, PreparedMatrix, Problem
 from lq_kernels.packed import PackedMatrix
 from lq_kernels.split import bf16_terms, sum_terms
 from lq_kernels.tpu import layout
-from lq_kernels.tpu.config import TpuConfig, candidates, default_config, fits, tile, vmem_limit
+from lq_kernels.tpu.config import DIGITS, INTEGER_UNITS, TpuConfig, candidates, default_config, fits, tile, vmem_limit
 from lq_kernels.tpu.fields import CHUNK
 from lq_kernels.tpu.layout import LANES, padded, padded_groups, schemes, target_of
 from lq_kernels.tpu.plan import Plan, Strip
-
-INTEGER_UNITS = ("v5e", "v5p", "v6e")  # generations whose matrix unit multiplies int8
 
 
 def refuses(problem: Problem) -> str | None:
@@ -48,11 +50,12 @@ def matmul(x: Array, w: PreparedMatrix, *, out_dtype, config: TpuConfig, interpr
     from lq_kernels.tpu.kernel import multiply
 
     generation = w.target.partition("-")[0]
-    integer = config.activations == "int8"
+    integer = config.activations in ("int8", "digits")
     if integer and generation not in INTEGER_UNITS:
         raise NotImplementedError(f"{generation} has no integer matrix unit; use activations='bfloat16'")
     x_scale = None
-    terms, x_scale = quantize_rows(x) if integer else (bf16_terms(x), jnp.float32(1))
+    split = {"int8": quantize_rows, "digits": digits}.get(config.activations)
+    terms, x_scale = split(x) if split else (bf16_terms(x), jnp.float32(1))
     rows = terms.shape[0]
     plan = _plan(w, rows, config, generation, integer)
     if plan.rows > rows:
@@ -63,7 +66,7 @@ def matmul(x: Array, w: PreparedMatrix, *, out_dtype, config: TpuConfig, interpr
     )
     direct = out_dtype if integer is False and rows == x.shape[0] and _storable(out_dtype) else jnp.float32
     y = multiply(_pad_segments(terms, w, plan), sums, w.arrays, plan, direct, interpret)[:rows, : w.out_features]
-    y = y * x_scale if integer else sum_terms(y, x.shape[0]) if direct == jnp.float32 else y
+    y = sum_terms(y * x_scale, x.shape[0]) if direct == jnp.float32 else y
     return y.astype(out_dtype)
 
 
@@ -73,6 +76,27 @@ def quantize_rows(x: Array) -> tuple[Array, Array]:
     top = jnp.max(jnp.abs(x), axis=1, keepdims=True)
     scale = jnp.where(top == 0, 1.0, top / 127)
     return jnp.round(jnp.nan_to_num(x / scale)).astype(jnp.int8), jnp.where(jnp.isfinite(top), scale, jnp.nan)
+
+
+def digits(x: Array) -> tuple[Array, Array]:
+    """x `[M, K]` as four digits to the base 128, largest first, int8 `[4 * M, K]`, and places' values `[4 * M, 1]`.
+
+    They add up to x but for 2**-28 of the power of two above the row's largest number: every bfloat16 exactly that is
+    not 2**-20 times smaller. A NaN or Inf makes its row NaN.
+    """
+    x = x.astype(jnp.float32)
+    top = jnp.max(jnp.abs(x), axis=1, keepdims=True)
+    finite = jnp.isfinite(top)
+    _, exponent = jnp.frexp(jnp.where(finite & (top > 0), top, 1.0))
+    rest = jnp.where(finite, jnp.ldexp(x, -exponent), 0.0) * 0.5
+    found, places = [], []
+    for i in range(DIGITS):
+        rest = rest * 128
+        digit = jnp.round(rest)
+        rest = rest - digit
+        found.append(digit.astype(jnp.int8))
+        places.append(jnp.where(finite, jnp.ldexp(2.0, exponent - 7 * (i + 1)), jnp.nan))
+    return jnp.concatenate(found), jnp.concatenate(places)
 
 
 def _storable(dtype) -> bool:
@@ -134,9 +158,24 @@ def _pad_segments(x: Array, w: PreparedMatrix, plan) -> Array:
         part = x[:, start : start + segment.in_features]
         part = jnp.pad(part, ((0, 0), (0, strip.chunks * CHUNK - segment.in_features)))
         if plan.integer and strip.schemes[0].container == 16:
-            part = part.reshape(x.shape[0], -1, 2, 8, 2).transpose(0, 1, 3, 4, 2).reshape(part.shape)
+            part = _interleave(part)
         parts.append(part)
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
+
+
+def _interleave(x: Array) -> Array:
+    """int8 `[M, K]`, of every 32 channels the first 16 between the last 16.
+
+    As a product with a permutation of 128 channels: moving them pair by pair makes arrays that a TPU pads manifold.
+    """
+    order = np.arange(LANES).reshape(-1, 2, 16).swapaxes(1, 2).reshape(-1)
+    permutation = jnp.asarray(np.arange(LANES)[:, None] == order[None, :], jnp.int8)
+    blocks = x.reshape(x.shape[0], -1, LANES)
+    return (
+        jnp.einsum("mbk,kn->mbn", blocks, permutation, preferred_element_type=jnp.int32)
+        .astype(jnp.int8)
+        .reshape(x.shape)
+    )
 
 
 def restore(w: PreparedMatrix) -> tuple[PackedMatrix, ...]:

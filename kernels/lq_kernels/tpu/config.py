@@ -15,6 +15,9 @@ ROWS = 1024  # of a block of x
 TURN = 256  # of them multiplied by one run of code
 DEEP = ("v6e", "v7x")  # generations whose matrix unit is 256 deep, two groups of 128
 SCALED_FROM = 256  # rows of bfloat16
+INTEGER_UNITS = ("v5e", "v5p", "v6e")  # generations whose matrix unit multiplies int8
+DIGITS = 4  # int8 rows that a row of x becomes
+DIGITS_TO = 4  # rows of x; from there on digits cost as much as bfloat16 in groups of 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +31,9 @@ class TpuConfig:
     depth: int = 32  # input channels of a dot; the groups in it share one, each with its own rows of x
     keep: bool = False  # unpack a strip once and keep it in VMEM for all blocks of rows
     scaled: bool = False  # scale weights before the dot, rounded to bfloat16: dots then are as deep as the matrix unit
-    activations: str = "bfloat16"  # "int8": x is rounded to 8 bits per row; faster, and no longer exact
+    # "digits": x as four rows of int8 digits, exact but for 2**-28 of a row's largest number. "int8": x is rounded to 8
+    # bits per row; faster where there are many, and no longer exact.
+    activations: str = "bfloat16"
 
 
 def tile(config: TpuConfig, rows: int, columns: int, generation: str) -> tuple[int, int]:
@@ -49,7 +54,7 @@ def vmem_limit(generation: str) -> int:
 def vmem_bytes(problem: Problem, target: str, config: TpuConfig) -> int:
     """VMEM a call needs, up to the compiler's temporaries: blocks in and out twice, scratch once."""
     columns = min(config.columns, padded(problem.out_features, LANES))
-    rows = padded(min(config.rows, terms(problem) * problem.rows), 16)
+    rows = padded(min(config.rows, max(DIGITS, terms(problem)) * problem.rows), 16)
     channels = sum(padded(s.in_features, CHUNK) for s in problem.segments)
     blocks = rows * channels * 2 + rows * columns * 4
     scratch = 2 * rows * columns * 4
@@ -65,6 +70,7 @@ def vmem_bytes(problem: Problem, target: str, config: TpuConfig) -> int:
 
 
 def terms(problem: Problem) -> int:
+    """Rows that the kernel gets of each row of x, unless they are digits."""
     return {"bfloat16": 1, "float16": 2, "float32": 3}[problem.x_dtype]
 
 
@@ -93,7 +99,9 @@ def _preferences(problem: Problem, target: str):
 
     Each block of rows is fetched once for every strip: where there are several, the strips had better be wide.
     """
-    rows, generation = terms(problem) * problem.rows, target.partition("-")[0]
+    generation = target.partition("-")[0]
+    digits = _digits(problem, generation)
+    rows = problem.rows * (DIGITS if digits else terms(problem))
     scaled = _scaled(problem, generation)
     chunks = max(padded(s.in_features, CHUNK) // CHUNK for s in problem.segments)
     unroll = _unroll(chunks, 64 if scaled else 16)
@@ -109,10 +117,19 @@ def _preferences(problem: Problem, target: str):
                     turn=turn,
                     columns=min(columns, padded(problem.out_features, LANES)),
                     unroll=unroll,
-                    depth=_depth(generation, rows),
+                    depth=_depth(generation, rows, digits),
                     keep=keep,
                     scaled=scaled,
+                    activations="digits" if digits else "bfloat16",
                 )
+
+
+def _digits(problem: Problem, generation: str) -> bool:
+    """Whether few rows are multiplied digit by digit, in integers, for which codes unpack with less work.
+
+    Only bfloat16: its numbers are their digits but where they are 2**20 times smaller than the row's largest.
+    """
+    return problem.x_dtype == "bfloat16" and problem.rows <= DIGITS_TO and generation in INTEGER_UNITS
 
 
 def _scaled(problem: Problem, generation: str) -> bool:
@@ -131,9 +148,9 @@ def _unroll(chunks: int, most: int) -> int:
     return math.ceil(chunks / math.ceil(chunks / most))
 
 
-def _depth(generation: str, rows: int) -> int:
+def _depth(generation: str, rows: int, digits: bool) -> int:
     """Few rows leave the matrix unit room for the rows of several groups at once, so it is filled to its depth."""
-    return 128 if rows <= 8 and generation in ("v5e", "v5p") else 32
+    return 128 if digits or (rows <= 8 and generation in ("v5e", "v5p")) else 32
 
 
 def candidates(problem: Problem, target: str) -> list[TpuConfig]:
