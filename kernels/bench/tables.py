@@ -35,18 +35,40 @@ def tpu(rows: int) -> str:
         over = [f" ({c['whole'] / c['budget']:.2f})" if c["budget"] else "" for c in cells]
         lines.append([f"W{bits}", *[f"{c['whole']:.2f}{o}" for c, o in zip(cells, over, strict=True)]])
     if rows == 16:
-        dense = read("static_cost_tpu_dense.json")["bundles_per_1024_weights"]
-        lines.append(["bfloat16, dense", *[f"{dense[chip]:.2f}" for chip in CHIPS]])
+        dense = read("static_cost_tpu_dense.json")["per_1024_weights"]
+        lines.append(["bfloat16, dense", *[f"{dense[chip]['16']['bundles']:.2f}" for chip in CHIPS]])
     return markdown(["", *CHIPS], lines)
 
 
+def tpu_prefill() -> str:
+    """Bundles per 1024 weights, and registers spilled, at many rows; dense products of bfloat16 below."""
+    costs, dense = read("static_cost_tpu.json")["costs"], read("static_cost_tpu_dense.json")["per_1024_weights"]
+    lines = []
+
+    def line(name: str, found: list[dict | None]) -> None:
+        cells = [f"{c.get('whole', c.get('bundles')):.2f} ({c['spills']})" if c else "" for c in found]
+        lines.append([name, *cells])
+
+    def at(rows: int, chip: str, case: str) -> dict | None:
+        return next((r for r in costs.get(f"{chip} {case}", []) if r["rows"] == rows), None)
+
+    for bits in range(1, 9):
+        line(f"256, W{bits}", [at(256, chip, f"{bits}bit") for chip in CHIPS])
+    for rows in (256, 512, 1024):
+        if rows > 256:
+            line(f"{rows}, W4", [at(rows, chip, "4bit prefill") for chip in CHIPS])
+        line(f"{rows}, W4 asymmetric", [at(rows, chip, "4bit asymmetric prefill") for chip in CHIPS])
+        line(f"{rows}, bfloat16, dense", [dense[chip].get(str(rows)) for chip in CHIPS])
+    return markdown(["rows", *CHIPS], lines)
+
+
 def tpu_special() -> str:
-    """What else was compiled, at 16 rows: one line a case, one column a chip."""
+    """What else was compiled at 16 rows: one line a case, one column a chip."""
     costs = read("static_cost_tpu.json")["costs"]
     plain = {f"{bits}bit" for bits in range(1, 9)}
     names = dict.fromkeys(name.partition(" ")[2] for name in costs)
     lines = []
-    for name in (n for n in names if n not in plain):
+    for name in (n for n in names if n not in plain and "prefill" not in n):
         cells = []
         for chip in CHIPS:
             found = [r for r in costs.get(f"{chip} {name}", []) if r["rows"] == 16]
@@ -97,6 +119,7 @@ def cpu(name: str) -> str:
 TABLES = {
     "tpu, 1 row": lambda: tpu(1),
     "tpu, 16 rows": lambda: tpu(16),
+    "tpu, many rows": tpu_prefill,
     "tpu, special": tpu_special,
     "gpu": gpu,
     "cpu, Sapphire Rapids": lambda: cpu("cpu_sapphire_rapids_4096.json"),

@@ -9,7 +9,9 @@ What is reported per number of rows:
 
     whole      bundles of the whole grid per 1024 weights: pipeline, scales, zero points, everything
     sides      bytes of scales and zeros, twice: the compiler may move these before the kernel starts
-    marginal   bundles of one turn of the unpacking loop per 1024 weights (of the first segment)
+    marginal   bundles per 1024 weights more: of one turn of the loop over input channels (of the first segment), or,
+               where that is unrolled, of as many channels again as half of them; null without `--marginal`, which
+               compiles the half, and where there is neither
     budget     bundles in which a chip's memory delivers 1024 weights and their scales; below it, memory is the limit
     temp       bytes of temporaries in HBM; a bfloat16 copy of the weights would show here
     spills     registers stored and loaded again
@@ -91,6 +93,17 @@ def _used_slots(file: str) -> dict[str, int]:
     return dict(zip(names, map(sum, zip(*rows, strict=True)), strict=True))
 
 
+def with_marginal(chip: str, segments, columns: int, rows: int, x_dtype: str, target: str | None, fields: dict) -> dict:
+    """`compile_one`, and the same of half the input channels where nothing else tells what more of them cost."""
+    result = compile_one(chip, segments, columns, rows, x_dtype, target, fields)
+    if result["marginal"] is None and not result["loops"] and len(segments) == 1:
+        bits, channels, *rest = segments[0]
+        half = compile_one(chip, [(bits, channels // 2, *rest)], columns, rows, x_dtype, target, result["config"])
+        weights = (channels - channels // 2) * min(result["config"]["columns"], columns)
+        result["marginal"] = round((result["step"] - half["step"]) * 1024 / weights, 3)
+    return result
+
+
 def compile_one(chip: str, segments, columns: int, rows: int, x_dtype: str, target: str | None, fields: dict) -> dict:
     """segments: (bits, channels, group or None, asymmetric) each."""
     import jax
@@ -143,7 +156,7 @@ def compile_one(chip: str, segments, columns: int, rows: int, x_dtype: str, targ
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=kind)):
         compiled = jax.jit(product).trace(x, prepared).lower(lowering_platforms=("tpu",)).compile()
     counted = schedule(folder)
-    terms = {"bfloat16": 1, "float16": 2, "float32": 3}[x_dtype] if config.activations != "int8" else 1
+    terms = {"int8": 1, "digits": 4}.get(config.activations, {"bfloat16": 1, "float16": 2, "float32": 3}[x_dtype])
     steps = -(-columns // config.columns) * -(-terms * rows // min(config.rows, terms * rows))
     again = sum(loop["bundles"] * (loop["trips"] - 1) for loop in counted["loops"] if loop["trips"])
     weights = matrix.in_features * columns
@@ -202,12 +215,14 @@ def main():
     parser.add_argument("--x-dtype", default="bfloat16")
     parser.add_argument("--target", help='layout, as "v6e-memory"; the chip\'s own when left out')
     parser.add_argument("--config", default="{}", help="fields of TpuConfig as JSON, over the default")
+    parser.add_argument("--marginal", action="store_true", help="compile half the channels too where that takes it")
     args = parser.parse_args()
+    one = with_marginal if args.marginal else compile_one
     with dumping():
         segments = [parse_segment(s) for s in args.segments]
         fields = json.loads(args.config)
         common = (args.chip, segments, args.columns_total)
-        results = [compile_one(*common, rows, args.x_dtype, args.target, fields) for rows in args.rows]
+        results = [one(*common, rows, args.x_dtype, args.target, fields) for rows in args.rows]
     print(json.dumps(results))
 
 

@@ -2,7 +2,7 @@
 
     python kernels/bench/tpu_dense.py --record       # writes results/static_cost_tpu_dense.json
 
-A plain Pallas product x [16, 4096] @ w [4096, 4096] in bfloat16, strips of 256 output channels as ours, is compiled as
+A plain Pallas product x [M, 4096] @ w [4096, 4096] in bfloat16, strips of 256 output channels as ours, is compiled as
 `tpu_compile.py` does and its bundles are counted: weights pushed into the matrix unit, products popped, nothing else.
 """
 
@@ -18,7 +18,9 @@ from pathlib import Path
 import tpu_compile
 
 RECORD = Path(__file__).parent / "results" / "static_cost_tpu_dense.json"
-ROWS, CHANNELS, COLUMNS, STRIP = 16, 4096, 4096, 256
+ROWS = (16, 256, 512, 1024)
+CHANNELS, COLUMNS, STRIP = 4096, 4096, 256
+SMALL = ("v4",)  # whose VMEM holds no larger block than of 256 rows
 
 
 def kernel(x_ref, w_ref, o_ref):
@@ -27,33 +29,38 @@ def kernel(x_ref, w_ref, o_ref):
     o_ref[...] = jnp.dot(x_ref[...], w_ref[...], preferred_element_type=jnp.float32).astype(o_ref.dtype)
 
 
-def bundles(chip: str) -> float:
-    """Per 1024 weights, of the whole kernel. Needs the environment that `tpu_compile.main` sets up."""
+def bundles(chip: str, rows: int) -> tuple[float, int]:
+    """Per 1024 weights, of the whole kernel, and registers spilled. Needs the environment of `tpu_compile.main`."""
     import jax
     import jax.numpy as jnp
     from jax.experimental import pallas as pl
     from jax.experimental import topologies
+    from jax.experimental.pallas import tpu as pltpu
+
+    from lq_kernels.tpu.config import vmem_limit
 
     device = topologies.get_topology_desc(platform="tpu", topology_name=tpu_compile.TOPOLOGIES[chip]).devices[0]
     sharding = jax.sharding.SingleDeviceSharding(device)
-    x = jax.ShapeDtypeStruct((ROWS, CHANNELS), jnp.bfloat16, sharding=sharding)
+    x = jax.ShapeDtypeStruct((rows, CHANNELS), jnp.bfloat16, sharding=sharding)
     w = jax.ShapeDtypeStruct((CHANNELS, COLUMNS), jnp.bfloat16, sharding=sharding)
     product = pl.pallas_call(
         kernel,
         grid=(COLUMNS // STRIP,),
         in_specs=[
-            pl.BlockSpec((ROWS, CHANNELS), lambda j: (0, 0)),
+            pl.BlockSpec((rows, CHANNELS), lambda j: (0, 0)),
             pl.BlockSpec((CHANNELS, STRIP), lambda j: (0, j)),
         ],
-        out_specs=pl.BlockSpec((ROWS, STRIP), lambda j: (0, j)),
-        out_shape=jax.ShapeDtypeStruct((ROWS, COLUMNS), jnp.bfloat16),
+        out_specs=pl.BlockSpec((rows, STRIP), lambda j: (0, j)),
+        out_shape=jax.ShapeDtypeStruct((rows, COLUMNS), jnp.bfloat16),
+        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=vmem_limit(chip)),
         name="dense",
     )
     for old in glob.glob(f"{os.environ['LQ_LLO_DUMP']}/*"):
         os.remove(old)
     jax.jit(product).trace(x, w).lower(lowering_platforms=("tpu",)).compile()
     counted = tpu_compile.schedule(os.environ["LQ_LLO_DUMP"], "dense")
-    return (counted["outside"] + COLUMNS // STRIP * counted["step"]) * 1024 / (CHANNELS * COLUMNS)
+    whole = (counted["outside"] + COLUMNS // STRIP * counted["step"]) * 1024 / (CHANNELS * COLUMNS)
+    return round(whole, 3), counted["spills"]
 
 
 def main() -> None:
@@ -63,7 +70,10 @@ def main() -> None:
     options = parser.parse_args()
     if options.chip:
         with tpu_compile.dumping():
-            print(json.dumps(round(bundles(options.chip), 3)))
+            rows = [m for m in ROWS if m <= 256 or options.chip not in SMALL]
+            print(
+                json.dumps({m: dict(zip(("bundles", "spills"), bundles(options.chip, m), strict=True)) for m in rows})
+            )
         return
     found = {}
     for chip in tpu_compile.TOPOLOGIES:
@@ -71,7 +81,7 @@ def main() -> None:
         found[chip] = json.loads(done.stdout.strip().splitlines()[-1])
         print(chip, found[chip])
     if options.record:
-        record = {"libtpu": importlib.metadata.version("libtpu"), "bundles_per_1024_weights": found}
+        record = {"libtpu": importlib.metadata.version("libtpu"), "per_1024_weights": found}
         RECORD.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 

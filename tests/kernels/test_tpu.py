@@ -10,11 +10,12 @@ import pytest
 from lq_kernels import PackedMatrix, SegmentedMatrix, quantized_matmul
 from lq_kernels.backend import Problem, segment_of
 from lq_kernels.prepared import lay_out
-from lq_kernels.tpu import BACKEND, TpuConfig, quantize_rows
+from lq_kernels.tpu import BACKEND, TpuConfig, digits, quantize_rows
 from lq_kernels.tpu.fields import scheme
 from lq_kernels.tpu.layout import target_of
 
 BOUND = 4e-6  # of |x| @ |w|: what the exact products, summed in float32, may be off by
+ROUNDED = 2.0**-9 + BOUND  # the same where every weight is rounded to bfloat16 before
 COLUMN = None  # group size: one scale per output channel
 PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
 
@@ -86,7 +87,8 @@ LAYOUTS = [(bits, target) for target in ("v5e", "v6e") for bits in range(1, 9)] 
 def test_every_width_of_every_layout(bits, target):
     w, dense = matrix(bits, 512, 256, 128, asymmetric=True, seed=bits)
     x = activations(3, 512)
-    assert error(product(x, w, target), x, dense) < BOUND
+    for kind in {"bfloat16", "bfloat16" if target == "v4" else "digits"}:
+        assert error(product(x, w, target, activations=kind), x, dense) < BOUND
 
 
 CASES = [  # bits, K, N, group, asymmetric, M
@@ -138,6 +140,58 @@ def test_blocks_of_rows_ragged_and_sharing_an_unpacked_strip(target, keep):
     assert error(y, x, dense) < BOUND
 
 
+SCALED_CASES = [  # bits, group, asymmetric, dtype of scales, zeros, zero point that is no whole number
+    (4, 128, False, "bfloat16", None),
+    (3, 64, True, "bfloat16", None),
+    (8, 32, True, "bfloat16", None),
+    (2, 128, True, "float32", None),
+    (1, 128, False, "float16", None),
+    (4, 128, True, "bfloat16", 7.3),
+    (4, 256, True, "bfloat16", None),
+]
+
+
+@pytest.mark.parametrize(("bits", "group", "asymmetric", "scale_dtype", "zero"), SCALED_CASES)
+def test_scaled_weights_are_rounded_once_each(bits, group, asymmetric, scale_dtype, zero):
+    zeros = None if zero is None else np.full((-(-700 // group), 384), zero, np.float32)
+    w, dense = matrix(bits, 700, 384, group, asymmetric, scale_dtype=scale_dtype, zeros=zeros)
+    x = activations(20, 700)
+    y = product(x, w, "v6e", scaled=True)
+    assert error(y, x, dense) < (ROUNDED if group < 256 else BOUND)
+    if group < 256:
+        rounded = np.asarray(jnp.asarray(dense, "float32").astype("bfloat16").astype("float32"), np.float64)
+        assert error(y, x, rounded) < BOUND  # to the nearest, from the exact weight
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize(("rows", "turn"), [(80, 80), (96, 32), (32, 16), (48, 48)])
+def test_tiles_and_turns_of_rows_share_an_unpacked_strip(rows, turn, scaled, monkeypatch):
+    """Blocks, turns in them, tiles of registers in those (here smaller than on a TPU), ragged, over two segments."""
+    monkeypatch.setattr("lq_kernels.tpu.tile", lambda *_: (16, 128))
+    parts = [matrix(3, 600, 256, 128, asymmetric=True, scale_dtype="bfloat16"), matrix(4, 256, 256, 32, seed=3)]
+    dense = np.concatenate([d for _, d in parts])
+    x = activations(90, 856)
+    w = SegmentedMatrix(segments=tuple(p for p, _ in parts))
+    y = product(x, w, "v6e", rows=rows, turn=turn, columns=256, unroll=2, keep=True, scaled=scaled)
+    assert error(y, x, dense) < (ROUNDED if scaled else BOUND)
+
+
+def test_scaled_is_the_default_of_many_bfloat16_rows_on_deep_matrix_units_alone():
+    w, _ = matrix(4, 512, 256, 128)
+    problem = Problem(256, 512, 256, "bfloat16", "bfloat16", (segment_of(w),), None)
+
+    def scaled(target="v6e", **changes):
+        return BACKEND.default_config(dataclasses.replace(problem, **changes), target).scaled
+
+    assert scaled()
+    assert scaled("v7x")
+    assert not any(scaled(target) for target in ("v4", "v5e", "v5p", "tpu"))
+    assert not scaled(rows=255)
+    assert not scaled(x_dtype="float32")
+    assert not scaled(out_dtype="float32")
+    assert not scaled(segments=(dataclasses.replace(problem.segments[0], group_size=256),))
+
+
 @pytest.mark.parametrize("unroll", [1, 2, 3])
 def test_loops_with_and_without_chunks_left_over(unroll):
     w, dense = matrix(3, 256 * 5, 128, 128)
@@ -171,6 +225,30 @@ def test_extreme_codes_and_a_mean_that_cancels(bits, target):
     w, dense = matrix(bits, 256, 128, 128, codes=codes, zeros=np.full((2, 128), top / 2, np.float32))
     x = activations(4, 256, mean=100.0)
     assert error(product(x, w, target), x, dense) < BOUND
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("target", ["v4", "v5e", "v6e"])
+def test_codes_next_to_their_zeros_cost_what_the_offset_predicts(bits, target):
+    """The worst of subtracting the offset afterwards: nearly every code is its zero point, and x has a mean.
+
+    The dot then adds up numbers of |code + offset| <= 2 * 2**bits that cancel against the product of the sums of x.
+    Every float32 sum of n terms is off by n * 2**-24 of the sum of their sizes at most, here a group's 128 and the
+    scaled sums of 8 groups, once in the dot and once in the correction (whose three bfloat16 terms keep 2**-24).
+    """
+    K, group = 1024, 128
+    zero = (1 << bits) - 1
+    codes = np.full((K, 128), zero)
+    codes[::97] = 0
+    w, dense = matrix(bits, K, 128, group, codes=codes, zeros=np.full((K // group, 128), zero, np.uint8))
+    x = activations(4, K, mean=10.0)
+    size = np.abs(np.asarray(x.astype(jnp.float32), np.float64))
+    scales = np.repeat(np.asarray(w.scales, np.float64), group, axis=0)
+    bound = 2 * (group + K // group + 3) * 2.0**-24 * size @ (2 * (1 << bits) * scales)
+    exact = np.asarray(x.astype(jnp.float32), np.float64) @ dense
+    off = np.abs(product(x, w, target) - exact)
+    assert np.all(off <= bound)
+    assert np.all(off <= BOUND * size @ (np.abs(dense) + (1 << bits) * scales))  # as the README says
 
 
 @pytest.mark.parametrize("target", ["v5e", "v6e"])
@@ -230,6 +308,42 @@ def test_int8_activations_are_rounded_once_and_then_exact(target, bits, group):
     exact = np.asarray(rounded, np.float64) * np.asarray(scale, np.float64)
     assert np.max(np.abs(y - exact @ dense) / (np.abs(exact) @ np.abs(dense))) < BOUND
     assert 1e-4 < error(y, x, dense) < 1e-2
+
+
+@pytest.mark.parametrize("size", [1e-25, 1.0, 1e38])
+def test_digits_add_up_to_all_but_the_smallest_numbers(size):
+    x = activations(4, 300, "float32") * (size / 8)
+    x = x.at[1].set(0).at[2, 5].set(size).at[3, 7].set(np.nan)
+    found, places = digits(x)
+    assert found.dtype == jnp.int8
+    assert int(jnp.max(jnp.abs(found.astype(jnp.int32)))) <= 64
+    total = (np.asarray(found, np.float64) * np.asarray(places, np.float64)).reshape(4, 4, 300).sum(0)
+    x = np.asarray(x, np.float64)
+    assert np.isnan(total[3]).all()
+    assert np.all(np.abs(total - x)[:3] <= 2.0**-27 * np.abs(x[:3]).max(1, keepdims=True))
+    small = jnp.asarray(x[0], "bfloat16").astype("float32")[None]
+    exact = np.abs(small) > 2.0**-20 * float(jnp.max(jnp.abs(small)))
+    found, places = digits(small)
+    total = (np.asarray(found, np.float64) * np.asarray(places, np.float64)).sum(0)
+    assert np.all((total == np.asarray(small[0], np.float64)) | ~np.asarray(exact[0]))
+
+
+@pytest.mark.parametrize(("target", "bits", "group"), INTEGER_CASES)
+def test_digits_of_rows_with_an_outlier_lose_nothing(target, bits, group):
+    w, dense = matrix(bits, 600, 130, group, asymmetric=True)
+    x = activations(5, 600).at[:, 9].set(3000)
+    assert error(product(x, w, target, activations="digits"), x, dense) < BOUND
+
+
+def test_digits_are_the_default_of_few_bfloat16_rows_where_integers_are_multiplied():
+    w, _ = matrix(4, 512, 256, 128)
+    problem = Problem(4, 512, 256, "bfloat16", "bfloat16", (segment_of(w),), None)
+
+    def kind(target="v5e", **changes):
+        return BACKEND.default_config(dataclasses.replace(problem, **changes), target).activations
+
+    assert {kind(), kind("v5p"), kind("v6e"), kind(out_dtype="float32")} == {"digits"}
+    assert {kind("v4"), kind("v7x"), kind(rows=5), kind(x_dtype="float32")} == {"bfloat16"}
 
 
 def test_int8_activations_are_never_the_default_and_refused_without_the_unit():
