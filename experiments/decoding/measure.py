@@ -77,7 +77,7 @@ class Row:
         plan = lq.uniform_plan(model.config, lq.QuantSpec(bits=self.bits))
         if self.head_bits is not None:
             plan = dataclasses.replace(plan, specs={**plan.specs, EMBEDDING: lq.QuantSpec(bits=self.head_bits)})
-        return lq.prepare(lq.quantize(model, params, plan))
+        return lq.prepare(lq.quantize(model, params, plan, options={"clip": "none"}))
 
 
 ROWS = [

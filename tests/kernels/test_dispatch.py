@@ -125,6 +125,8 @@ def test_a_gpu_is_one_of_two_platforms():
     ("name", "fields", "message"),
     [
         ("xla_scan", {"chunk": 0}, "ScanConfig: chunk=0; write 1 or more input channels"),
+        ("mosaic_tpu", {"columns": 100}, "TpuConfig: columns=100; write a multiple of 128"),
+        ("mosaic_tpu", {"activations": "int4"}, "TpuConfig: activations='int4'; write one of bfloat16, digits, int8"),
         ("cpu", {"threads": -1}, "CpuConfig: threads=-1; write 0 for all, or a number"),
         ("mosaic_gpu", {"token_tile": 12}, "GpuConfig: token_tile=12; write 8, 16 ... 128"),
         ("mosaic_gpu", {"pairs": 3}, "GpuConfig: pairs=3; write 1 or 2"),

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 
-from lq_kernels.backend import Problem
+from lq_kernels.backend import Problem, require
 from lq_kernels.tpu.fields import CHUNK
 from lq_kernels.tpu.layout import LANES, padded, padded_groups, schemes
 
@@ -34,6 +34,13 @@ class TpuConfig:
     # "digits": x as four rows of int8 digits, exact but for 2**-28 of a row's largest number. "int8": x is rounded to 8
     # bits per row; faster where there are many, and no longer exact.
     activations: str = "bfloat16"
+
+    def __post_init__(self):
+        for field in ("rows", "turn", "unroll", "depth"):
+            require(self, field, getattr(self, field) >= 1, "1 or more")
+        require(self, "columns", self.columns >= 1 and self.columns % 128 == 0, "a multiple of 128")
+        kinds = ("bfloat16", "digits", "int8")
+        require(self, "activations", self.activations in kinds, f"one of {', '.join(kinds)}")
 
 
 def tile(config: TpuConfig, rows: int, columns: int, generation: str) -> tuple[int, int]:
