@@ -92,15 +92,20 @@ def gpu() -> str:
 
 
 def cpu(name: str) -> str:
-    """Milliseconds (fastest of the run) for 4096 x 4096, and the share of what one core reads where one row does."""
+    """Milliseconds (fastest of the run) for 4096 x 4096; for one row, the share of the most that one core brought.
+
+    That is what the plain reader got or, on a machine where it got less than a product, what the best product did.
+    """
     bits = (8, 4, 3, 2)
     best: dict = {}
     share: dict = {}
     for run in read(name)["runs"]:
+        alone = [r["gb_per_s"] for r in run["results"] if r["contender"].startswith("cpu ") and "," not in r["contender"]]
+        most = max(run["read_gb_per_s"], *alone)
         for r in run["results"]:
             key = (r["M"], r["x"], r["contender"])
             if r["min_ms"] < best.get(key, float("inf")):
-                best[key], share[key] = r["min_ms"], r["gb_per_s"] / run["read_gb_per_s"]
+                best[key], share[key] = r["min_ms"], r["gb_per_s"] / most
     suffixes = sorted({c.partition(" bits")[2] for _, _, c in best if c.startswith("cpu ")})
     packed = [f"cpu {b} bits{suffix}" for suffix in suffixes for b in bits]
     columns = ["XLA dot float32", "XLA dot bfloat16", "xla_scan 4 bits", *packed]
@@ -112,7 +117,7 @@ def cpu(name: str) -> str:
             lines.append([str(rows), x, *[f"{best[k]:.2f}" if k in best else "" for k in keys]])
             if rows == 1:
                 of_read = [f"{share[k]:.0%}" if k in share and k[2] in packed[: len(bits)] else "" for k in keys]
-                lines.append(["", "of what a core reads", *of_read])
+                lines.append(["", "of the most a core brought", *of_read])
     return markdown(["rows", "x", *titles], lines)
 
 

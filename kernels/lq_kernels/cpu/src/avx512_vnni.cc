@@ -122,26 +122,31 @@ struct Row {
   const int8_t* digits;
   const Fixed* fixed;
   float* total;  // [kPanel]
+  float* upper;  // [kPanel]: the sums of the upper two of four digits, for the lower two
   Ahead* ahead;  // null: nothing is to be fetched
 };
 
-// total += the chunk's part of y, for T digits and C vectors of columns.
-template <class Codes, int T, int C>
-inline void multiply(const Shared& s, const Row& row, int64_t column) {
-  constexpr int H = Codes::kQuads, G = C == 8 ? Codes::kGroup : 4;
+// total += the chunk's part of y, for three digits. Four have too many sums for the registers: they are two and two, the
+// upper first, and the words come from the first-level cache the second time.
+enum class Digits { kThree, kUpper, kLower };
+
+template <class Codes, Digits D>
+inline void multiply(const Shared& s, const Row& row) {
+  constexpr int H = Codes::kQuads, G = Codes::kGroup, C = kPanel / kLanes;
+  constexpr int T = D == Digits::kThree ? 3 : 2, kFirst = D == Digits::kUpper ? 2 : 0;
   I acc[T][C];
 #pragma GCC unroll 8
   for (int t = 0; t < T; ++t)
 #pragma GCC unroll 8
-    for (int c = 0; c < C; ++c) acc[t][c] = _mm512_set1_epi32(row.fixed->start[t]);
+    for (int c = 0; c < C; ++c) acc[t][c] = _mm512_set1_epi32(row.fixed->start[kFirst + t]);
   const int8_t* x = row.digits;
   for (int64_t r = 0; r < s.blocks * (8 / H); ++r, x += H * 4 * kDigits) {
-    if (row.ahead) row.ahead->fetch();
+    if (row.ahead && D != Digits::kLower) row.ahead->fetch();
 #pragma GCC unroll 8
     for (int first = 0; first < C; first += G) {
       typename Codes::Held held[G];
 #pragma GCC unroll 8
-      for (int c = 0; c < G; ++c) held[c] = Codes::hold(s.planes, r, column + (first + c) * kLanes);
+      for (int c = 0; c < G; ++c) held[c] = Codes::hold(s.planes, r, (first + c) * kLanes);
 #pragma GCC unroll 8
       for (int h = 0; h < H; ++h) {
         I quads[G];
@@ -149,7 +154,7 @@ inline void multiply(const Shared& s, const Row& row, int64_t column) {
         for (int c = 0; c < G; ++c) quads[c] = Codes::quad(held[c], h);
 #pragma GCC unroll 8
         for (int t = 0; t < T; ++t) {
-          const I four = broadcast(x + (h * kDigits + t) * 4);
+          const I four = broadcast(x + (h * kDigits + kFirst + t) * 4);
 #pragma GCC unroll 8
           for (int c = 0; c < G; ++c) add_products(&acc[t][first + c], quads[c], four);
         }
@@ -159,10 +164,15 @@ inline void multiply(const Shared& s, const Row& row, int64_t column) {
   const Epilogue& e = *s.epilogue;
 #pragma GCC unroll 8
   for (int c = 0; c < C; ++c) {
-    const int64_t n = column + c * kLanes;
+    const int64_t n = c * kLanes;
     __m512 v = _mm512_cvtepi32_ps(acc[T - 1][c]);
 #pragma GCC unroll 8
     for (int t = T - 2; t >= 0; --t) v = Avx512::fma(v, Avx512::set1(256.0f), _mm512_cvtepi32_ps(acc[t][c]));
+    if (D == Digits::kUpper) {
+      Avx512::store(row.upper + n, v);
+      continue;
+    }
+    if (D == Digits::kLower) v = Avx512::fma(Avx512::load(row.upper + n), Avx512::set1(65536.0f), v);
     v = _mm512_mul_ps(v, Avx512::set1(row.fixed->unit));
     if (e.has_zero) v = Avx512::fnma(Avx512::set1(row.fixed->sum), Avx512::load(e.zero + n), v);
     Avx512::store(row.total + n, Avx512::fma(v, Avx512::load(e.scale + n), Avx512::load(row.total + n)));
@@ -171,8 +181,9 @@ inline void multiply(const Shared& s, const Row& row, int64_t column) {
 
 template <class Codes>
 void multiply_row(const Shared& s, const Row& row) {
-  if (row.fixed->terms <= 3) return multiply<Codes, 3, 8>(s, row, 0);
-  for (int64_t n = 0; n < kPanel; n += kPanel / 2) multiply<Codes, 4, 4>(s, row, n);
+  if (row.fixed->terms <= 3) return multiply<Codes, Digits::kThree>(s, row);
+  multiply<Codes, Digits::kUpper>(s, row);
+  multiply<Codes, Digits::kLower>(s, row);
 }
 
 // All codes of a chunk as a plane of bytes.
@@ -256,7 +267,7 @@ void chunk_of_panel(const Product& p, const Chunk& chunk, int64_t index, int64_t
   const Fixed* fixed = f.chunks + index * p.M + m;
   for (int64_t r = 0; r < rows; ++r)
     operations->multiply(shared, {f.digits + (at + r * p.padded_K) * kDigits, fixed + r, room->total + r * kPanel,
-                                  r < start ? nullptr : &ahead});
+                                  room->acc, r < start ? nullptr : &ahead});
   const Activations a = activations(p, scratch);
   float_rows(p, chunk, panel, fixed, a.x + at, a.sums + index * p.M + m, rows, room);
 }
@@ -285,7 +296,11 @@ bool vnni_serves(const Product& p) { return !p.codebook; }
 
 // Timed on Zen 4 only. On Intel one or two rows, where it is the memory that decides and how it is read ahead, stay with
 // AVX-512, which brought a core to 0.9 of what it reads; with more, arithmetic decides, and there is less of it here.
-bool vnni_prefers(const Product& p) { return p.M > 2 || !__builtin_cpu_is("intel"); }
+// float32 needs four digits: below five rows, tables of AVX-512 are as fast or faster.
+bool vnni_prefers(const Product& p) {
+  if (p.x_type == Type::kF32) return p.M > 4;
+  return p.M > 2 || !__builtin_cpu_is("intel");
+}
 
 }  // namespace
 
