@@ -100,8 +100,8 @@ def cpu(name: str) -> str:
     best: dict = {}
     share: dict = {}
     for run in read(name)["runs"]:
-        alone = [r["gb_per_s"] for r in run["results"] if r["contender"].startswith("cpu ") and "," not in r["contender"]]
-        most = max(run["read_gb_per_s"], *alone)
+        alone = [r for r in run["results"] if r["contender"].startswith("cpu ") and "," not in r["contender"]]
+        most = max(run["read_gb_per_s"], *(r["gb_per_s"] for r in alone))
         for r in run["results"]:
             key = (r["M"], r["x"], r["contender"])
             if r["min_ms"] < best.get(key, float("inf")):
