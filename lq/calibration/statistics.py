@@ -30,14 +30,6 @@ class InputStats:
         sums = jax.tree.map(jnp.add, self.replace(sample=None), other.replace(sample=None))
         return sums.replace(sample=sample)
 
-    @property
-    def mean(self) -> Float[Array, "... K"]:
-        return self.total / jnp.maximum(self.tokens, 1.0)[..., None]
-
-    @property
-    def mean_absolute(self) -> Float[Array, "... K"]:
-        return self.absolute / jnp.maximum(self.tokens, 1.0)[..., None]
-
 
 def reduce_inputs(
     x: Float[Array, "T K"], needs: frozenset[str], weights: Float[Array, " T"] | None = None, rows: int = SAMPLE_ROWS

@@ -31,7 +31,7 @@ from lq.models.config import BlockKind, ModelConfig
 from lq.models.context import Cache, Context, DecodeState, context_for
 from lq.models.layers import MLP, Attention, MixtureOfExperts, Norm, read_or_init
 from lq.numerics.matmul import lookup, matmul
-from lq.numerics.qtensor import QTensor
+from lq.numerics.segmented import is_packed
 
 
 class Table(nn.Module):
@@ -46,7 +46,7 @@ class Table(nn.Module):
         init = nn.initializers.normal(0.02)
         table = read_or_init(self, "embedding", init, (self.rows, self.channels))
         if indices is None:
-            return table if isinstance(table, QTensor) else table.T
+            return table if is_packed(table) else table.T
         return lookup(table, indices)
 
 
@@ -105,9 +105,12 @@ class Head(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, h: Float[Array, "B S D"], tied_kernel=None) -> Float[Array, "B S V"]:
+    def __call__(self, h: Float[Array, "B S D"], tied_kernel=None, project: bool = True) -> Float[Array, "B S V"]:
+        """What the projection is applied to, `[B, S, D]`, unless `project`."""
         config = self.config
         h = Norm(config, name="final_norm")(h)
+        if not project:
+            return h
         if tied_kernel is None:
             init = nn.initializers.normal(0.02)
             tied_kernel = read_or_init(self, "kernel", init, (config.hidden_size, config.vocab_size))
@@ -182,6 +185,12 @@ def apply_block(
 ) -> Float[Array, "B S D"]:
     """One block on its own parameters; the output is the next block's input, before any final norm."""
     return Block(config, kind).apply({"params": block_params}, h, context)[0]
+
+
+def head_input(config: ModelConfig, head_params, h: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+    """What the head's matrix is applied to: the last hidden state behind the final norm."""
+    normed: Any = Head(config).apply({"params": head_params}, h, project=False)
+    return normed
 
 
 def head(config: ModelConfig, params, h: Float[Array, "B S D"]) -> Float[Array, "B S V"]:

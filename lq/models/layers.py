@@ -22,6 +22,7 @@ from lq_kernels.kv_cache import QuantizedKVCache
 
 CAUSAL_SLICES, SHORTEST_SLICED = 4, 256  # see `attend_causally`
 CHUNK = 512  # tokens; see `attend_quantized`
+TOKEN_OF_ROW = "token_of_row"  # sown by `MixtureOfExperts`: which token each of the rows sorted by expert is
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -322,6 +323,7 @@ class MixtureOfExperts(nn.Module):
             weight /= weight.sum(-1, keepdims=True)
         order = jnp.argsort(chosen.ravel(), stable=True)  # sorted row r is copy order[r] of token order[r] // per_token
         rows = tokens[order // experts.per_token]
+        self.sow("intermediates", TOKEN_OF_ROW, order // experts.per_token)  # for calibration; kept only when asked for
         per_expert = jnp.bincount(chosen.ravel(), length=experts.count)
         act: Activation = config.activation
         gate = StackedLinear(experts.count, experts.intermediate_size, name="gate_proj")(rows, per_expert)
