@@ -19,6 +19,7 @@ class Method:
     needs: frozenset[str] = frozenset()  # what must be supplied: "calibration"; of quantizers fields of `InputStats`
     prepare: Callable | None = None  # quantizers: what of the statistics serves every matrix that reads the input
     block: Callable | None = None  # quantizers: for all matrices of a block together, see `lq.quantizers.reconstruct`
+    per_matrix: Callable | None = None  # quantizers: the options of one matrix, from the options and its path
     check: Callable | None = None  # raises UserError when options do not fit what they are used with, before any work
 
     @property

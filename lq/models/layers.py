@@ -1,8 +1,8 @@
 """The parts a decoder block is made of: linear map, norms, rotary positions, attention, feed-forward.
 
 Shapes in this file: B batch, S query positions, T key positions, D hidden channels, H query heads, G key/value heads, C
-head channels. A weight `kernel` is `[in, out]`. Norms, rotations, softmax and routing are computed in float32 when the
-compute dtype is narrower.
+head channels. A weight `kernel` is `[in, out]`. Norms, softmax and routing are computed in float32 or, where the
+computation is in float64, in that.
 """
 
 import itertools
@@ -32,6 +32,7 @@ ACTIVATIONS = {
 
 
 def at_least_float32(dtype) -> jnp.dtype:
+    """The dtype in which a computation in `dtype` is done where 16 bits would not do."""
     return jnp.promote_types(dtype, jnp.float32)
 
 
@@ -128,7 +129,8 @@ def rotate(
     sin = (jnp.sin(angle) * rope.attention_factor)[:, :, None, :]
     half = rope.rotary_dim // 2
     a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    # cos and sin are float32: a narrower a or b is promoted, a wider one keeps its precision.
+    wide = at_least_float32(x.dtype)
+    a, b = a.astype(wide), b.astype(wide)
     rotated = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
     return jnp.concatenate([rotated, rest], -1) if rest.shape[-1] else rotated
 
@@ -170,13 +172,13 @@ def attention_scores(
     scale: float,
     softcap: float | None,
 ) -> Float[Array, "B G X T"]:
-    """Scaled, capped and masked, in float32 at least. A key not to be seen has the least finite score."""
+    """Scaled, capped and masked, in float32 at least. A key not to be seen has float32's least finite score."""
     scores = jnp.einsum("bgxc,btgc->bgxt", q, k, preferred_element_type=at_least_float32(q.dtype)) * scale
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
     B, G, X, T = scores.shape
     scores = scores.reshape(B, G, -1, mask.shape[1], T)
-    return jnp.where(mask[:, None, None], scores, jnp.finfo(scores.dtype).min).reshape(B, G, X, T)
+    return jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min).reshape(B, G, X, T)
 
 
 def attend_quantized(
@@ -265,7 +267,7 @@ class Attention(nn.Module):
         return Linear(config.hidden_size, config.attention_out_bias, name="o_proj")(y), cache
 
     def heads(self, x, context) -> list[Array]:
-        """Queries, keys and values `[B, S, heads, C]`, normed and rotated where the family does so. Part of `__call__`."""
+        """Queries, keys and values `[B, S, heads, C]` as attention takes them: normed, rotated. Part of `__call__`."""
         config, kv = self.config, self.config.num_kv_heads
         counts = {"q": config.num_heads, "k": kv, "v": kv}
         features = {f"{which}_proj": count * config.head_dim for which, count in counts.items()}
