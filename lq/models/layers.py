@@ -1,8 +1,8 @@
 """The parts a decoder block is made of: linear map, norms, rotary positions, attention, feed-forward.
 
 Shapes in this file: B batch, S query positions, T key positions, D hidden channels, H query heads, G key/value heads, C
-head channels. A weight `kernel` is `[in, out]`. Norms, softmax and routing are computed in float32 whatever the compute
-dtype.
+head channels. A weight `kernel` is `[in, out]`. Norms, softmax and routing are computed in float32 or, where the
+computation is in float64, in that.
 """
 
 import itertools
@@ -30,6 +30,11 @@ ACTIVATIONS = {
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "relu": jax.nn.relu,
 }
+
+
+def at_least_float32(dtype) -> jnp.dtype:
+    """The dtype in which a computation in `dtype` is done where 16 bits would not do."""
+    return jnp.promote_types(dtype, jnp.float32)
 
 
 def read_or_init(module: nn.Module, name: str, init, shape, dtype=jnp.float32):
@@ -73,22 +78,22 @@ def linear_maps(module: nn.Module, x: Array, features: dict[str, int], use_bias:
 
 
 class Norm(nn.Module):
-    """RMSNorm or LayerNorm over the last axis, in float32."""
+    """RMSNorm or LayerNorm over the last axis, in float32 at least."""
 
     config: ModelConfig
 
     @nn.compact
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         config, dtype, width = self.config, x.dtype, x.shape[-1]
-        x = x.astype(jnp.float32)
+        x = x.astype(at_least_float32(dtype))
         if config.norm == "layernorm":
             x -= x.mean(-1, keepdims=True)
         x *= jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + config.norm_eps)
         # The stored scale starts where the effective scale is 1.
         scale = self.param("scale", nn.initializers.constant(1.0 - config.norm_offset), (width,))
-        x *= scale.astype(jnp.float32) + config.norm_offset
+        x *= scale.astype(x.dtype) + config.norm_offset
         if config.norm == "layernorm":
-            x += self.param("bias", nn.initializers.zeros, (width,)).astype(jnp.float32)
+            x += self.param("bias", nn.initializers.zeros, (width,)).astype(x.dtype)
         return x.astype(dtype)
 
 
@@ -125,8 +130,9 @@ def rotate(
     sin = (jnp.sin(angle) * rope.attention_factor)[:, :, None, :]
     half = rope.rotary_dim // 2
     a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    a32, b32 = a.astype(jnp.float32), b.astype(jnp.float32)
-    rotated = jnp.concatenate([a32 * cos - b32 * sin, b32 * cos + a32 * sin], -1).astype(x.dtype)
+    wide = at_least_float32(x.dtype)
+    a, b = a.astype(wide), b.astype(wide)
+    rotated = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
     return jnp.concatenate([rotated, rest], -1) if rest.shape[-1] else rotated
 
 
@@ -167,8 +173,8 @@ def attention_scores(
     scale: float,
     softcap: float | None,
 ) -> Float[Array, "B G X T"]:
-    """Scaled, capped and masked, in float32. A key not to be seen has the least finite score."""
-    scores = jnp.einsum("bgxc,btgc->bgxt", q, k, preferred_element_type=jnp.float32) * scale
+    """Scaled, capped and masked, in float32 at least. A key not to be seen has float32's least finite score."""
+    scores = jnp.einsum("bgxc,btgc->bgxt", q, k, preferred_element_type=at_least_float32(q.dtype)) * scale
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
     B, G, X, T = scores.shape
@@ -248,10 +254,7 @@ class Attention(nn.Module):
     def __call__(self, x, context, cache=None):
         """`x [B, S, D]` -> `[B, S, D]` and the updated cache (None when none was given)."""
         config = self.config
-        q, k, v = self._heads(x)
-        if self.kind.rope is not None:
-            q = rotate(q, context.positions, self.kind.rope, context.length)
-            k = rotate(k, context.positions, self.kind.rope, context.length)
+        q, k, v = self.heads(x, context)
         window, options = self.kind.window, (config.query_scale, config.attention_softcap)
         if cache is None:
             y = attend_causally(q, k, v, context.mask(window), *options)
@@ -264,8 +267,8 @@ class Attention(nn.Module):
         y = y.reshape(*x.shape[:2], config.num_heads * config.head_dim)
         return Linear(config.hidden_size, config.attention_out_bias, name="o_proj")(y), cache
 
-    def _heads(self, x) -> list[Array]:
-        """Queries, keys and values `[B, S, heads, C]`."""
+    def heads(self, x, context) -> list[Array]:
+        """Queries, keys and values `[B, S, heads, C]` as attention takes them: normed, rotated. Part of `__call__`."""
         config, kv = self.config, self.config.num_kv_heads
         counts = {"q": config.num_heads, "k": kv, "v": kv}
         features = {f"{which}_proj": count * config.head_dim for which, count in counts.items()}
@@ -273,6 +276,8 @@ class Attention(nn.Module):
         heads = [y.reshape(*x.shape[:2], -1, config.head_dim) for y in maps]
         if config.qk_norm:
             heads[:2] = [Norm(config, name=f"{which}_norm")(y) for which, y in zip("qk", heads, strict=False)]
+        if self.kind.rope is not None:
+            heads[:2] = [rotate(y, context.positions, self.kind.rope, context.length) for y in heads[:2]]
         return heads
 
 
@@ -317,7 +322,7 @@ class MixtureOfExperts(nn.Module):
             raise ValueError("a routed block needs config.experts")
         tokens = x.reshape(-1, x.shape[-1])
         logits = Linear(experts.count, name="router")(tokens)
-        probability = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
+        probability = jax.nn.softmax(logits.astype(at_least_float32(logits.dtype)), axis=-1)
         weight, chosen = jax.lax.top_k(probability, experts.per_token)
         if experts.renormalize:
             weight /= weight.sum(-1, keepdims=True)

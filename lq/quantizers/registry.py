@@ -1,7 +1,34 @@
-"""The tables of quantizers, and of what scales channels before them."""
+"""The tables of quantizers, and of what scales a block's channels before any of them."""
 
+from lq.quantizers.awq import AWQOptions, ScalingOptions, awq
+from lq.quantizers.awq_scaling import scale_block
 from lq.quantizers.rtn import RTNOptions, rtn
+from lq.quantizers.smoothquant import SmoothQuantOptions, smooth_block
 from lq.registry import Method, Registry
 
-QUANTIZERS = Registry("quantizer", {"rtn": Method(function=rtn, options=RTNOptions, check=RTNOptions.resolve)})
-SCALINGS = Registry("channel scaling", {})
+QUANTIZERS = Registry(
+    "quantizer",
+    {
+        "rtn": Method(function=rtn, options=RTNOptions, check=RTNOptions.resolve),
+        "awq": Method(
+            function=awq,
+            options=AWQOptions,
+            needs=frozenset({"calibration", "sample"}),
+            per_matrix=AWQOptions.for_matrix,
+            check=AWQOptions.rounding,
+        ),
+    },
+)
+# Functions (config, kind, block_params, hidden, tokens, specs, options, name) -> (block_params, report).
+SCALINGS = Registry(
+    "channel scaling",
+    {
+        "awq": Method(
+            function=scale_block,
+            options=ScalingOptions,
+            needs=frozenset({"calibration"}),
+            check=ScalingOptions.rounding,
+        ),
+        "smoothquant": Method(function=smooth_block, options=SmoothQuantOptions, needs=frozenset({"calibration"})),
+    },
+)
