@@ -16,7 +16,9 @@ class Method:
 
     function: Callable
     options: type  # a frozen dataclass, every field with a default
-    needs: frozenset[str] = frozenset()  # what must be supplied, e.g. "calibration"
+    needs: frozenset[str] = frozenset()  # what must be supplied: "calibration"; of quantizers fields of `InputStats`
+    prepare: Callable | None = None  # quantizers: what of the statistics serves every matrix that reads the input
+    block: Callable | None = None  # quantizers: for all matrices of a block together, see `lq.quantizers.reconstruct`
     check: Callable | None = None  # raises UserError when options do not fit what they are used with, before any work
 
     @property

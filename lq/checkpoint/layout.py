@@ -4,11 +4,13 @@
     embed.safetensors, block_0.safetensors, ..., head.safetensors
     config.json, tokenizer files ...                              copied from the original
 
-A shard holds one part of the parameter tree. A dense leaf is stored under its path, a packed one as three tensors:
+A shard holds one part of the parameter tree. A dense leaf is stored under its path, a packed one as several tensors:
 
     mlp/up_proj/kernel:codes     uint32 [..., words, N], the planes one below the other
     mlp/up_proj/kernel:scales    [..., groups, N]
-    mlp/up_proj/kernel:zeros     uint32 [..., groups, words], the planes side by side; absent when symmetric
+    mlp/up_proj/kernel:zeros     uint32 [..., groups, words], the planes side by side; `[..., groups, N]` where zero
+                                 points have a dtype of their own; absent when symmetric
+    mlp/up_proj/kernel:left:codes, :left:scales, :right:codes, :right:scales     the factors of a low-rank residual
 
 The manifest is written last: a directory without one is an interrupted write, which `shards.json` lets the writer
 resume.
@@ -30,6 +32,7 @@ from lq.numerics.spec import QuantSpec
 from lq_kernels import plane_widths, words_along
 
 FORMAT = 1
+FACTORS = ("left", "right")  # of a low-rank residual
 ITEM_BYTES = {"U32": 4, "BF16": 2, "F16": 2, "F32": 4}
 
 
@@ -44,32 +47,52 @@ def to_tensors(params: Params) -> dict[str, np.ndarray]:
         if not isinstance(leaf, QTensor):
             tensors[path] = np.asarray(leaf)
             continue
-        tensors[f"{path}:codes"] = np.concatenate([np.asarray(plane) for plane in leaf.planes], axis=-2)
-        tensors[f"{path}:scales"] = np.asarray(leaf.scales)
-        if leaf.zeros is not None:
-            tensors[f"{path}:zeros"] = np.concatenate([np.asarray(plane) for plane in leaf.zeros], axis=-1)
+        tensors |= _packed_tensors(path, leaf)
     return {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+
+
+def _packed_tensors(path: str, leaf: QTensor) -> dict[str, np.ndarray]:
+    tensors = {
+        f"{path}:codes": np.concatenate([np.asarray(plane) for plane in leaf.planes], axis=-2),
+        f"{path}:scales": np.asarray(leaf.scales),
+    }
+    if isinstance(leaf.zeros, tuple):
+        tensors[f"{path}:zeros"] = np.concatenate([np.asarray(plane) for plane in leaf.zeros], axis=-1)
+    elif leaf.zeros is not None:
+        tensors[f"{path}:zeros"] = np.asarray(leaf.zeros)
+    for name, factor in zip(FACTORS, leaf.residual or (), strict=False):
+        tensors |= _packed_tensors(f"{path}:{name}", factor)
+    return tensors
 
 
 def from_tensors(tensors: dict[str, np.ndarray], specs: dict[str, tuple[QuantSpec, tuple[int, ...]]], dtype) -> Params:
     """The part's parameters; `specs` gives spec and logical shape of every packed leaf, by path within the part."""
     leaves: dict[str, Any] = {}
     for path, (spec, shape) in specs.items():
-        codes, scales = tensors[f"{path}:codes"], tensors[f"{path}:scales"]
-        zeros = tensors.get(f"{path}:zeros")
-        leaves[path] = QTensor(
-            planes=_split(codes, [words_along(shape[-2], width) for width in plane_widths(spec.bits)], -2),
-            scales=jnp.asarray(scales),
-            zeros=None
-            if zeros is None
-            else _split(zeros, [words_along(shape[-1], w) for w in plane_widths(spec.bits)], -1),
-            spec=spec,
-            shape=shape,
-        )
+        leaves[path] = _from_packed(tensors, path, spec, shape)
     for name, tensor in tensors.items():
         if ":" not in name:
             leaves[name] = jnp.asarray(tensor if dtype is None else tensor.astype(dtype))
     return unflatten_dict(leaves, sep="/")
+
+
+def _from_packed(tensors, path: str, spec: QuantSpec, shape: tuple[int, ...]) -> QTensor:
+    widths = plane_widths(spec.bits)
+    zeros = None if spec.symmetric else jnp.asarray(tensors[f"{path}:zeros"])
+    if zeros is not None and spec.zero_dtype is None:
+        zeros = _split(tensors[f"{path}:zeros"], [words_along(shape[-1], width) for width in widths], -1)
+    factors = [
+        _from_packed(tensors, f"{path}:{name}", *factor)
+        for name, factor in zip(FACTORS, spec.residual(shape), strict=False)
+    ]
+    return QTensor(
+        planes=_split(tensors[f"{path}:codes"], [words_along(shape[-2], width) for width in widths], -2),
+        scales=jnp.asarray(tensors[f"{path}:scales"]),
+        zeros=zeros,
+        spec=spec,
+        shape=shape,
+        residual=(factors[0], factors[1]) if factors else None,
+    )
 
 
 def expected_tensors(shapes: dict[str, tuple[int, ...]], specs: dict[str, tuple[QuantSpec, tuple[int, ...]]]):
@@ -82,7 +105,10 @@ def expected_tensors(shapes: dict[str, tuple[int, ...]], specs: dict[str, tuple[
         expected[f"{path}:codes"] = (*lead, sum(words_along(K, w) for w in widths), N)
         expected[f"{path}:scales"] = (*lead, groups, N)
         if not spec.symmetric:
-            expected[f"{path}:zeros"] = (*lead, groups, sum(words_along(N, w) for w in widths))
+            stored = N if spec.zero_dtype is not None else sum(words_along(N, w) for w in widths)
+            expected[f"{path}:zeros"] = (*lead, groups, stored)
+        factors = zip(FACTORS, spec.residual(shape), strict=False)
+        expected |= expected_tensors({}, {f"{path}:{name}": factor for name, factor in factors})
     return expected
 
 

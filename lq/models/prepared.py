@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from lq.models.source import Params
+from lq.numerics.matmul import PlusLowRank
 from lq.numerics.qtensor import QTensor
 from lq_kernels import PackedMatrix, PreparedMatrix
 from lq_kernels import prepare as prepare_matrix
@@ -43,7 +44,10 @@ def prepared_nbytes(params: Params) -> int:
 
 def _prepare(tree: Any, where: dict) -> Any:
     if isinstance(tree, QTensor):
-        return prepare_matrix(tree.packed(), **where) if tree.ndim == 2 else tree
+        if tree.ndim != 2:
+            return tree
+        base = prepare_matrix(tree.packed(), **where)
+        return base if tree.residual is None else PlusLowRank(base, *(_prepare(f, where) for f in tree.residual))
     if not isinstance(tree, Mapping):
         return tree
     tree = dict(tree)
@@ -60,5 +64,7 @@ def _prepare(tree: Any, where: dict) -> Any:
 
 def _can_be_one(kernels: list) -> bool:
     if not all(isinstance(kernel, QTensor) and kernel.ndim == 2 for kernel in kernels):
+        return False
+    if any(kernel.residual is not None for kernel in kernels):
         return False
     return len({(kernel.spec, kernel.shape[0]) for kernel in kernels}) == 1

@@ -1,5 +1,8 @@
 """Products with a weight that may be dense or packed. The model definition calls these and never looks inside."""
 
+import dataclasses
+
+import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -8,12 +11,26 @@ from lq.numerics.qtensor import QTensor
 from lq_kernels import PackedMatrix, PreparedMatrix, quantized_matmul
 
 
-def matmul(x: Float[Array, "... in"], w: Array | QTensor | PackedMatrix | PreparedMatrix) -> Float[Array, "... out"]:
+@flax.struct.dataclass
+class PlusLowRank:
+    """base + left @ right, each laid out for the device: what a `QTensor` with a residual is prepared to."""
+
+    base: PackedMatrix | PreparedMatrix
+    left: PackedMatrix | PreparedMatrix
+    right: PackedMatrix | PreparedMatrix
+
+
+def matmul(
+    x: Float[Array, "... in"], w: Array | QTensor | PackedMatrix | PreparedMatrix | PlusLowRank
+) -> Float[Array, "... out"]:
     """x @ w in x's dtype; a tuple of products when w was prepared of several matrices."""
+    if isinstance(w, PlusLowRank):
+        return matmul(x, w.base) + matmul(matmul(x, w.left), w.right)
     if isinstance(w, PackedMatrix | PreparedMatrix):
         return quantized_matmul(x, w)
     if isinstance(w, QTensor):
-        return quantized_matmul(x, w.packed())
+        y = quantized_matmul(x, w.packed())
+        return y if w.residual is None else y + matmul(matmul(x, w.residual[0]), w.residual[1])
     return x @ w.astype(x.dtype)
 
 
@@ -25,6 +42,10 @@ def lookup(table: Array | QTensor, rows: Int[Array, "..."]) -> Float[Array, "...
     """
     if not isinstance(table, QTensor):
         return table[rows]
+    if table.residual is not None:
+        left, right = table.residual
+        low_rank = matmul(lookup(right, rows), jnp.swapaxes(left.dequantize(), -1, -2))
+        return lookup(dataclasses.replace(table, residual=None), rows) + low_rank
     take = lambda a: jnp.moveaxis(jnp.take(a, rows.ravel(), axis=-1), -1, 0)[..., None]  # noqa: E731
     packed = table.packed()
     columns = PackedMatrix(

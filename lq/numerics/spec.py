@@ -3,11 +3,14 @@
 A weight `[K, N]` (input, output channels) is cut along K into groups; each group of each output channel has one scale
 and, when asymmetric, one zero point:
 
-    w[k, n] ~ (code[k, n] - zero[g, n]) * scale[g, n],     g = k // group_size
+    w[k, n] ~ (code[k, n] - zero[g, n]) * scale[g, n] + sum_r left[k, r] * right[r, n],     g = k // group_size
+
+A zero point is a code of the same width, or a number of `zero_dtype`, fractions included (HQQ's). The sum is a low-rank
+residual (LoRC, arXiv 2303.08302), there when `rank` is above zero; its factors are themselves packed, in 8 bits.
 
 Sizes counted here are sizes on disk and on the device: codes in whole uint32 words (`lq_kernels.packing`), scales in
-their dtype, zero points as codes of the same width packed along the output axis. Nothing is rounded or left out, so
-that a plan's bits per weight equal what the finished checkpoint measures.
+their dtype, zero points as codes packed along the output axis or in their dtype, the factors of the residual with their
+scales. Nothing is rounded or left out, so that a plan's bits per weight equal what the finished checkpoint measures.
 """
 
 import dataclasses
@@ -24,7 +27,7 @@ GROUP_SIZES = (32, 64, 128, 256)
 class QuantSpec:
     """Number format of one matrix. Hashable: the static part of a `QTensor`.
 
-    Raises `UserError` for a width outside 1..8, an unknown group size or scale dtype, or a value of another type.
+    Raises `UserError` for a width outside 1..8, an unknown group size or dtype, or a value of another type.
     """
 
     bits: int
@@ -32,6 +35,8 @@ class QuantSpec:
     symmetric: bool = False  # the zero point is the middle code, and not stored
     scale_dtype: str = "bfloat16"
     format: Literal["int"] = "int"
+    zero_dtype: str | None = None  # of zero points that need not be whole; None: they are codes of `bits` bits
+    rank: int = 0  # of the low-rank residual, 0: none
 
     def __post_init__(self):
         if type(self.bits) is not int or self.bits not in range(1, 9):
@@ -45,6 +50,12 @@ class QuantSpec:
             raise UserError(f"scale_dtype: {self.scale_dtype!r}; write one of {', '.join(SCALE_BITS)}")
         if self.format != "int":
             raise UserError(f"format: {self.format!r}; write int")
+        if self.zero_dtype is not None and self.zero_dtype not in SCALE_BITS:
+            raise UserError(f"zero_dtype: {self.zero_dtype!r}; write one of {', '.join(SCALE_BITS)}, or null for codes")
+        if self.zero_dtype is not None and self.symmetric:
+            raise UserError(f"zero_dtype: {self.zero_dtype}, but symmetric codes store no zero points; leave one out")
+        if type(self.rank) is not int or self.rank < 0:
+            raise UserError(f"rank: {self.rank!r}; write a whole number, 0 for no low-rank residual")
 
     @property
     def max_code(self) -> int:
@@ -69,9 +80,25 @@ class QuantSpec:
         *lead, K, N = shape
         stack, groups = math.prod(lead), self.num_groups(K)
         scales = stack * groups * N * SCALE_BITS[self.scale_dtype]
-        # Zero points are packed along N: transposed, N is the axis that is cut into words.
-        zeros = 0 if self.symmetric else packed_bits((stack * groups, N, 1), self.bits)
-        return packed_bits(shape, self.bits) + scales + zeros
+        # Zero points that are codes are packed along N: transposed, N is the axis that is cut into words.
+        zeros = packed_bits((stack * groups, N, 1), self.bits)
+        if self.zero_dtype is not None:
+            zeros = stack * groups * N * SCALE_BITS[self.zero_dtype]
+        residual = sum(factor.size_bits(factor_shape) for factor, factor_shape in self.residual(shape))
+        return packed_bits(shape, self.bits) + scales + (0 if self.symmetric else zeros) + residual
+
+    def residual(self, shape: tuple[int, ...]) -> tuple[tuple["QuantSpec", tuple[int, ...]], ...]:
+        """Spec and shape of the two factors of the low-rank residual of a weight of `shape`; none at rank 0.
+
+        The left one `[..., K, rank]` has a scale per component, the right one `[..., rank, N]` per output channel. A
+        rank beyond K or N is that of a full matrix.
+        """
+        if not self.rank:
+            return ()
+        *lead, K, N = shape
+        rank = min(self.rank, K, N)
+        factor = QuantSpec(bits=8, group_size=None, symmetric=True, scale_dtype=self.scale_dtype)
+        return (factor, (*lead, K, rank)), (factor, (*lead, rank, N))
 
     def bits_per_weight(self, shape: tuple[int, ...]) -> float:
         return self.size_bits(shape) / math.prod(shape)
@@ -90,4 +117,5 @@ class QuantSpec:
 
     def __str__(self) -> str:
         group = "column" if self.group_size is None else f"g{self.group_size}"
-        return f"{self.format}{self.bits}-{group}{'-sym' if self.symmetric else ''}"
+        zeros = "-sym" if self.symmetric else f"-zero {self.zero_dtype}" if self.zero_dtype else ""
+        return f"{self.format}{self.bits}-{group}{zeros}{f'-rank {self.rank}' if self.rank else ''}"

@@ -65,7 +65,7 @@ def test_codes_zeros_and_values_come_back(spec, shape):
     tensor, (codes, scales, zeros) = random_qtensor(spec, shape)
     np.testing.assert_array_equal(np.asarray(tensor.codes()), codes)
     if zeros is not None:
-        np.testing.assert_array_equal(np.asarray(tensor.zero_codes()), zeros)
+        np.testing.assert_array_equal(np.asarray(tensor.zero_points()), zeros)
     # A code difference of at most 9 bits times a scale of at most 24 bits: one float32 rounding, none for 16-bit
     # scales.
     got = np.asarray(tensor.dequantize(), np.float64)
