@@ -39,7 +39,7 @@ def quantized_source(
       recipe: method, options and what goes with it.
       windows: calibration tokens; needed by recipes that are `calibrated`, and only by them.
       batch_size: windows per device step.
-      cache: see `PlannedSource`.
+      cache: see `PlannedSource` and `QuantizedStream`.
       place, note: see `QuantizedStream`.
 
     Raises UserError for a recipe that cannot be carried out on this model, or that lacks its calibration text.
@@ -48,7 +48,7 @@ def quantized_source(
         return PlannedSource(source, specs, recipe, cache)
     if windows is None:
         raise UserError(f"{recipe.name} needs calibration text; give --calibration FILE, or wikitext2 or c4")
-    return QuantizedStream(source, specs, recipe, windows, batch_size=batch_size, place=place, note=note)
+    return QuantizedStream(source, specs, recipe, windows, batch_size=batch_size, cache=cache, place=place, note=note)
 
 
 def described(source: ParameterSource, part: str) -> str:

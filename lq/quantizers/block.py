@@ -17,8 +17,22 @@ from lq.models.source import Params
 from lq.numerics.qtensor import QTensor
 from lq.numerics.segmented import SegmentedQTensor, is_packed
 from lq.numerics.spec import QuantSpec
-from lq.quantizers.apply import check_packed, check_weight, finite, quantize_matrix, read_matrix, with_matrix
+from lq.quantizers.apply import (
+    check_packed,
+    check_weight,
+    finite,
+    quantize_leaf,
+    read_bias,
+    read_matrix,
+    with_bias,
+    with_matrix,
+)
+from lq.quantizers.bias import bias_correction
+from lq.quantizers.channel_lines import with_storable_gains
+from lq.quantizers.errors import output_error
+from lq.quantizers.experts import fill_in
 from lq.quantizers.recipe import Recipe
+from lq.quantizers.registry import SCALINGS
 
 Note = Callable[[str], None]
 
@@ -33,6 +47,7 @@ class CalibratedBlock:
     params: Params  # dense, float32
     tokens: list[np.ndarray]  # per batch [B, S]
     states: list[np.ndarray]  # per batch [B, S, D]: the block's input
+    dtype: Any = jnp.bfloat16  # what stays dense is stored in
 
     def path(self, within: str) -> str:
         """The full path of a matrix of this block."""
@@ -88,7 +103,7 @@ def quantize_block(
     for path in specs:
         check_weight(read_matrix(block.params, block.path(path)), block.path(path))
     if recipe.scaling is not None:
-        block = _scaled(block, specs, recipe, report)
+        block = _scaled(block, specs, recipe)
     if recipe.reconstructs_blocks:
         tensors = _reconstructed(block, specs, recipe, targets, report)
     else:
@@ -99,6 +114,20 @@ def quantize_block(
     if recipe.bias_correction:
         params = _with_corrected_biases(block, params, tuple(specs))
     return params, report
+
+
+def _scaled(block: CalibratedBlock, specs, recipe: Recipe) -> CalibratedBlock:
+    """The block with channel scales folded in, which computes the same."""
+    function = SCALINGS[recipe.scaling or ""].function
+    where = (block.config, block.kind)
+    params, _ = function(*where, block.params, block.states, block.tokens, specs, recipe.scaling_options, block.name)
+    params = with_storable_gains(*where, params, block.dtype)
+    return dataclasses.replace(block, params=params)
+
+
+def _reconstructed(block: CalibratedBlock, specs, recipe: Recipe, targets, report) -> dict[str, QTensor]:
+    """All matrices found together, so that the block's output is near `targets`."""
+    raise NotImplementedError
 
 
 def _matrix_by_matrix(block: CalibratedBlock, specs, recipe: Recipe, report, place, note: Note) -> dict[str, QTensor]:
@@ -117,8 +146,9 @@ def _matrix_by_matrix(block: CalibratedBlock, specs, recipe: Recipe, report, pla
             for path in inputs[i].readers:
                 if path in specs:
                     weight = place(read_matrix(block.params, block.path(path)))
-                    tensor = quantize_leaf(weight, stats, prepared, specs[path], recipe)
-                    report[path] |= measured_error(weight, tensor, stats)
+                    tensor = quantize_leaf(weight, stats, prepared, specs[path], recipe.of_matrix(path))
+                    if stats.hessian is not None:
+                        report[path]["error"] = float(output_error(weight, tensor.dequantize(), stats))
                     tensors[path] = tensor
                     current = with_matrix(current, block.path(path), tensor.dequantize())
     return tensors

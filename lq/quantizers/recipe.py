@@ -33,6 +33,13 @@ class Recipe:
     def __post_init__(self):
         if self.options is None:
             object.__setattr__(self, "options", QUANTIZERS.options(self.method, {}))
+        if getattr(self.options, "scale", False):
+            if self.scaling is not None:
+                raise UserError(
+                    f"{self.method} scales the channels itself; write scale: false, or leave out {self.scaling}"
+                )
+            object.__setattr__(self, "scaling", self.method)
+            object.__setattr__(self, "scaling_options", self.options)
         if self.scaling is not None and self.scaling_options is None:
             object.__setattr__(self, "scaling_options", SCALINGS.options(self.scaling, {}))
 
@@ -48,15 +55,21 @@ class Recipe:
     @property
     def name(self) -> str:
         """In words, for tables and messages: `awq + gptq`, `rtn + bias correction`."""
-        return " + ".join(
-            [*([self.scaling] if self.scaling else []), self.method]
-            + (["bias correction"] if self.bias_correction else [])
-        )
+        before = [self.scaling] if self.scaling not in (None, self.method) else []
+        return " + ".join([*before, self.method, *(["bias correction"] if self.bias_correction else [])])
 
     @property
     def needs(self) -> frozenset[str]:
         """Fields of `InputStats` that are collected for every matrix."""
         return (self.quantizer.needs - {"calibration"}) | ({"total"} if self.bias_correction else frozenset())
+
+    def of_matrix(self, path: str) -> "Recipe":
+        """The recipe as it is for one matrix: AWQ clips no queries and keys."""
+        if self.quantizer.per_matrix is None:
+            return self
+        return dataclasses.replace(
+            self, options=self.quantizer.per_matrix(self.options, path), scaling=None, scaling_options=None
+        )
 
     @property
     def propagates(self) -> bool:
@@ -90,7 +103,7 @@ class Recipe:
     def to_dict(self) -> dict:
         """As JSON; what makes a write the same one."""
         found: dict[str, Any] = {"method": self.method, "options": dataclasses.asdict(self.options)}
-        if self.scaling is not None:
+        if self.scaling not in (None, self.method):
             found |= {"scaling": self.scaling, "scaling_options": dataclasses.asdict(self.scaling_options)}
         if self.bias_correction:
             found["bias_correction"] = True

@@ -15,7 +15,7 @@ for their errors. One that reconstructs blocks besides aims at the original mode
 import dataclasses
 import functools
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 
 import jax
 import jax.numpy as jnp
@@ -57,6 +57,8 @@ class QuantizedStream(ParameterSource):
       recipe: method, options and what goes with it.
       windows: calibration tokens.
       batch_size: windows per device step.
+      cache: keeps packed blocks between streams that share it, of recipes that do not propagate; for comparing many
+        plans of a model that fits in memory.
       place: lays a weight `[K, N]` out over devices while it is quantized; see `over_columns`.
       note: called with a line for the user, such as that experts saw few tokens.
 
@@ -74,6 +76,7 @@ class QuantizedStream(ParameterSource):
         windows: Windows,
         *,
         batch_size: int = 8,
+        cache: MutableMapping | None = None,
         place: Callable[[jax.Array], jax.Array] = lambda weight: weight,
         note: Note = lambda line: None,
     ):
@@ -83,6 +86,7 @@ class QuantizedStream(ParameterSource):
         self._source, self._specs, self._recipe = source, specs, recipe
         self._windows, self._tokens = windows, batches(windows.tokens, batch_size)
         self._batch_size, self._place, self._note = batch_size, place, note
+        self._cache = None if recipe.propagates else cache  # what propagates depends on every block before
         self._chains: Chains | None = None
         self._embed: Params | None = None
 
@@ -117,21 +121,46 @@ class QuantizedStream(ParameterSource):
         return embed_batches(source, self._windows.tokens, self._batch_size)
 
     def _quantized_block(self, index: int) -> Params:
+        key = (index, tuple(self._block_specs(index).items()), self._recipe, self._windows.fingerprint)
+        if self._cache is not None and key in self._cache:
+            return self._cache[key]
+        self._advance(index)
+        packed = self._next_block()
+        if self._cache is not None:
+            self._cache[key] = packed
+        return packed
+
+    def _advance(self, index: int) -> None:
+        """Brings the chains to block `index`. What propagates goes through the quantized blocks before it."""
         if self.chains().position > index:
             self._chains = None
         while self.chains().position < index:
-            self._next_block()
-        return self._next_block()
+            if self._recipe.propagates:
+                self._next_block()
+            else:
+                block, _ = self._calibrated_block()
+                self._chains = Chains(self.chains().position + 1, block.outputs(block.params), None)
+
+    def _block_specs(self, index: int) -> dict[str, QuantSpec]:
+        """By path within the block."""
+        prefix = f"block_{index}/"
+        return {path.removeprefix(prefix): spec for path, spec in self._specs.items() if path.startswith(prefix)}
+
+    def _calibrated_block(self) -> tuple[CalibratedBlock, Params]:
+        """The block at which the chains stand, and its parameters as they are stored."""
+        chains = self.chains()
+        stored = self._source.block(chains.position)
+        where = (self.config, self.config.kinds[chains.position], f"block_{chains.position}")
+        return CalibratedBlock(*where, dense(stored), self._tokens, chains.states, stored_dtype(stored)), stored
 
     def _next_block(self) -> Params:
         chains, recipe = self.chains(), self._recipe
-        index, name = chains.position, f"block_{chains.position}"
-        stored = self._source.block(index)
-        block = CalibratedBlock(self.config, self.config.kinds[index], name, dense(stored), self._tokens, chains.states)
+        index = chains.position
+        block, stored = self._calibrated_block()
         targets = None
         if recipe.reconstructs_blocks or not recipe.propagates:
             targets = block.outputs(block.params, chains.original)
-        specs = {path.removeprefix(f"{name}/"): s for path, s in self._specs.items() if path.startswith(f"{name}/")}
+        specs = self._block_specs(index)
         packed, report = quantize_block(block, specs, recipe, targets, place=self._place, note=self._note)
         self.report |= {block.path(path): found for path, found in report.items()}
         packed = as_stored(packed, stored)
@@ -157,8 +186,7 @@ class QuantizedStream(ParameterSource):
         params = self._source.head()
         if HEAD not in self._specs:
             return params
-        while self.chains().position < self.config.num_blocks:
-            self._next_block()
+        self._advance(self.config.num_blocks)
         return self._with_table(params, HEAD, self._head_statistics(self.chains().states))
 
     def _with_table(self, params: Params, path: str, stats: InputStats | None) -> Params:
@@ -203,6 +231,12 @@ class _Embedding(ParameterSource):
         if name != "embed":
             raise KeyError(name)
         return self._params
+
+
+def stored_dtype(stored: Params):
+    """That of a block's norms, bfloat16 for float32."""
+    dtype = stored["attention_norm"]["scale"].dtype
+    return dtype if dtype.itemsize == 2 else DENSE_DTYPE
 
 
 def as_stored(packed: Params, stored: Params) -> Params:
