@@ -5,6 +5,8 @@ precision on every device: in TF32 or bfloat16 the second moment is not even pos
 experts every field has a leading axis, and an expert's sums are over the tokens that were sent to it.
 """
 
+import dataclasses
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -26,17 +28,24 @@ class InputStats:
 
     def __add__(self, other: "InputStats") -> "InputStats":
         """The statistics of both sets of tokens. The sample grows."""
-        sample = None if self.sample is None else jnp.concatenate([self.sample, other.sample], axis=-2)
-        sums = jax.tree.map(jnp.add, self.replace(sample=None), other.replace(sample=None))
-        return sums.replace(sample=sample)
+        sample = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=-2), self.sample, other.sample)
+        sums = jax.tree.map(jnp.add, dataclasses.replace(self, sample=None), dataclasses.replace(other, sample=None))
+        return dataclasses.replace(sums, sample=sample)
 
     @property
     def mean(self) -> Float[Array, "... K"]:
-        return self.total / jnp.maximum(self.tokens, 1.0)[..., None]
+        """Mean of x; 0 without tokens. Raises ValueError when `total` was not collected."""
+        return self._per_token(self.total, "total")
 
     @property
     def mean_absolute(self) -> Float[Array, "... K"]:
-        return self.absolute / jnp.maximum(self.tokens, 1.0)[..., None]
+        """Mean of |x|; 0 without tokens. Raises ValueError when `absolute` was not collected."""
+        return self._per_token(self.absolute, "absolute")
+
+    def _per_token(self, summed: Array | None, name: str) -> Array:
+        if summed is None:
+            raise ValueError(f"these statistics have no {name}: name it among what is needed")
+        return summed / jnp.where(self.tokens > 0, self.tokens, 1.0)[..., None]
 
 
 def reduce_inputs(
