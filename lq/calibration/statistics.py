@@ -39,16 +39,18 @@ class InputStats:
 
     @property
     def mean(self) -> Float[Array, "... K"]:
-        return self._per_token(self.total)
+        """Mean of x; 0 without tokens. Raises ValueError when `total` was not collected."""
+        return self._per_token(self.total, "total")
 
     @property
     def mean_absolute(self) -> Float[Array, "... K"]:
-        return self._per_token(self.absolute)
+        """Mean of |x|; 0 without tokens. Raises ValueError when `absolute` was not collected."""
+        return self._per_token(self.absolute, "absolute")
 
-    def _per_token(self, total: Array | None) -> Array:
-        if total is None:
-            raise ValueError("this sum was not among the statistics asked for")
-        return total / jnp.maximum(self.tokens, 1.0)[..., None]
+    def _per_token(self, summed: Array | None, name: str) -> Array:
+        if summed is None:
+            raise ValueError(f"these statistics have no {name}: name it among what is needed")
+        return summed / jnp.where(self.tokens > 0, self.tokens, 1.0)[..., None]
 
 
 def reduce_inputs(

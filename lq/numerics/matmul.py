@@ -9,25 +9,27 @@ from jaxtyping import Array, Float, Int
 
 from lq.numerics.qtensor import QTensor
 from lq.numerics.segmented import SegmentedQTensor
-from lq_kernels import PackedMatrix, PreparedMatrix, quantized_matmul
+from lq_kernels import PackedMatrix, PreparedMatrix, SegmentedMatrix, quantized_matmul
+
+Matrix = PackedMatrix | SegmentedMatrix | PreparedMatrix  # what the kernels take
 
 
 @flax.struct.dataclass
 class PlusLowRank:
     """base + left @ right, each laid out for the device: what a `QTensor` with a residual is prepared to."""
 
-    base: PackedMatrix | PreparedMatrix
-    left: PackedMatrix | PreparedMatrix
-    right: PackedMatrix | PreparedMatrix
+    base: Matrix
+    left: Matrix
+    right: Matrix
 
 
 def matmul(
-    x: Float[Array, "... in"], w: Array | QTensor | SegmentedQTensor | PackedMatrix | PreparedMatrix | PlusLowRank
+    x: Float[Array, "... in"], w: Array | QTensor | SegmentedQTensor | Matrix | PlusLowRank
 ) -> Float[Array, "... out"]:
     """x @ w in x's dtype; a tuple of products when w was prepared of several matrices."""
     if isinstance(w, PlusLowRank):
         return matmul(x, w.base) + matmul(matmul(x, w.left), w.right)
-    if isinstance(w, PackedMatrix | PreparedMatrix):
+    if isinstance(w, Matrix):
         return quantized_matmul(x, w)
     if isinstance(w, SegmentedQTensor):
         return quantized_matmul(x, w.packed())

@@ -55,7 +55,7 @@ class QuantSpec:
             raise UserError(f"scale_dtype: {self.scale_dtype!r}; write one of {', '.join(SCALE_BITS)}")
         if self.format != "int":
             raise UserError(f"format: {self.format!r}; write int")
-        if self.zero_dtype is not None and self.zero_dtype not in SCALE_BITS:
+        if self.zero_dtype is not None and (not isinstance(self.zero_dtype, str) or self.zero_dtype not in SCALE_BITS):
             raise UserError(f"zero_dtype: {self.zero_dtype!r}; write one of {', '.join(SCALE_BITS)}, or null for codes")
         if self.zero_dtype is not None and self.symmetric:
             raise UserError(f"zero_dtype: {self.zero_dtype}, but symmetric codes store no zero points; leave one out")

@@ -2,6 +2,7 @@
 
 from lq.quantizers.awq import AWQOptions, ScalingOptions, awq
 from lq.quantizers.awq_scaling import scale_block
+from lq.quantizers.hqq import HQQOptions, hqq
 from lq.quantizers.rtn import RTNOptions, rtn
 from lq.quantizers.smoothquant import SmoothQuantOptions, smooth_block
 from lq.registry import Method, Registry
@@ -10,6 +11,7 @@ QUANTIZERS = Registry(
     "quantizer",
     {
         "rtn": Method(function=rtn, options=RTNOptions, check=RTNOptions.resolve),
+        "hqq": Method(function=hqq, options=HQQOptions, check=HQQOptions.check),
         "awq": Method(
             function=awq,
             options=AWQOptions,
