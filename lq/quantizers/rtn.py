@@ -88,12 +88,8 @@ def rtn(weight: Float[Array, "... K N"], stats: InputStats | None, spec: QuantSp
     """
     if weight.ndim > 2:
         return jax.vmap(lambda w, s: rtn(w, s, spec, options))(weight, stats)
-    convention = options.resolve(spec)
     grouped, real = split_groups(weight.astype(jnp.float32), spec)
-    scale, zero = group_ranges(grouped, real, 1.0, spec, convention)
-    if options.clip != "none":
-        error = _clip_error(grouped, real, stats, spec, options)
-        scale, zero = _search_clip(grouped, real, scale, zero, error, spec, convention, options)
+    scale, zero = find_ranges(grouped, real, spec, options, stats)
     codes = round_to_codes(grouped, scale, zero, spec)
     codes = codes.reshape(-1, weight.shape[-1])[: weight.shape[0]].astype(jnp.uint32)
     return codes, scale[:, 0], stored_zeros(zero[:, 0], spec)
@@ -105,6 +101,18 @@ def split_groups(weight: Float[Array, "K N"], spec: QuantSpec):
     g, groups = spec.group_length(K), spec.num_groups(K)
     padded = jnp.pad(weight, ((0, groups * g - K), (0, 0))).reshape(groups, g, N)
     return padded, (jnp.arange(groups * g) < K).reshape(groups, g, 1)
+
+
+def find_ranges(grouped, real, spec: QuantSpec, options: RTNOptions, stats: InputStats | None = None):
+    """Scale and zero as `group_ranges` gives them, of the ranges that the options ask for.
+
+    `stats` of the inputs of all channels weigh the errors of `clip="opt"`.
+    """
+    convention = options.resolve(spec)
+    shrink = 1.0
+    if options.clip != "none":
+        shrink = search_shrink(grouped, real, spec, options, stats)
+    return group_ranges(grouped, real, shrink, spec, convention)
 
 
 def group_ranges(grouped, real, shrink, spec: QuantSpec, convention: str):
@@ -182,39 +190,35 @@ def _stored(scale, spec: QuantSpec):
     return jnp.where(stored == 0, jnp.copysign(tiny, scale), stored)
 
 
-def _clip_error(grouped, real, stats: InputStats | None, spec: QuantSpec, options: RTNOptions):
-    """What the search minimizes: a function of scale and zero to `[groups, 1, N]`."""
+def search_shrink(grouped, real, spec: QuantSpec, options: RTNOptions, stats: InputStats | None = None):
+    """The factor p of each group's range that leaves the least error, `[groups, 1, N]`; the first of equal ones."""
+    convention = options.resolve(spec)
     power, importance = 2.4, 1.0
     if options.clip == "opt":
         power = 2
         if stats is not None and stats.hessian is not None:
             importance = split_groups(jnp.diagonal(stats.hessian)[:, None], spec)[0]
 
-    def error(scale, zero):
+    def error(shrink):
+        scale, zero = group_ranges(grouped, real, shrink, spec, convention)
         codes = round_to_codes(grouped, scale, zero, spec)
         distance = jnp.abs((codes - zero) * scale - grouped)
         return jnp.sum(importance * distance**power, axis=1, keepdims=True, where=real)
 
-    return error
+    def step(i, best):
+        least, chosen = best
+        found = error(shrinks[i])
+        return jnp.minimum(found, least), jnp.where(found < least, shrinks[i], chosen)
+
+    shrinks = jnp.asarray(_shrinks(spec, options), jnp.float32)
+    least = error(1.0)
+    return jax.lax.fori_loop(0, len(shrinks), step, (least, jnp.ones_like(least)))[1]
 
 
 def _shrinks(spec: QuantSpec, options: RTNOptions) -> np.ndarray:
-    """The factors of the range that are tried beside 1, in the order of the original."""
+    """The factors that are tried beside 1, in the order of the original."""
     if options.clip == "mse":
         return 1.0 - np.arange(1, 80) / 100
     step, reach = (0.005, 90) if spec.bits == 2 else (0.0075, 100)
     steps = np.arange(-reach, reach + 1)
     return 1.0 / (1.0 - step * steps[steps != 0])
-
-
-def _search_clip(grouped, real, scale, zero, error, spec: QuantSpec, convention: str, options: RTNOptions):
-    shrinks = jnp.asarray(_shrinks(spec, options), jnp.float32)
-
-    def step(i, best):
-        least, best_scale, best_zero = best
-        s, z = group_ranges(grouped, real, shrinks[i], spec, convention)
-        e = error(s, z)
-        better = e < least
-        return jnp.where(better, e, least), jnp.where(better, s, best_scale), jnp.where(better, z, best_zero)
-
-    return jax.lax.fori_loop(0, len(shrinks), step, (error(scale, zero), scale, zero))[1:]
