@@ -20,7 +20,7 @@ Scales are rounded to the stored dtype first and codes are chosen with the round
 """
 
 import dataclasses
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,8 @@ SMALLEST_RANGE = 1e-5  # a group whose range is below this gets this range
 class RTNOptions:
     """How ranges are chosen."""
 
+    method: ClassVar[str] = "rtn"  # whose options these are
+
     convention: Literal["asym0", "asym", "symu", "symr", "symf"] | None = None  # None: asym0, or symf when symmetric
     clip: Literal["none", "mse"] = "mse"
 
@@ -49,7 +51,7 @@ class RTNOptions:
         if (self.convention in SYMMETRIC) != spec.symmetric:
             kind, fitting = ("symmetric", SYMMETRIC) if spec.symmetric else ("asymmetric", ASYMMETRIC)
             raise UserError(
-                f"rtn: convention {self.convention!r} does not fit {kind} codes; write {' or '.join(fitting)}"
+                f"{self.method}: convention {self.convention!r} does not fit {kind} codes; write {' or '.join(fitting)}"
             )
         return self.convention
 
@@ -63,11 +65,8 @@ def rtn(weight: Float[Array, "... K N"], stats: None, spec: QuantSpec, options: 
     del stats
     if weight.ndim > 2:
         return jax.vmap(lambda w: rtn(w, None, spec, options))(weight)
-    convention = options.resolve(spec)
     grouped, real = split_groups(weight.astype(jnp.float32), spec)
-    scale, zero = group_ranges(grouped, real, 1.0, spec, convention)
-    if options.clip == "mse":
-        scale, zero = _search_clip(grouped, real, scale, zero, spec, convention)
+    scale, zero = find_ranges(grouped, real, spec, options)
     codes = round_to_codes(grouped, scale, zero, spec)
     codes = codes.reshape(-1, weight.shape[-1])[: weight.shape[0]].astype(jnp.uint32)
     zeros = None if spec.symmetric else zero[:, 0].astype(jnp.uint32)
@@ -80,6 +79,15 @@ def split_groups(weight: Float[Array, "K N"], spec: QuantSpec):
     g, groups = spec.group_length(K), spec.num_groups(K)
     padded = jnp.pad(weight, ((0, groups * g - K), (0, 0))).reshape(groups, g, N)
     return padded, (jnp.arange(groups * g) < K).reshape(groups, g, 1)
+
+
+def find_ranges(grouped, real, spec: QuantSpec, options: RTNOptions):
+    """Scale and zero, each float32 `[groups, 1, N]`, as the options want them found; the scale as it is stored."""
+    convention = options.resolve(spec)
+    scale, zero = group_ranges(grouped, real, 1.0, spec, convention)
+    if options.clip == "mse":
+        return _search_clip(grouped, real, scale, zero, spec, convention)
+    return scale, zero
 
 
 def group_ranges(grouped, real, shrink, spec: QuantSpec, convention: str):
