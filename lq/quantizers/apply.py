@@ -19,6 +19,7 @@ from lq.models.source import Params
 from lq.numerics.qtensor import QTensor
 from lq.numerics.segmented import SegmentedQTensor, is_packed
 from lq.numerics.spec import QuantSpec
+from lq.quantizers.low_rank import with_residual
 from lq.quantizers.recipe import Recipe
 from lq.quantizers.registry import QUANTIZERS
 
@@ -55,8 +56,9 @@ def segmented_matrix(weight: Array, prepared: Any, spec: QuantSpec, recipe: Reci
     """One weight of a mixed spec, packed; which channels get which width depends on the numbers, so not one program."""
     segments = recipe.quantizer.segments
     if segments is None:
-        raise UserError(f"{recipe.method}: cannot choose widths for runs of channels; write gptq, or leave out mixed")
-    return SegmentedQTensor.from_runs(*segments(weight.astype(jnp.float32), prepared, spec, recipe.options), spec)
+        raise UserError(f"{recipe.method}: cannot choose widths for runs of channels; write baq, or leave out mixed")
+    permutation, found = segments(weight.astype(jnp.float32), prepared, spec, recipe.options)
+    return SegmentedQTensor.from_segments(permutation, found, spec, weight.shape)
 
 
 def quantize_part(params: Params, part: str, specs: Mapping[str, QuantSpec], recipe: Recipe) -> Params:

@@ -94,6 +94,11 @@ class Recipe:
             if spec.mixed and self.quantizer.segments is None:
                 able = " or ".join(name for name, method in QUANTIZERS.items() if method.segments is not None)
                 raise UserError(f"mixed: {self.method} cannot choose widths for runs of channels; write method {able}")
+        if self.quantizer.segments is not None and specs and not any(spec.mixed for spec in specs.values()):
+            raise UserError(
+                f"{self.method}: chooses widths for runs of channels, for which these specs have no room; write mixed: "
+                "true (--mixed), or the method gptq"
+            )
         if self.bias_correction and not (config.qkv_bias and config.attention_out_bias and config.mlp_bias):
             raise UserError(
                 f"bias_correction: the matrices of this {config.family} model have no biases to correct; "

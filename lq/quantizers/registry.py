@@ -2,7 +2,10 @@
 
 from lq.quantizers.awq import AWQOptions, ScalingOptions, awq
 from lq.quantizers.awq_scaling import scale_block
+from lq.quantizers.baq import BAQOptions, baq
+from lq.quantizers.gptq import GPTQOptions, factorize, gptq
 from lq.quantizers.hqq import HQQOptions, hqq
+from lq.quantizers.rsq import RSQOptions, rsq, token_importance
 from lq.quantizers.rtn import RTNOptions, rtn
 from lq.quantizers.smoothquant import SmoothQuantOptions, smooth_block
 from lq.registry import Method, Registry
@@ -12,6 +15,29 @@ QUANTIZERS = Registry(
     {
         "rtn": Method(function=rtn, options=RTNOptions, check=RTNOptions.resolve),
         "hqq": Method(function=hqq, options=HQQOptions, check=HQQOptions.check),
+        "gptq": Method(
+            function=gptq,
+            options=GPTQOptions,
+            needs=frozenset({"hessian", "calibration"}),
+            prepare=factorize,
+            check=GPTQOptions.resolve,
+        ),
+        "baq": Method(
+            function=gptq,
+            options=BAQOptions,
+            needs=frozenset({"hessian", "calibration"}),
+            prepare=factorize,
+            segments=baq,
+            check=BAQOptions.resolve,
+        ),
+        "rsq": Method(
+            function=rsq,
+            options=RSQOptions,
+            needs=frozenset({"hessian", "calibration"}),
+            prepare=factorize,
+            token_weights=token_importance,
+            check=RSQOptions.resolve,
+        ),
         "awq": Method(
             function=awq,
             options=AWQOptions,

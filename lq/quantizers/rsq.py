@@ -15,17 +15,20 @@ Early tokens are seen by more queries and an attention sink takes most of the ma
 
 import dataclasses
 import functools
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from lq.calibration.calls import calls_in_block
+from lq.calibration.statistics import InputStats
 from lq.errors import UserError
 from lq.models.config import BlockKind, ModelConfig
 from lq.models.context import Context, context_for
 from lq.models.layers import attention_scores, stack_queries
+from lq.numerics.spec import QuantSpec
+from lq.quantizers.gptq import GPTQFactor, GPTQOptions, gptq
 
 SLICE = 128  # queries whose attention is there at once
 
@@ -43,6 +46,26 @@ class ImportanceOptions:
             raise UserError(f"rsq: option r_min: {self.r_min}; write a number from 0 to 1")
         if self.first is not None and self.first < 1:
             raise UserError(f"rsq: option first: {self.first}; write 1 or more tokens, or null")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RSQOptions(GPTQOptions, ImportanceOptions):
+    """GPTQ's options, and which importance."""
+
+    method: ClassVar[str] = "rsq"
+
+    def __post_init__(self):
+        GPTQOptions.__post_init__(self)
+        ImportanceOptions.__post_init__(self)
+
+
+def rsq(weight: Float[Array, "... K N"], stats: InputStats | GPTQFactor, spec: QuantSpec, options: RSQOptions):
+    """GPTQ in a second moment where tokens count by their importance, such as the attention that they receive.
+
+    As `gptq`; the statistics are those of tokens weighted by `token_importance`. The paper rotates the model before
+    (the transform `hadamard`).
+    """
+    return gptq(weight, stats, spec, options)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "kind", "options"))

@@ -36,7 +36,7 @@ et al., arXiv 2309.05516, `data_type/int.py`; MLX's `mx.quantize`; hqq's and Qua
 """
 
 import dataclasses
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -57,6 +57,8 @@ SMALLEST_RANGE = 1e-5  # a group whose range is below this gets this range
 class RTNOptions:
     """How ranges are chosen."""
 
+    method: ClassVar[str] = "rtn"  # whose options these are
+
     # None: symf when symmetric, asymf when the spec has a zero_dtype, otherwise asym0
     convention: Literal["asym0", "asym", "asymf", "mlx", "symu", "symr", "symf"] | None = None
     clip: Literal["none", "mse", "opt"] = "mse"
@@ -68,11 +70,11 @@ class RTNOptions:
         if (self.convention in SYMMETRIC) != spec.symmetric:
             kind, fitting = ("symmetric", SYMMETRIC) if spec.symmetric else ("asymmetric", ASYMMETRIC)
             raise UserError(
-                f"rtn: convention {self.convention!r} does not fit {kind} codes; write {' or '.join(fitting)}"
+                f"{self.method}: convention {self.convention!r} does not fit {kind} codes; write {' or '.join(fitting)}"
             )
         if self.convention == FRACTIONAL and spec.zero_dtype is None:
             raise UserError(
-                "rtn: convention 'asymf' has zero points that are no codes; write a zero_dtype, or asym0 or asym"
+                f"{self.method}: convention 'asymf' has zero points that are no codes; write a zero_dtype, or asym0 or asym"
             )
         return self.convention
 

@@ -1,0 +1,214 @@
+"""BAQ: input channels get widths by what they lose, at a given mean width, and GPTQ rounds to them.
+
+Channel k contributes L_k = sum over n of (R_kk (t_kn - q_kn))^2 / 2 to half the output error (`lq.quantizers.sweep`; in
+terms of GPTQ's U, (t - q)^2 / (2 U_kk^2)). A first sweep, at the mean width, measures it. With b_k bits it would be
+c_k 2^(-a b_k), and at a given mean width the sum of all is least where they are equal.
+
+a is 2 for fine uniform steps, and 1.95 in BAQ. In a searched range a bit more divides the error of normal weights by
+3.06, 3.17 and 3.24 from 1 bit on, which is a = 1.61, 1.67 and 1.70.
+
+Stored are segments: the channels, sorted by their loss, are cut into runs of 128 (or a group, where that is longer) of
+one whole width each, with as many bits in all as a matrix of the mean width has. Runs of equal width are one segment.
+
+Source: the code of BAQ (CSU-ModelCompression/BAQ, commit 4f2e027), where a channel has any number of levels, and the
+codes are not stored.
+"""
+
+import dataclasses
+import functools
+import heapq
+import itertools
+from typing import ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from lq.calibration.statistics import HIGHEST, InputStats
+from lq.errors import UserError
+from lq.numerics.spec import QuantSpec
+from lq.quantizers.gptq import GPTQFactor, GPTQOptions, compensate, factorize, live, stored_zeros
+from lq.quantizers.rtn import find_ranges
+from lq.quantizers.sweep import Grid, fixed_grid, sweep
+from lq_kernels.packed import SEGMENT_CHANNELS
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BAQOptions(GPTQOptions):
+    """GPTQ's options, and how widths may differ."""
+
+    method: ClassVar[str] = "baq"
+
+    low: int = 1  # least bits of a segment
+    high: int = 8  # most bits of a segment
+    slope: float = 1.6  # a: a bit more divides a loss by 2^a
+
+    def resolve(self, spec: QuantSpec) -> str:
+        """The convention for `spec`. Raises UserError when an option contradicts the spec or another option."""
+        if not 1 <= self.low <= spec.bits <= self.high <= 8:
+            raise UserError(
+                f"baq: widths from {self.low} to {self.high} at {spec.bits} bits; write low <= bits <= high"
+            )
+        if not self.slope > 0:
+            raise UserError(f"baq: slope {self.slope}; write a number above 0, such as 1.6")
+        if spec.group_size is None:
+            raise UserError("baq: one scale for the whole column, which segments cannot share; write a group_size")
+        if not self.static_groups:
+            raise UserError("baq: ranges are found before the sweep; write static_groups true")
+        return super().resolve(spec)
+
+
+class Segment(NamedTuple):
+    """A run of the permuted channels at one width; arrays as `gptq` returns them."""
+
+    bits: int
+    codes: Array  # uint32 [channels, N]
+    scales: Array  # float32 [groups, N]
+    zeros: Array | None
+
+
+def baq(
+    weight: Float[Array, "K N"], stats: InputStats | GPTQFactor, spec: QuantSpec, options: BAQOptions
+) -> tuple[Int[Array, " K"], list[Segment]]:
+    """BAQ: GPTQ with a width for each run of input channels, of mean `spec.bits`.
+
+    The widths decide the shapes, so this is not to be jitted. Both of its sweeps are, and compile once for a shape.
+
+    Args:
+      weight: one matrix, any float dtype, finite. K is a multiple of 128, or of the group size where that is more.
+      stats: statistics with a `hessian`, or what `factorize` made of them.
+      spec: of a uniform matrix of the same size.
+
+    Returns:
+      The permutation, int32: row i of the segments, one below the other, is input channel `permutation[i]`. And the
+      segments, widest first, as `lq_kernels.SegmentedMatrix` multiplies them. Codes, scales and zero points take what
+      those of a matrix of `spec` take (zero points that are codes: where N is a multiple of 32). Where all runs get the
+      same width, the one segment is the matrix that `gptq` makes, and nothing is permuted.
+
+    Raises:
+      UserError: the options contradict the spec, or K is no such multiple.
+    """
+    options.resolve(spec)
+    run = run_length(spec)
+    if len(weight) % run:
+        raise UserError(f"baq: {len(weight)} input channels; use it where they are a multiple of {run}")
+    factor = stats if isinstance(stats, GPTQFactor) else factorize(stats, options)
+    losses = np.asarray(channel_losses(weight, factor, spec, options), np.float64)
+    permutation = np.argsort(-losses, kind="stable").astype(np.int32)
+    by_run = losses[permutation].reshape(-1, run).sum(1)
+    widths = allocate_widths(by_run, spec.bits, options.low, options.high, options.slope)
+    if (widths == spec.bits).all():
+        permutation = np.arange(len(weight), dtype=np.int32)
+    codes, scales, zeros = _quantize(weight, factor, permutation, widths, spec, options)
+    return jnp.asarray(permutation), _segments(codes, scales, zeros, widths, spec)
+
+
+def run_length(spec: QuantSpec) -> int:
+    """Channels that must have one width."""
+    return max(SEGMENT_CHANNELS, spec.group_size or 0)
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "options"))
+def channel_losses(
+    weight: Float[Array, "K N"], factor: GPTQFactor, spec: QuantSpec, options: GPTQOptions
+) -> Float[Array, " K"]:
+    """What each input channel contributes to half the output error of GPTQ at the uniform width `spec.bits`, float32.
+
+    L_k = sum over n of (R^T D)_kn^2 / 2; their sum is tr(D^T (H + damping) D) / 2.
+    """
+    difference, _, _ = compensate(weight, factor, spec, options)
+    contributions = jnp.matmul(factor.upper.T, difference[factor.order], precision=HIGHEST)
+    return jnp.zeros(len(weight)).at[factor.order].set(jnp.sum(contributions**2, axis=1) / 2)
+
+
+def reverse_water_filling(
+    c: Float[np.ndarray, " K"], mean: float, low: float, high: float, slope: float = 2.0
+) -> Float[np.ndarray, " K"]:
+    """The real widths b of the given mean, within [low, high], of least sum of c 2^(-slope b). float64.
+
+    b is log2(c / level) / slope, clipped: where no bound holds all losses are equal to the level, which is found by
+    bisection. Without bounds it is the geometric mean of c times 2^(-slope mean). Raises UserError for a mean that is
+    not within the bounds.
+    """
+    _check_mean(mean, low, high)
+    logs = np.log2(np.maximum(np.asarray(c, np.float64), np.finfo(np.float64).tiny)) / slope
+    widths = lambda level: np.clip(logs - level, low, high)  # noqa: E731
+    below, above = logs.min() - high, logs.max() - low  # all widths are high, all are low
+    for _ in range(200):
+        middle = (below + above) / 2
+        below, above = (middle, above) if widths(middle).mean() > mean else (below, middle)
+    return widths((below + above) / 2)
+
+
+def allocate_widths(
+    losses: Float[np.ndarray, " R"], bits: int, low: int, high: int, slope: float = 2.0
+) -> Int[np.ndarray, " R"]:
+    """The whole widths of mean `bits`, within [low, high], of least sum of losses 2^(-slope (width - bits)). int32.
+
+    From `low` on one bit after the other goes where it gains most, the first of equals. Since each bit of a run gains
+    less than the one before, no other widths are better. Raises UserError for a mean that is not within the bounds.
+    """
+    _check_mean(bits, low, high)
+    widths = np.full(len(losses), low, np.int32)
+    # What a bit gains is the same share of any loss: the largest loss gains most.
+    loss = lambda i: float(losses[i]) * 2.0 ** (-slope * (widths[i] - bits))  # noqa: E731
+    heap = [(-loss(i), i) for i in range(len(losses)) if low < high]
+    heapq.heapify(heap)
+    for _ in range((bits - low) * len(losses)):
+        _, i = heapq.heappop(heap)
+        widths[i] += 1
+        if widths[i] < high:
+            heapq.heappush(heap, (-loss(i), i))
+    return widths
+
+
+def _check_mean(mean: float, low: float, high: float) -> None:
+    if not low <= mean <= high:
+        raise UserError(f"baq: widths from {low} to {high} of mean {mean}; write low <= mean <= high")
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "options"))
+def _quantize(weight, factor: GPTQFactor, permutation, widths: Int[Array, " R"], spec: QuantSpec, options: BAQOptions):
+    """Codes `[K, N]`, scales and zeros `[groups, N]`, in the order of the permutation and each run at its width."""
+    K, N = weight.shape
+    group, groups = spec.group_length(K), spec.num_groups(K)
+    weight = live(weight, factor)
+    grouped = weight[permutation].reshape(groups, group, N)
+    grid = _ranges_at(grouped, widths, spec, options)
+
+    position = jnp.zeros(K, jnp.int32).at[permutation].set(jnp.arange(K, dtype=jnp.int32))
+    block = min(options.block, K)
+    grid_of = fixed_grid(grid, position[factor.order] // group, block)
+    difference, _ = sweep(weight, factor.upper, factor.order, grid_of, block)
+    stands_for = grouped - difference[permutation].reshape(groups, group, N)
+    codes = jax.tree.map(lambda a: a[:, None], grid).code(stands_for)
+    return codes.reshape(K, N).astype(jnp.uint32), grid.scale, stored_zeros(grid.zero, spec)
+
+
+def _ranges_at(grouped: Float[Array, "groups group N"], widths: Array, spec: QuantSpec, options: BAQOptions) -> Grid:
+    """The ranges of all groups, run by run, each found for the width of its run, which is not known to the compiler."""
+    groups, group, N = grouped.shape
+    per_run = run_length(spec) // group
+    real = jnp.ones((per_run, group, 1), bool)
+
+    def at(bits: int):
+        return lambda run: find_ranges(run, real, dataclasses.replace(spec, bits=bits), options)
+
+    choices = [at(bits) for bits in range(options.low, options.high + 1)]
+    runs = grouped.reshape(-1, per_run, group, N)
+    scale, zero = jax.lax.map(lambda pair: jax.lax.switch(pair[1] - options.low, choices, pair[0]), (runs, widths))
+    top = jnp.repeat(jnp.exp2(widths.astype(jnp.float32)) - 1.0, per_run)
+    return Grid(scale.reshape(groups, N), zero.reshape(groups, N), top[:, None])
+
+
+def _segments(codes, scales, zeros, widths: np.ndarray, spec: QuantSpec) -> list[Segment]:
+    """Cut where the width changes."""
+    run = run_length(spec)
+    per_run = run // spec.group_length(len(codes))
+    segments = []
+    for start, stop in itertools.pairwise([0, *(np.flatnonzero(np.diff(widths)) + 1), len(widths)]):
+        rows, groups = slice(start * run, stop * run), slice(start * per_run, stop * per_run)
+        of_groups = lambda a: None if a is None else a[groups]  # noqa: B023, E731
+        segments.append(Segment(int(widths[start]), codes[rows], scales[groups], of_groups(zeros)))
+    return segments
