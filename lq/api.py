@@ -9,8 +9,8 @@
     texts = lq.generate(model, lq.prepare(qparams), prompts, max_new_tokens=64)
 
 These hold a whole model in memory. For one that does not fit, use the streaming functions underneath with a
-`ParameterSource`: `lq.models.open_checkpoint`, `lq.importance.score`, `lq.quantizers.quantized_source`,
-`lq.checkpoint.write_quantized`, `lq.evaluation.evaluate`.
+`ParameterSource`: `lq.models.open_checkpoint`, `lq.importance.score`, `lq.transforms.TransformedSource`,
+`lq.quantizers.quantized_source`, `lq.checkpoint.write_quantized`, `lq.evaluation.evaluate`.
 """
 
 from collections.abc import Mapping
@@ -36,6 +36,7 @@ from lq.models.matrices import model_shapes
 from lq.models.prepared import prepare
 from lq.models.source import InMemory, Params
 from lq.pipeline import Pipeline
+from lq.transforms import transform as transform_params
 
 __all__ = [
     "allocate",
@@ -49,6 +50,7 @@ __all__ = [
     "quantize",
     "save",
     "score",
+    "transform",
     "uniform_plan",
 ]
 
@@ -93,6 +95,24 @@ def evaluation_windows(
 def score(model: Decoder, params: Params, calibration: Windows | None = None, *, metric: str, **options) -> Scores:
     """Scores every block; `options` are the metric's, see `lq list importance`."""
     return importance.score(InMemory(model.config, params), metric, calibration, options)
+
+
+def transform(model: Decoder, params: Params, name: str, *, dtype=None, **options) -> tuple[Decoder, Params]:
+    """A model that computes the same with other weights, which may quantize better. `params` is left alone.
+
+        model, params = lq.transform(model, params, "hadamard", seed=1)
+
+    Args:
+      model, params: dense.
+      name: of the transform, see `lq list transforms`.
+      dtype: of the parameters; float32 of those that change when None, the others stay as they are.
+      options: the transform's.
+
+    Raises:
+      UserError: an unknown transform or option, a model it cannot be applied to, packed parameters.
+    """
+    config, params = transform_params(model.config, params, name, options, dtype)
+    return Decoder(config, model.dtype), params
 
 
 def quantize(

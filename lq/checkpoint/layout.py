@@ -1,6 +1,7 @@
 """The layout of a quantized checkpoint, shared by its writer and its reader.
 
-    lq.json                 manifest: format, plan, quantizer, shards with their size and SHA-256
+    lq.json                 manifest: format, plan, quantizer, shards with their size and SHA-256; of a transformed
+                            model, the fields of its config that are not as in config.json
     embed.safetensors, block_0.safetensors, ..., head.safetensors
     config.json, tokenizer files ...                              copied from the original
 

@@ -1,7 +1,6 @@
 """Writing a quantized checkpoint part by part, resumable after every shard."""
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import math
@@ -20,6 +19,7 @@ from lq.allocation.plan import DENSE_BITS, Plan
 from lq.atomic import leftovers, write_file, write_text
 from lq.checkpoint.layout import FORMAT, leaf_path, shard_name, shard_records, to_tensors
 from lq.checkpoint.states import PATTERN, restore_states, save_states
+from lq.checkpoint.transformed import CHANGEABLE, differing_fields, to_json
 from lq.errors import UserError
 from lq.models.config import ModelConfig
 from lq.models.decoder import abstract_params
@@ -51,10 +51,12 @@ def write_quantized(
 
     Args:
       source: the packed parts, usually a `PlannedSource` or a `QuantizedStream`, which quantize as they are read. The
-        calibration states of the latter are kept beside the shards until the last is written.
-      plan: the plan they were packed by.
+        calibration states of the latter are kept beside the shards until the last is written. Of a transformed model,
+        what its config changed is recorded too.
+      plan: the plan they were packed by; of a transformed model, see `lq.allocation.adapted`.
       out: a new or empty directory, or an interrupted write of the same plan.
-      quantizer: method and options, as JSON; recorded, and part of what makes a write the same one.
+      quantizer: method and options, as JSON; recorded, and part of what makes a write the same one. A transform that
+        went before, with its options, belongs in here.
       description: the original's directory, whose config and tokenizer are copied.
       resume: go on with an interrupted write.
       on_part: called with a part's name once it is on disk.
@@ -65,9 +67,9 @@ def write_quantized(
         plan, or dense ones of more than 16 bits. `out` is then as it was.
     """
     out, description = Path(out), Path(description)
-    identity = _identity(plan, quantizer)
+    transformed = _check_model(source.config, plan, description)
+    identity = _identity(plan, quantizer, transformed)
     recorded, states = _claim(out, identity, resume)
-    _check_model(source.config, plan, description)
     shapes = abstract_params(source.config)
     done = {part: recorded[part] for part in part_names(source) if part in recorded}
     with _taken_back_if_refused(out, part_names(source), identity, done):
@@ -93,6 +95,7 @@ def write_quantized(
         _remove_states(out)
         _copy_description(description, out)
         manifest = {"format": FORMAT, "quantizer": quantizer, "plan": plan.to_dict(), "shards": done}
+        manifest |= {"transformed": transformed} if transformed else {}
         write_text(out / MANIFEST, json.dumps(manifest, separators=(",", ":")))
         (out / PROGRESS).unlink()
 
@@ -119,8 +122,8 @@ def sha256(file: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def _identity(plan: Plan, quantizer: dict) -> str:
-    text = json.dumps([plan.to_dict(), quantizer], sort_keys=True)
+def _identity(plan: Plan, quantizer: dict, transformed: dict) -> str:
+    text = json.dumps([plan.to_dict(), quantizer, *([transformed] if transformed else [])], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -165,17 +168,21 @@ def _check_place(out: Path) -> None:
         raise UserError(f"{out}: {there} cannot be written to; give another --out")
 
 
-def _check_model(config: ModelConfig, plan: Plan, description: Path) -> None:
-    """Raises UserError unless the plan is for a model of this config, and the directory `description` describes it."""
+def _check_model(config: ModelConfig, plan: Plan, description: Path) -> dict[str, Any]:
+    """What transforms changed in the config since the directory `description`, as JSON.
+
+    Raises UserError unless the plan is for a model of this config, and the directory describes it or its original.
+    """
     if plan.shapes != model_shapes(config) or plan.other_weights != other_weights(config):
         raise UserError("plan: made for another model; make it from this model's scores")
     described = read_config(description)
-    for field in dataclasses.fields(config):
-        if getattr(described, field.name) != getattr(config, field.name):
+    for name in differing_fields(described, config):
+        if name not in CHANGEABLE:
             raise UserError(
-                f"{description / 'config.json'}: of another model than the weights (they differ in {field.name}); give "
-                f"the directory of the original"
+                f"{description / 'config.json'}: of another model than the weights (they differ in {name}); give the "
+                "directory of the original"
             )
+    return to_json(described, config)
 
 
 @contextlib.contextmanager

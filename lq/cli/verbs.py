@@ -333,11 +333,7 @@ def list_(kind: Annotated[Kind, typer.Argument(help="What to list.", show_defaul
     """What there is: methods by their literature names, number formats, model families."""
     from lq.catalogue import catalogue
 
-    rows = catalogue(kind.value)
-    if rows:
-        print_table(["name", "what it is", "options"], rows)
-    else:
-        print(f"this version of lq has no {kind.value}")
+    print_table(["name", "what it is", "options"], catalogue(kind.value))
 
 
 @command

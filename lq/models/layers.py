@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from lq.models.config import Activation, BlockKind, ModelConfig, Rope
+from lq.models.config import Activation, BlockKind, ModelConfig, NormKind, Rope
 from lq.models.context import Context
+from lq.numerics.hadamard import rotate_hadamard
 from lq.numerics.matmul import expert_matmul, matmul
 from lq_kernels.kv_cache import QuantizedKVCache
 
@@ -45,6 +46,15 @@ def read_or_init(module: nn.Module, name: str, init, shape, dtype=jnp.float32):
     if module.has_variable("params", name):
         return module.get_variable("params", name)
     return module.param(name, init, shape, dtype)
+
+
+def rotate_online(
+    config: ModelConfig, place: str, x: Float[Array, "..."], *, axis: int = -1, inverse: bool = False
+) -> Float[Array, "..."]:
+    """`x` rotated where the model has a rotation at `place`, a field of `Rotation`; else as it is."""
+    if config.rotation is None or not getattr(config.rotation, place):
+        return x
+    return rotate_hadamard(x, config.rotation.seed, place, axis=axis, inverse=inverse)
 
 
 class Linear(nn.Module):
@@ -81,18 +91,20 @@ class Norm(nn.Module):
     """RMSNorm or LayerNorm over the last axis, in float32 at least."""
 
     config: ModelConfig
+    kind: NormKind | None = None  # the config's when None
 
     @nn.compact
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         config, dtype, width = self.config, x.dtype, x.shape[-1]
+        kind = self.kind or config.norm
         x = x.astype(at_least_float32(dtype))
-        if config.norm == "layernorm":
+        if kind == "layernorm":
             x -= x.mean(-1, keepdims=True)
         x *= jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + config.norm_eps)
         # The stored scale starts where the effective scale is 1.
         scale = self.param("scale", nn.initializers.constant(1.0 - config.norm_offset), (width,))
         x *= scale.astype(x.dtype) + config.norm_offset
-        if config.norm == "layernorm":
+        if kind == "layernorm":
             x += self.param("bias", nn.initializers.zeros, (width,)).astype(x.dtype)
         return x.astype(dtype)
 
@@ -206,7 +218,7 @@ def attend_quantized(
         scores = attention_scores(stacked, k, mask, scale, softcap)
         now = jnp.maximum(largest, scores.max(-1, keepdims=True))
         weights, kept = jnp.exp(scores - now), jnp.exp(largest - now)
-        added = jnp.einsum("bgxt,btgc->bgxc", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+        added = jnp.einsum("bgxt,btgc->bgxc", weights.astype(v.dtype), v, preferred_element_type=scores.dtype)
         return now, total * kept + weights.sum(-1, keepdims=True), y * kept + added
 
     least = jnp.full((*stacked.shape[:3], 1), jnp.finfo(jnp.float32).min)
@@ -264,6 +276,7 @@ class Attention(nn.Module):
         else:
             cache = cache.write(k, v, context.start)
             y = attend(q, cache.k.astype(x.dtype), cache.v.astype(x.dtype), context.mask(window), *options)
+        y = rotate_online(config, "heads", y, axis=-2)
         y = y.reshape(*x.shape[:2], config.num_heads * config.head_dim)
         return Linear(config.hidden_size, config.attention_out_bias, name="o_proj")(y), cache
 
@@ -293,6 +306,7 @@ class MLP(nn.Module):
         names = ("gate_proj", "up_proj") if config.gated_mlp else ("up_proj",)
         maps = linear_maps(self, x, dict.fromkeys(names, config.intermediate_size), config.mlp_bias)
         hidden = act(maps[0]) * maps[1] if config.gated_mlp else act(maps[0])
+        hidden = rotate_online(config, "down", hidden)
         return Linear(config.hidden_size, config.mlp_bias, name="down_proj")(hidden)
 
 
@@ -334,6 +348,6 @@ class MixtureOfExperts(nn.Module):
         gate = StackedLinear(experts.count, experts.intermediate_size, name="gate_proj")(rows, per_expert)
         up = StackedLinear(experts.count, experts.intermediate_size, name="up_proj")(rows, per_expert)
         down = StackedLinear(experts.count, config.hidden_size, name="down_proj")
-        y = down(ACTIVATIONS[act](gate) * up, per_expert)
+        y = down(rotate_online(config, "down", ACTIVATIONS[act](gate) * up), per_expert)
         y *= weight.ravel()[order, None].astype(y.dtype)
         return jnp.zeros_like(tokens).at[order // experts.per_token].add(y).reshape(x.shape)
