@@ -11,6 +11,7 @@ What a linear map does with it is x[..., permutation] @ segments; nothing is per
 
 import itertools
 from collections.abc import Sequence
+from typing import TypeGuard
 
 import flax.struct
 import jax
@@ -49,11 +50,16 @@ class SegmentedQTensor:
           shape: `[K, N]`.
         """
         packed = tuple(
-            QTensor.from_codes(codes, scales, zeros, segment_spec(spec, bits)) for bits, codes, scales, zeros in segments
+            QTensor.from_codes(codes, scales, zeros, segment_spec(spec, bits))
+            for bits, codes, scales, zeros in segments
         )
         tensor = cls(packed, permutation.astype(jnp.uint16), spec, shape)
         widths = tensor.widths
-        if not spec.mixes(shape) or sum(widths) != spec.bits * len(widths) or len(widths) * SEGMENT_CHANNELS != shape[0]:
+        if (
+            not spec.mixes(shape)
+            or sum(widths) != spec.bits * len(widths)
+            or len(widths) * SEGMENT_CHANNELS != shape[0]
+        ):
             raise ValueError(f"{spec}: widths {widths} of a matrix {shape} are not {spec.bits} on average")
         return tensor
 
@@ -100,9 +106,9 @@ def runs_of(widths: Sequence[int]) -> list[tuple[int, int, int]]:
     return found
 
 
-PACKED = (QTensor, SegmentedQTensor)
+Packed = QTensor | SegmentedQTensor
 
 
-def is_packed(leaf) -> bool:
+def is_packed(leaf) -> TypeGuard[Packed]:
     """Whether a leaf of a parameter tree is packed, of either kind."""
-    return isinstance(leaf, PACKED)
+    return isinstance(leaf, Packed)

@@ -17,9 +17,9 @@ from lq.errors import UserError
 from lq.models.matrices import EMBEDDING
 from lq.models.source import Params
 from lq.numerics.qtensor import QTensor
-from lq.numerics.segmented import SegmentedQTensor, is_packed
+from lq.numerics.segmented import Packed, SegmentedQTensor, is_packed
 from lq.numerics.spec import QuantSpec
-from lq.quantizers.low_rank import with_residual
+from lq.quantizers.low_rank import compensate
 from lq.quantizers.recipe import Recipe
 from lq.quantizers.registry import QUANTIZERS
 
@@ -39,9 +39,7 @@ def quantize_matrix(weight: Array, stats: Any, spec: QuantSpec, method: str, opt
     return QTensor.from_codes(codes, scales, zeros, spec)
 
 
-def quantize_leaf(
-    weight: Array, stats: InputStats | None, prepared: Any, spec: QuantSpec, recipe: Recipe
-) -> QTensor | SegmentedQTensor:
+def quantize_leaf(weight: Array, stats: InputStats | None, prepared: Any, spec: QuantSpec, recipe: Recipe) -> Packed:
     """One weight packed, its low-rank residual included. `prepared` is what the method's `prepare` made of `stats`."""
     if spec.mixes(weight.shape):
         return segmented_matrix(weight, prepared, spec, recipe)
@@ -49,7 +47,10 @@ def quantize_leaf(
     tensor = quantize_matrix(weight, prepared, plain, recipe.method, recipe.options)
     if spec.rank == 0:
         return tensor
-    return with_residual(tensor, weight, spec, stats)
+    return _compensated(tensor, weight, spec.rank, None if stats is None else stats.hessian)
+
+
+_compensated = jax.jit(compensate, static_argnames="rank")
 
 
 def segmented_matrix(weight: Array, prepared: Any, spec: QuantSpec, recipe: Recipe) -> SegmentedQTensor:
@@ -81,13 +82,13 @@ def read_matrix(params: Params, path: str) -> Any:
     leaf: Any = params
     for key in leaf_keys(path):
         leaf = leaf[key]
-    return leaf.T if path == EMBEDDING and not is_packed(leaf) else leaf
+    return leaf if is_packed(leaf) or path != EMBEDDING else leaf.T
 
 
-def with_matrix(params: Params, path: str, leaf: QTensor | Array) -> Params:
+def with_matrix(params: Params, path: str, leaf: Packed | Array) -> Params:
     """`params` of a part with another leaf at matrix `path`; a dense embedding is given as `[K, N]` too."""
-    dense_table = path == EMBEDDING and not is_packed(leaf)
-    return _replace(params, leaf_keys(path), leaf.T if dense_table else leaf)
+    stored: Any = leaf
+    return _replace(params, leaf_keys(path), stored if is_packed(leaf) or path != EMBEDDING else stored.T)
 
 
 def leaf_keys(path: str) -> list[str]:
@@ -114,7 +115,7 @@ def check_weight(weight: Array, path: str) -> None:
         raise UserError(f"{path}: a weight is NaN or infinite; the model is damaged, give an intact one")
 
 
-def check_packed(tensor: QTensor, path: str) -> QTensor:
+def check_packed(tensor: Packed, path: str) -> Packed:
     """The tensor itself. Raises UserError, naming the matrix, when a scale is beyond the largest of its dtype."""
     if not finite(tensor.scales):
         dtype = tensor.spec.scale_dtype

@@ -14,8 +14,7 @@ from lq.calibration.taps import Input, block_inputs, input_statistics
 from lq.errors import UserError
 from lq.models.config import BlockKind, ModelConfig
 from lq.models.source import Params
-from lq.numerics.qtensor import QTensor
-from lq.numerics.segmented import SegmentedQTensor, is_packed
+from lq.numerics.segmented import Packed, is_packed
 from lq.numerics.spec import QuantSpec
 from lq.quantizers.apply import (
     check_packed,
@@ -125,14 +124,14 @@ def _scaled(block: CalibratedBlock, specs, recipe: Recipe) -> CalibratedBlock:
     return dataclasses.replace(block, params=params)
 
 
-def _reconstructed(block: CalibratedBlock, specs, recipe: Recipe, targets, report) -> dict[str, QTensor]:
+def _reconstructed(block: CalibratedBlock, specs, recipe: Recipe, targets, report) -> dict[str, Packed]:
     """All matrices found together, so that the block's output is near `targets`."""
     raise NotImplementedError
 
 
-def _matrix_by_matrix(block: CalibratedBlock, specs, recipe: Recipe, report, place, note: Note) -> dict[str, QTensor]:
+def _matrix_by_matrix(block: CalibratedBlock, specs, recipe: Recipe, report, place, note: Note) -> dict[str, Packed]:
     """In true-sequential order every input is measured with the matrices before it quantized already."""
-    tensors: dict[str, QTensor] = {}
+    tensors: dict[str, Packed] = {}
     inputs = block_inputs(block.config, block.kind)
     wanted = [i for i, one in enumerate(inputs) if any(path in specs for path in one.readers)]
     weights = _token_weights(block, recipe)

@@ -74,7 +74,7 @@ class RTNOptions:
             )
         if self.convention == FRACTIONAL and spec.zero_dtype is None:
             raise UserError(
-                f"{self.method}: convention 'asymf' has zero points that are no codes; write a zero_dtype, or asym0 or asym"
+                f"{self.method}: convention 'asymf' has zero points that are no codes; write a zero_dtype, or asym0"
             )
         return self.convention
 
