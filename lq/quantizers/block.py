@@ -30,6 +30,7 @@ from lq.quantizers.bias import bias_correction
 from lq.quantizers.channel_lines import with_storable_gains
 from lq.quantizers.errors import output_error
 from lq.quantizers.experts import fill_in
+from lq.quantizers.gptq import GPTQFactor, mean_energy
 from lq.quantizers.recipe import Recipe
 from lq.quantizers.registry import SCALINGS
 
@@ -140,17 +141,33 @@ def _matrix_by_matrix(block: CalibratedBlock, specs, recipe: Recipe, report, pla
         measured = block.statistics(current, stage, recipe.needs, weights)
         for i, stats in zip(stage, measured, strict=True):
             stats = _usable(block, inputs[i], stats, note)
-            prepare = recipe.quantizer.prepare
-            prepared = stats if prepare is None else prepare(stats, recipe.options)
+            prepared = _prepared(block, inputs[i], stats, recipe, note)
             for path in inputs[i].readers:
                 if path in specs:
                     weight = place(read_matrix(block.params, block.path(path)))
                     tensor = quantize_leaf(weight, stats, prepared, specs[path], recipe.of_matrix(path))
                     if stats.hessian is not None:
-                        report[path]["error"] = float(output_error(weight, tensor.dequantize(), stats))
+                        report[path]["error"] = float(output_error(weight, tensor.dequantize(), stats).mean())
                     tensors[path] = tensor
                     current = with_matrix(current, block.path(path), tensor.dequantize())
     return tensors
+
+
+def _prepared(block: CalibratedBlock, one: Input, stats: InputStats, recipe: Recipe, note: Note) -> Any:
+    """What of the statistics serves every reader. Says so where a Hessian had to be damped more than was asked for."""
+    prepare = recipe.quantizer.prepare
+    if prepare is None:
+        return stats
+    prepared = prepare(stats, recipe.options)
+    if isinstance(prepared, GPTQFactor):
+        where = block.path(one.readers[0])
+        damping = np.atleast_1d(np.asarray(prepared.damping))
+        asked = recipe.options.damping * np.atleast_1d(np.asarray(mean_energy(stats)))
+        if not np.isfinite(damping).all():
+            note(f"{where}: {int((~np.isfinite(damping)).sum())} Hessians could not be factored; rounded to nearest")
+        elif (damping > 2 * asked).any():
+            note(f"{where}: a Hessian was not positive definite; damped {(damping / asked).max():.0f} times more")
+    return prepared
 
 
 def _usable(block: CalibratedBlock, one: Input, stats: InputStats, note: Note) -> InputStats:
