@@ -1,24 +1,22 @@
-"""BAQ: input channels get widths by what they lose, at a given mean width, and GPTQ rounds to them.
+"""BAQ: runs of input channels get widths by what their channels lose, at a given mean width, and GPTQ rounds to them.
 
 Channel k contributes L_k = sum over n of (R_kk (t_kn - q_kn))^2 / 2 to half the output error (`lq.quantizers.sweep`; in
 terms of GPTQ's U, (t - q)^2 / (2 U_kk^2)). A first sweep, at the mean width, measures it. With b_k bits it would be
 c_k 2^(-a b_k), and at a given mean width the sum of all is least where they are equal.
 
-a is 2 for fine uniform steps, and 1.95 in BAQ. In a searched range a bit more divides the error of normal weights by
+a is 2 for fine uniform steps, and 1.95 in BAQ. In the best range a bit more divides the error of normal weights by
 3.06, 3.17 and 3.24 from 1 bit on, which is a = 1.61, 1.67 and 1.70.
 
-Stored are segments: the channels, sorted by their loss, are cut into runs of 128 (or a group, where that is longer) of
-one whole width each, with as many bits in all as a matrix of the mean width has. Runs of equal width are one segment.
+Widths are whole and of runs of 128 channels, sorted by their loss and cut: what `lq.numerics.segmented` stores.
 
-Source: the code of BAQ (CSU-ModelCompression/BAQ, commit 4f2e027), where a channel has any number of levels, and the
+Source: the code of BAQ (CSU-ModelCompression/BAQ, commit 4f2e027), where every channel has any number of levels, and
 codes are not stored.
 """
 
 import dataclasses
 import functools
 import heapq
-import itertools
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -27,86 +25,70 @@ from jaxtyping import Array, Float, Int
 
 from lq.calibration.statistics import HIGHEST, InputStats
 from lq.errors import UserError
-from lq.numerics.spec import QuantSpec
-from lq.quantizers.gptq import GPTQFactor, GPTQOptions, compensate, factorize, live, stored_zeros
-from lq.quantizers.rtn import find_ranges
+from lq.numerics.segmented import segment_spec
+from lq.numerics.spec import SEGMENT_CHANNELS, QuantSpec
+from lq.quantizers.gptq import GPTQFactor, GPTQOptions, compensate, energy, factorize, live
+from lq.quantizers.rtn import find_ranges, stored_zeros
 from lq.quantizers.sweep import Grid, fixed_grid, sweep
-from lq_kernels.packed import SEGMENT_CHANNELS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BAQOptions(GPTQOptions):
-    """GPTQ's options, and how widths may differ."""
+    """GPTQ's options, and for a mixed spec how widths may differ."""
 
     method: ClassVar[str] = "baq"
 
-    low: int = 1  # least bits of a segment
-    high: int = 8  # most bits of a segment
-    slope: float = 1.6  # a: a bit more divides a loss by 2^a
+    low: int = 1  # least bits of a run
+    high: int = 8  # most bits of a run
+    slope: float = 1.6  # a
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 1 <= self.low <= self.high <= 8:
+            self._refuse("low", f"{self.low}, high: {self.high}", "widths from 1 to 8")
+        if not 0.0 < self.slope < float("inf"):
+            self._refuse("slope", self.slope, "a number above 0, such as 1.6")
 
     def resolve(self, spec: QuantSpec) -> str:
         """The convention for `spec`. Raises UserError when an option contradicts the spec or another option."""
-        if not 1 <= self.low <= spec.bits <= self.high <= 8:
-            raise UserError(
-                f"baq: widths from {self.low} to {self.high} at {spec.bits} bits; write low <= bits <= high"
-            )
-        if not self.slope > 0:
-            raise UserError(f"baq: slope {self.slope}; write a number above 0, such as 1.6")
-        if spec.group_size is None:
-            raise UserError("baq: one scale for the whole column, which segments cannot share; write a group_size")
-        if not self.static_groups:
-            raise UserError("baq: ranges are found before the sweep; write static_groups true")
+        if spec.mixed and not self.static_groups:
+            raise UserError("baq: the ranges of a mixed spec are found before the sweep; write static_groups true")
+        if spec.mixed and not self.low <= spec.bits <= self.high:
+            raise UserError(f"baq: {spec.bits} bits of runs from {self.low} to {self.high}; write other low and high")
         return super().resolve(spec)
 
 
-class Segment(NamedTuple):
-    """A run of the permuted channels at one width; arrays as `gptq` returns them."""
+def baq(weight: Float[Array, "K N"], stats: InputStats | GPTQFactor, spec: QuantSpec, options: BAQOptions):
+    """BAQ: GPTQ with a width for each run of 128 input channels, of mean `spec.bits`.
 
-    bits: int
-    codes: Array  # uint32 [channels, N]
-    scales: Array  # float32 [groups, N]
-    zeros: Array | None
-
-
-def baq(
-    weight: Float[Array, "K N"], stats: InputStats | GPTQFactor, spec: QuantSpec, options: BAQOptions
-) -> tuple[Int[Array, " K"], list[Segment]]:
-    """BAQ: GPTQ with a width for each run of input channels, of mean `spec.bits`.
-
-    The widths decide the shapes, so this is not to be jitted. Both of its sweeps are, and compile once for a shape.
+    The widths depend on the numbers, so this is not to be jitted. Both of its sweeps are, and compile once for a shape.
 
     Args:
-      weight: one matrix, any float dtype, finite. K is a multiple of 128, or of the group size where that is more.
+      weight: one matrix that `spec` mixes, any float dtype, finite.
       stats: statistics with a `hessian`, or what `factorize` made of them.
-      spec: of a uniform matrix of the same size.
+      spec: a mixed spec.
 
     Returns:
-      The permutation, int32: row i of the segments, one below the other, is input channel `permutation[i]`. And the
-      segments, widest first, as `lq_kernels.SegmentedMatrix` multiplies them. Codes, scales and zero points take what
-      those of a matrix of `spec` take (zero points that are codes: where N is a multiple of 32). Where all runs get the
-      same width, the one segment is the matrix that `gptq` makes, and nothing is permuted.
+      What `SegmentedQTensor.from_runs` takes: codes uint32 `[K, N]` in the permuted order, scales float32 and zeros
+      uint32 `[groups, N]` (None when symmetric), the permutation int32 `[K]` and the width of every run, widest first.
+      Where all runs get the same width nothing is permuted, and the codes are those of `gptq`.
 
     Raises:
-      UserError: the options contradict the spec, or K is no such multiple.
+      UserError: the options contradict the spec.
+      ValueError: no statistics, or a matrix that is not mixed.
     """
+    if not spec.mixes(weight.shape):
+        raise ValueError(f"{spec} does not mix a matrix {weight.shape}")
     options.resolve(spec)
-    run = run_length(spec)
-    if len(weight) % run:
-        raise UserError(f"baq: {len(weight)} input channels; use it where they are a multiple of {run}")
     factor = stats if isinstance(stats, GPTQFactor) else factorize(stats, options)
     losses = np.asarray(channel_losses(weight, factor, spec, options), np.float64)
     permutation = np.argsort(-losses, kind="stable").astype(np.int32)
-    by_run = losses[permutation].reshape(-1, run).sum(1)
+    by_run = losses[permutation].reshape(-1, SEGMENT_CHANNELS).sum(1)
     widths = allocate_widths(by_run, spec.bits, options.low, options.high, options.slope)
     if (widths == spec.bits).all():
         permutation = np.arange(len(weight), dtype=np.int32)
     codes, scales, zeros = _quantize(weight, factor, permutation, widths, spec, options)
-    return jnp.asarray(permutation), _segments(codes, scales, zeros, widths, spec)
-
-
-def run_length(spec: QuantSpec) -> int:
-    """Channels that must have one width."""
-    return max(SEGMENT_CHANNELS, spec.group_size or 0)
+    return codes, scales, zeros, jnp.asarray(permutation), tuple(map(int, widths))
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "options"))
@@ -165,50 +147,40 @@ def allocate_widths(
 
 def _check_mean(mean: float, low: float, high: float) -> None:
     if not low <= mean <= high:
-        raise UserError(f"baq: widths from {low} to {high} of mean {mean}; write low <= mean <= high")
+        raise UserError(f"widths from {low} to {high} of mean {mean}; write a mean between them")
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "options"))
 def _quantize(weight, factor: GPTQFactor, permutation, widths: Int[Array, " R"], spec: QuantSpec, options: BAQOptions):
     """Codes `[K, N]`, scales and zeros `[groups, N]`, in the order of the permutation and each run at its width."""
     K, N = weight.shape
-    group, groups = spec.group_length(K), spec.num_groups(K)
+    length, groups = spec.group_length(K), spec.num_groups(K)
     weight = live(weight, factor)
-    grouped = weight[permutation].reshape(groups, group, N)
-    grid = _ranges_at(grouped, widths, spec, options)
+    grouped = weight[permutation].reshape(groups, length, N)
+    importance = energy(factor)[permutation].reshape(groups, length, 1)
+    grid = _ranges_at(grouped, importance, widths, spec, options)
 
     position = jnp.zeros(K, jnp.int32).at[permutation].set(jnp.arange(K, dtype=jnp.int32))
     block = min(options.block, K)
-    grid_of = fixed_grid(grid, position[factor.order] // group, block)
+    grid_of = fixed_grid(grid, position[factor.order] // length, block)
     difference, _ = sweep(weight, factor.upper, factor.order, grid_of, block)
-    stands_for = grouped - difference[permutation].reshape(groups, group, N)
+    stands_for = grouped - difference[permutation].reshape(groups, length, N)
     codes = jax.tree.map(lambda a: a[:, None], grid).code(stands_for)
     return codes.reshape(K, N).astype(jnp.uint32), grid.scale, stored_zeros(grid.zero, spec)
 
 
-def _ranges_at(grouped: Float[Array, "groups group N"], widths: Array, spec: QuantSpec, options: BAQOptions) -> Grid:
+def _ranges_at(grouped, importance, widths: Int[Array, " R"], spec: QuantSpec, options: BAQOptions) -> Grid:
     """The ranges of all groups, run by run, each found for the width of its run, which is not known to the compiler."""
-    groups, group, N = grouped.shape
-    per_run = run_length(spec) // group
-    real = jnp.ones((per_run, group, 1), bool)
+    groups, length, N = grouped.shape
+    per_run = SEGMENT_CHANNELS // length
+    real = jnp.ones((per_run, length, 1), bool)
 
     def at(bits: int):
-        return lambda run: find_ranges(run, real, dataclasses.replace(spec, bits=bits), options)
+        return lambda run: find_ranges(run[0], real, segment_spec(spec, bits), options, run[1])
 
     choices = [at(bits) for bits in range(options.low, options.high + 1)]
-    runs = grouped.reshape(-1, per_run, group, N)
-    scale, zero = jax.lax.map(lambda pair: jax.lax.switch(pair[1] - options.low, choices, pair[0]), (runs, widths))
+    runs = grouped.reshape(-1, per_run, length, N), importance.reshape(-1, per_run, length, 1)
+    pick = lambda pair: jax.lax.switch(pair[0] - options.low, choices, pair[1])  # noqa: E731
+    scale, zero = jax.lax.map(pick, (widths, runs))
     top = jnp.repeat(jnp.exp2(widths.astype(jnp.float32)) - 1.0, per_run)
     return Grid(scale.reshape(groups, N), zero.reshape(groups, N), top[:, None])
-
-
-def _segments(codes, scales, zeros, widths: np.ndarray, spec: QuantSpec) -> list[Segment]:
-    """Cut where the width changes."""
-    run = run_length(spec)
-    per_run = run // spec.group_length(len(codes))
-    segments = []
-    for start, stop in itertools.pairwise([0, *(np.flatnonzero(np.diff(widths)) + 1), len(widths)]):
-        rows, groups = slice(start * run, stop * run), slice(start * per_run, stop * per_run)
-        of_groups = lambda a: None if a is None else a[groups]  # noqa: B023, E731
-        segments.append(Segment(int(widths[start]), codes[rows], scales[groups], of_groups(zeros)))
-    return segments

@@ -12,6 +12,7 @@ the block, those after the first do not see what happens within it. `block=1` fi
 """
 
 import dataclasses
+import functools
 from typing import ClassVar
 
 import flax.struct
@@ -22,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 from lq.calibration.statistics import InputStats
 from lq.errors import UserError
 from lq.numerics.spec import QuantSpec
-from lq.quantizers.rtn import RTNOptions, find_ranges, round_to_codes, split_groups
+from lq.quantizers.rtn import RTNOptions, find_ranges, round_to_codes, split_groups, stored_zeros
 from lq.quantizers.sweep import Grid, GridOf, fixed_grid, sweep
 
 DAMPING_TRIES = 10  # each ten times the one before
@@ -31,7 +32,7 @@ LEAST_RETRY = 1e-4  # of the mean diagonal: where no damping was asked for, what
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GPTQOptions(RTNOptions):
-    """How GPTQ damps, orders and groups. Ranges as in `RTNOptions`."""
+    """How GPTQ damps, orders and groups. Ranges as in `RTNOptions`, where "opt" weighs the errors by H_kk."""
 
     method: ClassVar[str] = "gptq"
 
@@ -46,16 +47,19 @@ class GPTQOptions(RTNOptions):
 
     def __post_init__(self):
         if not 0.0 <= self.damping < float("inf"):
-            raise UserError(f"{self.method}: damping {self.damping}; write a share of the mean diagonal, such as 0.01")
+            self._refuse("damping", self.damping, "a share of the mean diagonal, such as 0.01")
         if self.block < 1:
-            raise UserError(f"{self.method}: block {self.block}; write a number of channels, such as 128")
+            self._refuse("block", self.block, "a number of channels, such as 128")
+
+    def _refuse(self, option: str, value, instead: str):
+        raise UserError(f"{self.method}: option {option}: {value}; write {instead}")
 
     def resolve(self, spec: QuantSpec) -> str:
         """The convention for `spec`. Raises UserError when an option contradicts the spec or another option."""
         if self.act_order and not self.static_groups and spec.group_size is not None:
             raise UserError(
-                f"{self.method}: act_order without static_groups scatters the channels of a group, which is not stored;"
-                " write static_groups true, act_order false, or group_size null"
+                f"{self.method}: act_order without static_groups scatters the channels of a group; "
+                "write static_groups true, act_order false, or group_size null"
             )
         return super().resolve(spec)
 
@@ -93,10 +97,7 @@ def factorize(stats: InputStats, options: GPTQOptions) -> GPTQFactor:
     A channel with H_kk = 0 is dead: its weights have no effect, are rounded to zero and touch nothing else. Where every
     channel is (an expert that no token reached), none is treated so, and all are rounded to nearest.
     """
-    hessian = _hessian(stats)
-    if hessian.ndim > 2:
-        return jax.lax.map(lambda of_expert: _factorize(of_expert, options), hessian)
-    return _factorize(hessian, options)
+    return _factorize(_hessian(stats), options.damping, options.act_order)
 
 
 def _hessian(stats: InputStats | None) -> Array:
@@ -105,12 +106,15 @@ def _hessian(stats: InputStats | None) -> Array:
     return stats.hessian.astype(jnp.float32)
 
 
-def _factorize(hessian: Array, options: GPTQOptions) -> GPTQFactor:
+@functools.partial(jax.jit, static_argnames=("damping_share", "act_order"))
+def _factorize(hessian: Array, damping_share: float, act_order: bool) -> GPTQFactor:
+    if hessian.ndim > 2:
+        return jax.lax.map(lambda of_expert: _factorize(of_expert, damping_share, act_order), hessian)
     K = len(hessian)
     energy = jnp.diagonal(hessian)
     alive = energy != 0
     mean = jnp.where(alive.any(), jnp.sum(energy) / jnp.maximum(alive.sum(), 1), 1.0)
-    order = jnp.argsort(-energy) if options.act_order else jnp.arange(K)
+    order = jnp.argsort(-energy) if act_order else jnp.arange(K)
 
     # The Cholesky factor of H with rows and columns reversed is lower triangular; reversed again it is R.
     backward = order[::-1]
@@ -127,7 +131,7 @@ def _factorize(hessian: Array, options: GPTQOptions) -> GPTQFactor:
         tries, _, lower = state
         return ~jnp.isfinite(lower).all() & (tries < DAMPING_TRIES)
 
-    start = jnp.int32(0), options.damping * mean, jnp.full((K, K), jnp.nan, jnp.float32)
+    start = jnp.int32(0), damping_share * mean, jnp.full((K, K), jnp.nan, jnp.float32)
     _, damping, lower = jax.lax.while_loop(to_go_on, attempt, start)
     found = jnp.isfinite(lower).all()
     return GPTQFactor(
@@ -160,7 +164,6 @@ def gptq(weight: Float[Array, "... K N"], stats: InputStats | GPTQFactor, spec: 
     factor = stats if isinstance(stats, GPTQFactor) else factorize(stats, options)
     if weight.ndim > 2:
         return jax.lax.map(lambda pair: gptq(pair[0], pair[1], spec, options), (weight, factor))
-    options.resolve(spec)
     difference, scale, zero = compensate(weight, factor, spec, options)
     # W - D is what the codes stand for, but for rounding: its nearest codes are they.
     grouped, _ = split_groups(live(weight, factor) - difference, spec)
@@ -175,13 +178,14 @@ def compensate(weight: Float[Array, "K N"], factor: GPTQFactor, spec: QuantSpec,
     weight = live(weight, factor)
     if options.static_groups or groups == 1:
         block = min(options.block, K)
-        scale, zero = (a[:, 0] for a in find_ranges(*split_groups(weight, spec), spec, options))
+        importance, _ = split_groups(energy(factor)[:, None], spec)
+        scale, zero = (a[:, 0] for a in find_ranges(*split_groups(weight, spec), spec, options, importance))
         rows = Grid(scale, zero, jnp.full((groups, 1), float(spec.max_code)))
         grid_of = fixed_grid(rows, factor.order // spec.group_length(K), block)
         difference, _ = sweep(weight, factor.upper, factor.order, grid_of, block)
         return difference, scale, zero
     block = spec.group_length(K) * -(-options.block // spec.group_length(K))
-    grid_of = _dynamic_grid(K, block, spec, options)
+    grid_of = _dynamic_grid(energy(factor), block, spec, options)
     difference, found = sweep(weight, factor.upper, factor.order, grid_of, block)
     scale, zero = (a.reshape(-1, a.shape[-1])[:groups] for a in found)
     return difference, scale, zero
@@ -192,22 +196,23 @@ def live(weight: Float[Array, "K N"], factor: GPTQFactor) -> Float[Array, "K N"]
     return jnp.where(factor.dead[:, None], 0.0, weight.astype(jnp.float32))
 
 
-def stored_zeros(zero: Float[Array, "groups N"], spec: QuantSpec) -> Array | None:
-    """Zero points as a quantizer returns them."""
-    if spec.symmetric:
-        return None
-    return zero.astype(jnp.uint32) if spec.zero_dtype is None else zero.astype(spec.zero_dtype).astype(jnp.float32)
+def energy(factor: GPTQFactor) -> Float[Array, " K"]:
+    """H_kk + damping of every channel, float32."""
+    return jnp.zeros(len(factor.order)).at[factor.order].set(jnp.sum(factor.upper**2, axis=1))
 
 
-def _dynamic_grid(K: int, block: int, spec: QuantSpec, options: GPTQOptions) -> GridOf:
-    """For `sweep` with a block of whole groups: ranges of the compensated weights, which are kept as well."""
-    length = spec.group_length(K)
+def _dynamic_grid(importance: Float[Array, " K"], block: int, spec: QuantSpec, options: GPTQOptions) -> GridOf:
+    """For `sweep` in natural order, a block being whole groups: ranges of the compensated weights, which are kept."""
+    length = spec.group_length(len(importance))
+    real = jnp.arange(-(-len(importance) // block) * block) < len(importance)
+    importance = jnp.pad(importance, (0, len(real) - len(importance)))
 
     def grid_of(i, compensated):
+        of_block = lambda a: jax.lax.dynamic_slice_in_dim(a, i * block, block).reshape(-1, length, 1)  # noqa: E731
+        # Of a group of padding alone any range will do, if it is finite.
+        mask = of_block(real) | ~of_block(real).any(axis=1, keepdims=True)
         grouped = compensated().reshape(block // length, length, -1)
-        real = (i * block + jnp.arange(block) < K).reshape(-1, length, 1)
-        real |= ~real.any(axis=1, keepdims=True)  # a group of padding alone: any range will do, if it is finite
-        scale, zero = find_ranges(grouped, real, spec, options)
+        scale, zero = find_ranges(grouped, mask, spec, options, of_block(importance))
         per_channel = lambda a: jnp.repeat(a[:, 0], length, axis=0)  # noqa: E731
         top = jnp.full((block, 1), float(spec.max_code))
         return Grid(per_channel(scale), per_channel(zero), top), (scale[:, 0], zero[:, 0])

@@ -74,7 +74,8 @@ class RTNOptions:
             )
         if self.convention == FRACTIONAL and spec.zero_dtype is None:
             raise UserError(
-                f"{self.method}: convention 'asymf' has zero points that are no codes; write a zero_dtype, or asym0"
+                f"{self.method}: convention 'asymf' has zero points that are no codes; "
+                "write a zero_dtype, or asym0 or asym"
             )
         return self.convention
 
@@ -91,7 +92,10 @@ def rtn(weight: Float[Array, "... K N"], stats: InputStats | None, spec: QuantSp
     if weight.ndim > 2:
         return jax.vmap(lambda w, s: rtn(w, s, spec, options))(weight, stats)
     grouped, real = split_groups(weight.astype(jnp.float32), spec)
-    scale, zero = find_ranges(grouped, real, spec, options, stats)
+    importance = None
+    if stats is not None and stats.hessian is not None:
+        importance = split_groups(jnp.diagonal(stats.hessian)[:, None], spec)[0]
+    scale, zero = find_ranges(grouped, real, spec, options, importance)
     codes = round_to_codes(grouped, scale, zero, spec)
     codes = codes.reshape(-1, weight.shape[-1])[: weight.shape[0]].astype(jnp.uint32)
     return codes, scale[:, 0], stored_zeros(zero[:, 0], spec)
@@ -105,15 +109,15 @@ def split_groups(weight: Float[Array, "K N"], spec: QuantSpec):
     return padded, (jnp.arange(groups * g) < K).reshape(groups, g, 1)
 
 
-def find_ranges(grouped, real, spec: QuantSpec, options: RTNOptions, stats: InputStats | None = None):
+def find_ranges(grouped, real, spec: QuantSpec, options: RTNOptions, importance=None):
     """Scale and zero as `group_ranges` gives them, of the ranges that the options ask for.
 
-    `stats` of the inputs of all channels weigh the errors of `clip="opt"`.
+    `importance` `[groups, g, 1]` is the h_k of `clip="opt"`; None: all channels count alike.
     """
     convention = options.resolve(spec)
     shrink = 1.0
     if options.clip != "none":
-        shrink = search_shrink(grouped, real, spec, options, stats)
+        shrink = search_shrink(grouped, real, spec, options, importance)
     return group_ranges(grouped, real, shrink, spec, convention)
 
 
@@ -192,20 +196,17 @@ def _stored(scale, spec: QuantSpec):
     return jnp.where(stored == 0, jnp.copysign(tiny, scale), stored)
 
 
-def search_shrink(grouped, real, spec: QuantSpec, options: RTNOptions, stats: InputStats | None = None):
+def search_shrink(grouped, real, spec: QuantSpec, options: RTNOptions, importance=None):
     """The factor p of each group's range that leaves the least error, `[groups, 1, N]`; the first of equal ones."""
     convention = options.resolve(spec)
-    power, importance = 2.4, 1.0
-    if options.clip == "opt":
-        power = 2
-        if stats is not None and stats.hessian is not None:
-            importance = split_groups(jnp.diagonal(stats.hessian)[:, None], spec)[0]
+    power = 2 if options.clip == "opt" else 2.4
+    weights = importance if options.clip == "opt" and importance is not None else 1.0
 
     def error(shrink):
         scale, zero = group_ranges(grouped, real, shrink, spec, convention)
         codes = round_to_codes(grouped, scale, zero, spec)
         distance = jnp.abs((codes - zero) * scale - grouped)
-        return jnp.sum(importance * distance**power, axis=1, keepdims=True, where=real)
+        return jnp.sum(weights * distance**power, axis=1, keepdims=True, where=real)
 
     def step(i, best):
         least, chosen = best
