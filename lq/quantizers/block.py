@@ -30,7 +30,7 @@ from lq.quantizers.bias import bias_correction
 from lq.quantizers.channel_lines import with_storable_gains
 from lq.quantizers.errors import output_error
 from lq.quantizers.experts import fill_in
-from lq.quantizers.gptq import GPTQFactor, mean_energy
+from lq.quantizers.gptq import GPTQFactor
 from lq.quantizers.recipe import Recipe
 from lq.quantizers.registry import SCALINGS
 
@@ -162,7 +162,8 @@ def _prepared(block: CalibratedBlock, one: Input, stats: InputStats, recipe: Rec
     if isinstance(prepared, GPTQFactor):
         where = block.path(one.readers[0])
         damping = np.atleast_1d(np.asarray(prepared.damping))
-        asked = recipe.options.damping * np.atleast_1d(np.asarray(mean_energy(stats)))
+        energy = np.atleast_2d(np.diagonal(np.asarray(stats.hessian), axis1=-2, axis2=-1))
+        asked = recipe.options.damping * energy.mean(-1, where=energy > 0)
         if not np.isfinite(damping).all():
             note(f"{where}: {int((~np.isfinite(damping)).sum())} Hessians could not be factored; rounded to nearest")
         elif (damping > 2 * asked).any():

@@ -135,7 +135,10 @@ def test_the_short_last_group_is_as_if_it_were_alone(method, symmetric):
 
 @pytest.mark.parametrize(("method", "symmetric"), CASES)
 def test_what_its_check_refuses_the_function_refuses_in_the_same_line(method, symmetric):
-    line, run = refusal(method, symmetric=symmetric), quantizer(method, QuantSpec(bits=3, symmetric=symmetric), statistics(method))
+    line, run = (
+        refusal(method, symmetric=symmetric),
+        quantizer(method, QuantSpec(bits=3, symmetric=symmetric), statistics(method)),
+    )
     if line is None:
         run(weight_of())
         return
