@@ -66,5 +66,5 @@ def reduce_inputs(
         hessian=jnp.matmul(weighted.T, x, precision=HIGHEST) if "hessian" in needs else None,
         total=weighted.sum(0) if "total" in needs else None,
         absolute=jnp.abs(weighted).sum(0) if "absolute" in needs else None,
-        sample=x[:: -(-x.shape[0] // rows)] if "sample" in needs else None,
+        sample=x[:: max(-(-x.shape[0] // rows), 1)] if "sample" in needs else None,
     )
