@@ -3,6 +3,7 @@
 A spec is given per matrix path, as `lq.models.matrices` names them. A path without a spec stays dense.
 """
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 
@@ -15,6 +16,7 @@ from lq.models.matrices import EMBEDDING
 from lq.models.source import Params
 from lq.numerics.qtensor import QTensor
 from lq.numerics.spec import QuantSpec
+from lq.quantizers.low_rank import compensate
 from lq.quantizers.registry import QUANTIZERS
 
 
@@ -22,7 +24,8 @@ from lq.quantizers.registry import QUANTIZERS
 def quantize_matrix(weight: Array, spec: QuantSpec, method: str, options) -> QTensor:
     """One weight `[..., K, N]`, packed. Compiled once per shape, spec and options, whichever block it is in."""
     codes, scales, zeros = QUANTIZERS[method].function(weight.astype(jnp.float32), None, spec, options)
-    return QTensor.from_codes(codes, scales, zeros, spec)
+    tensor = QTensor.from_codes(codes, scales, zeros, dataclasses.replace(spec, rank=0))
+    return compensate(tensor, weight, spec.rank) if spec.rank else tensor
 
 
 def quantize_part(params: Params, part: str, specs: Mapping[str, QuantSpec], method: str, options) -> Params:
