@@ -65,9 +65,8 @@ def rtn(weight: Float[Array, "... K N"], stats: None, spec: QuantSpec, options: 
         return jax.vmap(lambda w: rtn(w, None, spec, options))(weight)
     convention = options.resolve(spec)
     grouped, real = split_groups(weight.astype(jnp.float32), spec)
-    scale, zero = group_ranges(grouped, real, 1.0, spec, convention)
-    if options.clip == "mse":
-        scale, zero = _search_clip(grouped, real, scale, zero, spec, convention)
+    shrink = search_shrink(grouped, real, spec, convention) if options.clip == "mse" else 1.0
+    scale, zero = group_ranges(grouped, real, shrink, spec, convention)
     codes = round_to_codes(grouped, scale, zero, spec)
     codes = codes.reshape(-1, weight.shape[-1])[: weight.shape[0]].astype(jnp.uint32)
     zeros = None if spec.symmetric else zero[:, 0].astype(jnp.uint32)
@@ -84,34 +83,53 @@ def split_groups(weight: Float[Array, "K N"], spec: QuantSpec):
 
 def group_ranges(grouped, real, shrink, spec: QuantSpec, convention: str):
     """Scale (already rounded to its stored dtype, as float32) and zero, each `[groups, 1, N]`, of the shrunk range."""
+    low, high = group_extremes(grouped, real, convention)
+    scale = stored_scale(range_scale(low, high, shrink, spec, convention), spec)
+    return scale, range_zero(shrink * low, scale, spec)
+
+
+def group_extremes(grouped, real, convention: str):
+    """Least and greatest weight of each group, `[groups, 1, N]`; `asym0` counts zero as one of them."""
     low = jnp.min(grouped, axis=1, keepdims=True, where=real, initial=jnp.inf)
     high = jnp.max(grouped, axis=1, keepdims=True, where=real, initial=-jnp.inf)
-    largest = jnp.maximum(jnp.abs(low), jnp.abs(high))
     if convention == "asym0":
         low, high = jnp.minimum(low, 0.0), jnp.maximum(high, 0.0)
+    return low, high
+
+
+def range_scale(low, high, shrink, spec: QuantSpec, convention: str):
+    """The scale whose codes span the shrunk range, not yet rounded to its stored dtype."""
     if convention in ASYMMETRIC:
-        scale = _stored(jnp.maximum(shrink * (high - low), SMALLEST_RANGE) / spec.max_code, spec)
-        zero = jnp.clip(jnp.round(-shrink * low / scale), 0, spec.max_code)
-        return scale, zero
-    largest = jnp.maximum(shrink * largest, SMALLEST_RANGE)
+        return jnp.maximum(shrink * (high - low), SMALLEST_RANGE) / spec.max_code
+    largest = jnp.maximum(shrink * jnp.maximum(jnp.abs(low), jnp.abs(high)), SMALLEST_RANGE)
     if spec.bits == 1 or convention == "symu":
-        scale = 2.0 * largest / spec.max_code
-    elif convention == "symr":
-        scale = largest / (2 ** (spec.bits - 1) - 1)
-    else:
-        scale = jnp.where(high > -low, -largest, largest) / 2 ** (spec.bits - 1)
-    return _stored(scale, spec), jnp.full_like(scale, spec.zero_point)
+        return 2.0 * largest / spec.max_code
+    if convention == "symr":
+        return largest / (2 ** (spec.bits - 1) - 1)
+    return jnp.where(high > -low, -largest, largest) / 2 ** (spec.bits - 1)
+
+
+def range_zero(low, scale, spec: QuantSpec):
+    """The code that stands for zero, a whole number; the constant one when symmetric."""
+    if spec.symmetric:
+        return jnp.full_like(scale, spec.zero_point)
+    return jnp.clip(jnp.round(-low / scale), 0, spec.max_code)
 
 
 def round_to_codes(grouped, scale, zero, spec: QuantSpec):
-    """clip(round(x / s + z)): with a whole z this is round(x / s) + z; at z = 1/2 it is the sign."""
-    level = grouped / scale
-    level = jnp.round(level) + zero if spec.zero_point != 0.5 or not spec.symmetric else jnp.floor(level) + 1.0
-    return jnp.clip(level, 0, spec.max_code)
+    """The codes of weights, clipped to those there are."""
+    return jnp.clip(nearest_code(grouped / scale, zero, spec), 0, spec.max_code)
 
 
-def _stored(scale, spec: QuantSpec):
-    """The scale as it will be read back.
+def nearest_code(level, zero, spec: QuantSpec):
+    """round(x / s) + z for the level x / s, not clipped; at z = 1/2 it is the sign, as code 0 or 1."""
+    if spec.symmetric and spec.zero_point == 0.5:
+        return jnp.floor(level) + 1.0
+    return jnp.round(level) + zero
+
+
+def stored_scale(scale, spec: QuantSpec):
+    """The scale as it will be read back, in float32.
 
     None underflows to zero: the smallest, SMALLEST_RANGE / 255 = 3.9e-8, is nearer to the smallest float16, a subnormal
     of 6.0e-8. On a device that flushes subnormals to zero such a scale becomes the smallest normal number.
@@ -122,16 +140,19 @@ def _stored(scale, spec: QuantSpec):
     return jnp.where(stored == 0, jnp.copysign(tiny, scale), stored)
 
 
-def _search_clip(grouped, real, scale, zero, spec: QuantSpec, convention: str):
-    def error(scale, zero):
+def search_shrink(grouped, real, spec: QuantSpec, convention: str):
+    """The factor p of the clipping search, `[groups, 1, N]`: the largest among those of least error."""
+
+    def error(shrink):
+        scale, zero = group_ranges(grouped, real, shrink, spec, convention)
         codes = round_to_codes(grouped, scale, zero, spec)
         return jnp.sum(jnp.abs((codes - zero) * scale - grouped) ** CLIP_NORM, axis=1, keepdims=True, where=real)
 
     def step(i, best):
-        least, best_scale, best_zero = best
-        s, z = group_ranges(grouped, real, 1.0 - i / 100, spec, convention)
-        e = error(s, z)
-        better = e < least
-        return jnp.where(better, e, least), jnp.where(better, s, best_scale), jnp.where(better, z, best_zero)
+        least, chosen = best
+        shrink = 1.0 - i / 100
+        e = error(shrink)
+        return jnp.minimum(e, least), jnp.where(e < least, shrink, chosen)
 
-    return jax.lax.fori_loop(1, CLIP_STEPS, step, (error(scale, zero), scale, zero))[1:]
+    least = error(1.0)
+    return jax.lax.fori_loop(1, CLIP_STEPS, step, (least, jnp.ones_like(least)))[1]
