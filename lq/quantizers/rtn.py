@@ -106,7 +106,7 @@ def range_scale(low, high, shrink, spec: QuantSpec, convention: str):
         return 2.0 * largest / spec.max_code
     if convention == "symr":
         return largest / (2 ** (spec.bits - 1) - 1)
-    return jnp.where(high > -low, -largest, largest) / 2 ** (spec.bits - 1)
+    return jnp.where(high >= -low, -largest, largest) / 2 ** (spec.bits - 1)
 
 
 def range_zero(low, scale, spec: QuantSpec):
