@@ -24,6 +24,7 @@ __all__ = [
     "quantize",
     "save",
     "score",
+    "transform",
     "uniform_plan",
 ]
 

@@ -9,8 +9,8 @@
     texts = lq.generate(model, lq.prepare(qparams), prompts, max_new_tokens=64)
 
 These hold a whole model in memory. For one that does not fit, use the streaming functions underneath with a
-`ParameterSource`: `lq.models.open_checkpoint`, `lq.importance.score`, `lq.quantizers.PlannedSource`,
-`lq.checkpoint.write_quantized`, `lq.evaluation.evaluate`.
+`ParameterSource`: `lq.models.open_checkpoint`, `lq.importance.score`, `lq.transforms.TransformedSource`,
+`lq.quantizers.quantized_source`, `lq.checkpoint.write_quantized`, `lq.evaluation.evaluate`.
 """
 
 from collections.abc import Mapping
@@ -35,7 +35,8 @@ from lq.models.loading import Checkpoint, load_tokenizer, open_checkpoint
 from lq.models.matrices import model_shapes
 from lq.models.prepared import prepare
 from lq.models.source import InMemory, Params
-from lq.quantizers import QUANTIZERS, PlannedSource
+from lq.pipeline import Pipeline
+from lq.transforms import transform as transform_params
 
 __all__ = [
     "allocate",
@@ -49,6 +50,7 @@ __all__ = [
     "quantize",
     "save",
     "score",
+    "transform",
     "uniform_plan",
 ]
 
@@ -95,17 +97,51 @@ def score(model: Decoder, params: Params, calibration: Windows | None = None, *,
     return importance.score(InMemory(model.config, params), metric, calibration, options)
 
 
+def transform(model: Decoder, params: Params, name: str, *, dtype=None, **options) -> tuple[Decoder, Params]:
+    """A model that computes the same with other weights, which may quantize better. `params` is left alone.
+
+        model, params = lq.transform(model, params, "hadamard", seed=1)
+
+    Args:
+      model, params: dense.
+      name: of the transform, see `lq list transforms`.
+      dtype: of the parameters; float32 of those that change when None, the others stay as they are.
+      options: the transform's.
+
+    Raises:
+      UserError: an unknown transform or option, a model it cannot be applied to, packed parameters.
+    """
+    config, params = transform_params(model.config, params, name, options, dtype)
+    return Decoder(config, model.dtype), params
+
+
 def quantize(
-    model: Decoder, params: Params, plan: Plan, *, method: str = "rtn", options: Mapping[str, object] | None = None
+    model: Decoder,
+    params: Params,
+    plan: Plan,
+    *,
+    method: str = "rtn",
+    options: Mapping[str, object] | None = None,
+    calibration: Windows | None = None,
+    scaling: str | None = None,
+    batch_size: int = 8,
 ) -> Params:
     """The parameters with every matrix of the plan packed; what stays dense is in 16 bits. `params` is left alone.
 
+    Args:
+      model, params, plan: the original, transformed or not (`lq.transform`), and what each matrix becomes.
+      method, options: the quantizer, see `lq list quantizers`.
+      calibration: text, for methods that need it.
+      scaling: "awq" or "smoothquant", channel scales folded into every block before it is quantized.
+      batch_size: calibration windows per device step.
+
     Raises:
-      UserError: a plan for matrices of other shapes, an unknown method or option, weights that are not finite.
+      UserError: a plan for matrices of other shapes, an unknown method or option, missing calibration, weights that are
+        not finite.
     """
     _check_fits(plan, model)
-    chosen = QUANTIZERS.options(method, options or {})
-    return PlannedSource(InMemory(model.config, params), plan.specs, method, chosen).params()
+    pipeline = Pipeline.read(method, options, [scaling] if scaling else [])
+    return pipeline.quantized(InMemory(model.config, params), plan, calibration, batch_size=batch_size)[0].params()
 
 
 def evaluate(

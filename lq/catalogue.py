@@ -25,7 +25,9 @@ def catalogue(kind: str) -> list[list[str]]:
         options = f"bits=1..8, group_size={'|'.join(map(str, GROUP_SIZES))}|column, scale_dtype={'|'.join(SCALE_BITS)}"
         return [["int", "integer codes with a scale, and a zero point unless symmetric, per group", options]]
     if kind == "transforms":
-        return []
+        from lq.transforms import TRANSFORMS
+
+        return _methods(TRANSFORMS)
     from lq.models.families import FAMILIES
 
     return [[name, "model_type in config.json", ""] for name in FAMILIES]

@@ -17,8 +17,12 @@ class Method:
     function: Callable
     options: type  # a frozen dataclass, every field with a default
     needs: frozenset[str] = frozenset()  # what must be supplied: "calibration"; of quantizers fields of `InputStats`
-    prepare: Callable | None = None  # quantizers: what of the statistics serves every matrix that reads the input
-    block: Callable | None = None  # quantizers: for all matrices of a block together, see `lq.quantizers.reconstruct`
+    # Of quantizers, see `lq.quantizers`:
+    prepare: Callable | None = None  # what of the statistics serves every matrix that reads the input
+    per_matrix: Callable | None = None  # the options of one matrix, from the options and its path
+    block: Callable | None = None  # for all matrices of a block together, see `lq.quantizers.reconstruct`
+    segments: Callable | None = None  # codes of a mixed spec, see `lq.quantizers.baq`
+    token_weights: Callable | None = None  # how much every calibration token counts, see `lq.quantizers.rsq`
     check: Callable | None = None  # raises UserError when options do not fit what they are used with, before any work
 
     @property

@@ -18,6 +18,7 @@ ORDER = [
     {"allocation"},
     {"evaluation", "checkpoint", "parallel"},
     {"assets"},
+    {"pipeline"},
     {"api", "catalogue"},
     {"runs"},
     {"cli"},

@@ -137,6 +137,22 @@ class Plan:
             raise UserError(f"{path}: not a plan ({error!r}); make one with `lq allocate`") from None
 
 
+def adapted(plan: Plan, config: ModelConfig, *, model: str | None = None) -> Plan:
+    """A plan for the same matrices of a transformed model, which may have other norms and biases.
+
+    Args:
+      plan: made for the original.
+      config: the transformed model's.
+      model: its fingerprint; the plan's stays when None.
+
+    Raises:
+      UserError: a model with other matrices.
+    """
+    if plan.shapes != model_shapes(config):
+        raise UserError("plan: made for another model; make it from this model's scores")
+    return dataclasses.replace(plan, other_weights=other_weights(config), model=plan.model if model is None else model)
+
+
 def check_count(count: object) -> None:
     """Raises UserError unless `count` is one of `Count`."""
     if count not in get_args(Count):

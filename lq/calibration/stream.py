@@ -75,6 +75,14 @@ def embed_batches(source: ParameterSource, tokens: np.ndarray, batch_size: int, 
     return [np.asarray(_embed(source.config, params, b, jnp.dtype(dtype))) for b in batches(tokens, batch_size)]
 
 
+def through_block(
+    config: ModelConfig, kind: BlockKind, block_params, rows: list[np.ndarray], hidden: list[np.ndarray]
+) -> list[np.ndarray]:
+    """The hidden states after a block, on the host, one batch after another; `hidden` is left alone."""
+    pairs = zip(rows, hidden, strict=True)
+    return [np.asarray(_step(config, kind, block_params, batch, h, None)[0]) for batch, h in pairs]
+
+
 def stream(
     source: ParameterSource,
     tokens: np.ndarray,

@@ -1,6 +1,7 @@
 """The layout of a quantized checkpoint, shared by its writer and its reader.
 
-    lq.json                 manifest: format, plan, quantizer, shards with their size and SHA-256
+    lq.json                 manifest: format, plan, quantizer, shards with their size and SHA-256; of a transformed
+                            model, the fields of its config that are not as in config.json
     embed.safetensors, block_0.safetensors, ..., head.safetensors
     config.json, tokenizer files ...                              copied from the original
 
@@ -10,6 +11,8 @@ A shard holds one part of the parameter tree. A dense leaf is stored under its p
     mlp/up_proj/kernel:scales    [..., groups, N]
     mlp/up_proj/kernel:zeros     uint32 [..., groups, words], the planes side by side; `[..., groups, N]` where zero
                                  points have a dtype of their own; absent when symmetric
+    mlp/up_proj/kernel:permutation, :widths     of a mixed matrix: uint16 [K], and uint8, the width of every run of 128
+                                 channels; its codes are those of its segments one below the other, its zeros flat
     mlp/up_proj/kernel:left:codes, :left:scales, :right:codes, :right:scales     the factors of a low-rank residual
 
 The manifest is written last: a directory without one is an interrupted write, which `shards.json` lets the writer
@@ -28,12 +31,13 @@ from safetensors import safe_open
 
 from lq.models.source import Params
 from lq.numerics.qtensor import QTensor
-from lq.numerics.spec import QuantSpec
+from lq.numerics.segmented import Packed, SegmentedQTensor, is_packed, runs_of, segment_spec
+from lq.numerics.spec import SEGMENT_CHANNELS, QuantSpec
 from lq_kernels import plane_widths, words_along
 
 FORMAT = 1
 FACTORS = ("left", "right")  # of a low-rank residual
-ITEM_BYTES = {"U32": 4, "BF16": 2, "F16": 2, "F32": 4}
+ITEM_BYTES = {"U8": 1, "U16": 2, "U32": 4, "BF16": 2, "F16": 2, "F32": 4}
 
 
 def shard_name(part: str) -> str:
@@ -43,15 +47,18 @@ def shard_name(part: str) -> str:
 def to_tensors(params: Params) -> dict[str, np.ndarray]:
     """The tensors of one shard."""
     tensors = {}
-    for path, leaf in flatten_dict(params, sep="/", is_leaf=lambda _, node: isinstance(node, QTensor)).items():
-        if not isinstance(leaf, QTensor):
+    leaves: dict[str, Any] = flatten_dict(params, sep="/", is_leaf=lambda _, node: is_packed(node))
+    for path, leaf in leaves.items():
+        if not is_packed(leaf):
             tensors[path] = np.asarray(leaf)
             continue
         tensors |= _packed_tensors(path, leaf)
     return {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
 
 
-def _packed_tensors(path: str, leaf: QTensor) -> dict[str, np.ndarray]:
+def _packed_tensors(path: str, leaf: Packed) -> dict[str, np.ndarray]:
+    if isinstance(leaf, SegmentedQTensor):
+        return _segmented_tensors(path, leaf)
     tensors = {
         f"{path}:codes": np.concatenate([np.asarray(plane) for plane in leaf.planes], axis=-2),
         f"{path}:scales": np.asarray(leaf.scales),
@@ -62,6 +69,20 @@ def _packed_tensors(path: str, leaf: QTensor) -> dict[str, np.ndarray]:
         tensors[f"{path}:zeros"] = np.asarray(leaf.zeros)
     for name, factor in zip(FACTORS, leaf.residual or (), strict=False):
         tensors |= _packed_tensors(f"{path}:{name}", factor)
+    return tensors
+
+
+def _segmented_tensors(path: str, leaf: SegmentedQTensor) -> dict[str, np.ndarray]:
+    planes = [np.asarray(plane) for segment in leaf.segments for plane in segment.planes]
+    tensors = {
+        f"{path}:codes": np.concatenate(planes, axis=-2),
+        f"{path}:scales": np.concatenate([np.asarray(segment.scales) for segment in leaf.segments], axis=-2),
+        f"{path}:permutation": np.asarray(leaf.permutation),
+        f"{path}:widths": np.asarray(leaf.widths, np.uint8),
+    }
+    if not leaf.spec.symmetric:
+        zeros = [np.asarray(plane).ravel() for segment in leaf.segments for plane in segment.zeros or ()]
+        tensors[f"{path}:zeros"] = np.concatenate(zeros)
     return tensors
 
 
@@ -76,12 +97,36 @@ def from_tensors(tensors: dict[str, np.ndarray], specs: dict[str, tuple[QuantSpe
     return unflatten_dict(leaves, sep="/")
 
 
-def _from_packed(tensors, path: str, spec: QuantSpec, shape: tuple[int, ...]) -> QTensor:
+def _from_segments(tensors, path: str, spec: QuantSpec, shape: tuple[int, ...]) -> SegmentedQTensor:
+    """The inverse of `_segmented_tensors`. Raises ValueError for widths that are not `spec.bits` on average."""
+    widths = [int(width) for width in tensors[f"{path}:widths"]]
+    if sum(widths) != spec.bits * len(widths) or not all(1 <= width <= 8 for width in widths):
+        raise ValueError(f"{path}: widths {widths} are not {spec.bits} on average")
+    N, segments, word, zero = shape[1], [], 0, 0
+    for bits, first, stop in runs_of(widths):
+        groups = slice(first // spec.group_length(shape[0]), stop // spec.group_length(shape[0]))
+        lengths = [words_along(stop - first, p) for p in plane_widths(bits)]
+        planes = _split(tensors[f"{path}:codes"][word : word + sum(lengths)], lengths, -2)
+        zeros, word = None, word + sum(lengths)
+        if not spec.symmetric:
+            shapes = [(groups.stop - groups.start, words_along(N, p)) for p in plane_widths(bits)]
+            ends = np.cumsum([zero, *map(math.prod, shapes)])
+            stored = tensors[f"{path}:zeros"]
+            zeros = tuple(jnp.asarray(stored[a:b].reshape(s)) for a, b, s in zip(ends, ends[1:], shapes, strict=False))
+            zero = int(ends[-1])
+        scales = jnp.asarray(tensors[f"{path}:scales"][groups])
+        segments.append(QTensor(planes, scales, zeros, segment_spec(spec, bits), (stop - first, N)))
+    return SegmentedQTensor(tuple(segments), jnp.asarray(tensors[f"{path}:permutation"]), spec, shape)
+
+
+def _from_packed(tensors, path: str, spec: QuantSpec, shape: tuple[int, ...]) -> Packed:
+    if spec.mixes(shape):
+        return _from_segments(tensors, path, spec, shape)
     widths = plane_widths(spec.bits)
     zeros = None if spec.symmetric else jnp.asarray(tensors[f"{path}:zeros"])
     if zeros is not None and spec.zero_dtype is None:
         zeros = _split(tensors[f"{path}:zeros"], [words_along(shape[-1], width) for width in widths], -1)
-    factors = [
+    factors: list[Any] = [
         _from_packed(tensors, f"{path}:{name}", *factor)
         for name, factor in zip(FACTORS, spec.residual(shape), strict=False)
     ]
@@ -104,7 +149,12 @@ def expected_tensors(shapes: dict[str, tuple[int, ...]], specs: dict[str, tuple[
         groups = spec.num_groups(K)
         expected[f"{path}:codes"] = (*lead, sum(words_along(K, w) for w in widths), N)
         expected[f"{path}:scales"] = (*lead, groups, N)
-        if not spec.symmetric:
+        if spec.mixes(shape):
+            expected[f"{path}:permutation"] = (K,)
+            expected[f"{path}:widths"] = (K // SEGMENT_CHANNELS,)
+            if not spec.symmetric:
+                expected[f"{path}:zeros"] = (groups * spec.bits * N // 32,)
+        elif not spec.symmetric:
             stored = N if spec.zero_dtype is not None else sum(words_along(N, w) for w in widths)
             expected[f"{path}:zeros"] = (*lead, groups, stored)
         factors = zip(FACTORS, spec.residual(shape), strict=False)

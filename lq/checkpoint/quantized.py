@@ -1,5 +1,6 @@
 """Reading a quantized checkpoint, one part at a time, every shard checked against its checksum."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -18,6 +19,7 @@ from lq.checkpoint.layout import (
     shard_name,
     shard_records,
 )
+from lq.checkpoint.transformed import from_json
 from lq.checkpoint.write import part_names, sha256
 from lq.errors import UserError
 from lq.models.config import ModelConfig
@@ -38,8 +40,8 @@ def open_quantized(path: str | Path) -> "QuantizedCheckpoint":
         if (path / PROGRESS).is_file():
             raise UserError(f"{path}: quantization was interrupted; run the same `lq quantize` again with --resume")
         raise UserError(f"{path}: no quantized checkpoint ({MANIFEST} is missing); make one with `lq quantize`")
-    plan, quantizer, shards = _read_manifest(path / MANIFEST)
-    config = read_config(path)
+    plan, quantizer, shards, transformed = _read_manifest(path / MANIFEST)
+    config = dataclasses.replace(read_config(path), **transformed)
     if plan.shapes != model_shapes(config) or plan.other_weights != other_weights(config):
         raise UserError(
             f"{path / 'config.json'}: of another model than {MANIFEST}; copy the original's or quantize again"
@@ -111,13 +113,16 @@ def measured_bits_per_weight(checkpoint: QuantizedCheckpoint) -> float:
     return 8 * nbytes / sum(math.prod(checkpoint.plan.shapes[path]) for path in counted)
 
 
-def _read_manifest(file: Path) -> tuple[Plan, dict, dict[str, dict]]:
-    """Plan, quantizer and shards. Raises UserError when the file is damaged or of another format."""
+def _read_manifest(file: Path) -> tuple[Plan, dict, dict[str, dict], dict[str, Any]]:
+    """Plan, quantizer, shards, and what transforms changed in the config.
+
+    Raises UserError when the file is damaged or of another format.
+    """
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
         if (version := manifest["format"]) == FORMAT:
             plan, shards = Plan.from_dict(manifest["plan"]), shard_records(manifest["shards"])
-            return plan, dict(manifest["quantizer"]), shards
+            return plan, dict(manifest["quantizer"]), shards, from_json(manifest.get("transformed", {}))
     except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:  # ValueError: JSON's and UserError
         raise UserError(f"{file}: damaged ({error!r}); quantize again") from None
     raise UserError(f"{file}: format {version!r}, this lq reads {FORMAT}; quantize again")

@@ -1,7 +1,6 @@
 """Writing a quantized checkpoint part by part, resumable after every shard."""
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import math
@@ -19,12 +18,15 @@ from flax.traverse_util import flatten_dict
 from lq.allocation.plan import DENSE_BITS, Plan
 from lq.atomic import leftovers, write_file, write_text
 from lq.checkpoint.layout import FORMAT, leaf_path, shard_name, shard_records, to_tensors
+from lq.checkpoint.states import PATTERN, restore_states, save_states
+from lq.checkpoint.transformed import CHANGEABLE, differing_fields, to_json
 from lq.errors import UserError
 from lq.models.config import ModelConfig
 from lq.models.decoder import abstract_params
 from lq.models.loading import MANIFEST, PROGRESS, read_config
 from lq.models.matrices import model_shapes, other_weights
 from lq.models.source import ParameterSource, Params
+from lq.quantizers.stream import QuantizedStream
 
 # What is copied from the original's directory: everything that describes it, no weights.
 COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*")
@@ -48,10 +50,13 @@ def write_quantized(
     what it began; one that is interrupted leaves what it wrote.
 
     Args:
-      source: the packed parts, usually a `PlannedSource`, which quantizes as it is read.
-      plan: the plan they were packed by.
+      source: the packed parts, usually a `PlannedSource` or a `QuantizedStream`, which quantize as they are read. The
+        calibration states of the latter are kept beside the shards until the last is written. Of a transformed model,
+        what its config changed is recorded too.
+      plan: the plan they were packed by; of a transformed model, see `lq.allocation.adapted`.
       out: a new or empty directory, or an interrupted write of the same plan.
-      quantizer: method and options, as JSON; recorded, and part of what makes a write the same one.
+      quantizer: method and options, as JSON; recorded, and part of what makes a write the same one. A transform that
+        went before, with its options, belongs in here.
       description: the original's directory, whose config and tokenizer are copied.
       resume: go on with an interrupted write.
       on_part: called with a part's name once it is on disk.
@@ -62,27 +67,35 @@ def write_quantized(
         plan, or dense ones of more than 16 bits. `out` is then as it was.
     """
     out, description = Path(out), Path(description)
-    identity = _identity(plan, quantizer)
-    recorded = _claim(out, identity, resume)
-    _check_model(source.config, plan, description)
+    transformed = _check_model(source.config, plan, description)
+    identity = _identity(plan, quantizer, transformed)
+    recorded, states = _claim(out, identity, resume)
     shapes = abstract_params(source.config)
     done = {part: recorded[part] for part in part_names(source) if part in recorded}
     with _taken_back_if_refused(out, part_names(source), identity, done):
         out.mkdir(parents=True, exist_ok=True)
-        for pattern in (*COPIED, shard_name("*")):
+        for pattern in (*COPIED, shard_name("*"), PATTERN):
             for file in leftovers(out, pattern):
                 file.unlink()
-        _record(out, identity, done)
+        if isinstance(source, QuantizedStream) and states and _whole(out / states["file"], states):
+            restore_states(out, states["file"], source)
+        _record(out, identity, done, states)
         for part in part_names(source):
             file = out / shard_name(part)
             if part not in done or not _whole(file, done[part]):
                 _write_part(source, part, file, _planned_bytes(part, shapes[part], plan))
-                done[part] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
-                _record(out, identity, done)
+                done[part] = _recorded(file)
+                if isinstance(source, QuantizedStream) and part.startswith("block_"):
+                    states = {"file": save_states(out, source)}
+                    states |= _recorded(out / states["file"])
+                _record(out, identity, done, states)
+                _remove_states(out, but=states)
             if on_part:
                 on_part(part)
+        _remove_states(out)
         _copy_description(description, out)
         manifest = {"format": FORMAT, "quantizer": quantizer, "plan": plan.to_dict(), "shards": done}
+        manifest |= {"transformed": transformed} if transformed else {}
         write_text(out / MANIFEST, json.dumps(manifest, separators=(",", ":")))
         (out / PROGRESS).unlink()
 
@@ -109,13 +122,13 @@ def sha256(file: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def _identity(plan: Plan, quantizer: dict) -> str:
-    text = json.dumps([plan.to_dict(), quantizer], sort_keys=True)
+def _identity(plan: Plan, quantizer: dict, transformed: dict) -> str:
+    text = json.dumps([plan.to_dict(), quantizer, *([transformed] if transformed else [])], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _claim(out: Path, identity: str | None, resume: bool) -> dict[str, dict]:
-    """What `out` records of shards that belong to this very write, or to whichever write where `identity` is None.
+def _claim(out: Path, identity: str | None, resume: bool) -> tuple[dict[str, dict], dict[str, Any] | None]:
+    """What `out` records of shards and states of this very write, or of whichever write where `identity` is None.
 
     Changes nothing; raises UserError when it is not ours to write.
     """
@@ -128,10 +141,14 @@ def _claim(out: Path, identity: str | None, resume: bool) -> dict[str, dict]:
             raise UserError(f"{out}: not empty, and no checkpoint of lq; give a new directory")
         if files and not resume:
             raise UserError(f"{out}: a write that was interrupted as it began; add --resume to go on, or remove it")
-        return {}
+        return {}, None
     try:
         record = json.loads((out / PROGRESS).read_text(encoding="utf-8"))
         same, shards = record["identity"] == (identity or record["identity"]), shard_records(record["shards"])
+        states = record.get("states")
+        if states is not None:
+            shard_records({"states": states})
+            states = {**states, "file": Path(states["file"]).name}
     except (KeyError, TypeError, IndexError, ValueError):  # ValueError: what json and decoding raise too
         raise UserError(f"{out / PROGRESS}: damaged; remove {out} and start again") from None
     if not same:
@@ -139,7 +156,7 @@ def _claim(out: Path, identity: str | None, resume: bool) -> dict[str, dict]:
     if not resume:
         which = "" if identity is None else " of this plan"
         raise UserError(f"{out}: an interrupted write{which}; add --resume to go on with it, or give another --out")
-    return shards
+    return shards, states
 
 
 def _check_place(out: Path) -> None:
@@ -151,17 +168,21 @@ def _check_place(out: Path) -> None:
         raise UserError(f"{out}: {there} cannot be written to; give another --out")
 
 
-def _check_model(config: ModelConfig, plan: Plan, description: Path) -> None:
-    """Raises UserError unless the plan is for a model of this config, and the directory `description` describes it."""
+def _check_model(config: ModelConfig, plan: Plan, description: Path) -> dict[str, Any]:
+    """What transforms changed in the config since the directory `description`, as JSON.
+
+    Raises UserError unless the plan is for a model of this config, and the directory describes it or its original.
+    """
     if plan.shapes != model_shapes(config) or plan.other_weights != other_weights(config):
         raise UserError("plan: made for another model; make it from this model's scores")
     described = read_config(description)
-    for field in dataclasses.fields(config):
-        if getattr(described, field.name) != getattr(config, field.name):
+    for name in differing_fields(described, config):
+        if name not in CHANGEABLE:
             raise UserError(
-                f"{description / 'config.json'}: of another model than the weights (they differ in {field.name}); give "
-                f"the directory of the original"
+                f"{description / 'config.json'}: of another model than the weights (they differ in {name}); give the "
+                "directory of the original"
             )
+    return to_json(described, config)
 
 
 @contextlib.contextmanager
@@ -186,8 +207,18 @@ def _taken_back_if_refused(out: Path, parts: list[str], identity: str, done: Map
         raise
 
 
-def _record(out: Path, identity: str, done: Mapping[str, dict]) -> None:
-    write_text(out / PROGRESS, json.dumps({"identity": identity, "shards": done}))
+def _record(out: Path, identity: str, done: Mapping[str, dict], states: Mapping[str, Any] | None = None) -> None:
+    write_text(out / PROGRESS, json.dumps({"identity": identity, "shards": done, "states": states}))
+
+
+def _recorded(file: Path) -> dict[str, Any]:
+    return {"bytes": file.stat().st_size, "sha256": sha256(file)}
+
+
+def _remove_states(out: Path, but: Mapping[str, Any] | None = None) -> None:
+    for file in out.glob(PATTERN):
+        if but is None or file.name != but["file"]:
+            file.unlink()
 
 
 def _write_part(source: ParameterSource, part: str, file: Path, planned: Mapping[str, int]) -> None:

@@ -11,10 +11,21 @@ from lq.importance import Scores
 from lq.numerics.spec import GROUP_SIZES, QuantSpec
 
 PLAN = (  # the options that decide a plan when none is given
-    *("bpw", "bytes_", "bits", "allocator", "group_size", "symmetric", "scale_dtype", "pin"),
-    *("embedding_bits", "head_bits", "count", "metric", "calibration", "samples", "length", "seed"),
+    *(
+        "bpw",
+        "bytes_",
+        "bits",
+        "allocator",
+        "group_size",
+        "symmetric",
+        "scale_dtype",
+        "zero_dtype",
+        "rank",
+        "mixed",
+        "pin",
+    ),
+    *("embedding_bits", "head_bits", "count", "metric"),
 )
-SCORING = ("metric", "calibration", "samples", "length", "seed")
 TEXT = ("calibration", "samples", "length", "seed")
 SAMPLING = ("top_k", "top_p", "seed")
 
@@ -33,7 +44,7 @@ def whole_number(text: str) -> int | None:
     return int(text) if text.isascii() and text.isdigit() else None
 
 
-def settings(items: Sequence[str] | None) -> dict:
+def settings(items: Sequence[str] | None, option: str = "--option") -> dict:
     """`KEY=VALUE` items; values are read as YAML, so 3 is a number and true a truth value."""
     import yaml
 
@@ -41,11 +52,21 @@ def settings(items: Sequence[str] | None) -> dict:
     for item in items or []:
         key, separator, value = item.partition("=")
         if not separator:
-            raise UserError(f"--option {item}: write KEY=VALUE")
+            raise UserError(f"{option} {item}: write KEY=VALUE")
         try:
             read[key] = yaml.safe_load(value)
         except yaml.YAMLError:
-            raise UserError(f"--option {item}: {value} is not YAML; quote it if it is meant as text") from None
+            raise UserError(f"{option} {item}: {value} is not YAML; quote it if it is meant as text") from None
+    return read
+
+
+def transforms(items: Sequence[str] | None) -> list[dict]:
+    """`NAME` or `NAME:KEY=VALUE,KEY=VALUE` items, as a config gives them."""
+    read = []
+    for item in items or []:
+        name, _, fields = item.partition(":")
+        given = [field for field in fields.split(",") if field]
+        read.append({"name": name, **settings(given, f"--transform {name}:")})
     return read
 
 
@@ -67,12 +88,22 @@ def pins(items: Sequence[str] | None) -> list[Pin]:
     return read
 
 
-def spec(group_size: str, symmetric: bool, scale_dtype: str) -> QuantSpec:
+def spec(
+    group_size: str, symmetric: bool, scale_dtype: str, zero_dtype: str | None, rank: int, mixed: bool
+) -> QuantSpec:
     """The spec all matrices share but for their width."""
     size = None if group_size == "column" else whole_number(group_size)
     if group_size != "column" and size not in GROUP_SIZES:
         raise UserError(f"--group-size {group_size}: write {', '.join(map(str, GROUP_SIZES))} or column")
-    return QuantSpec(bits=8, group_size=size, symmetric=symmetric, scale_dtype=scale_dtype)
+    return QuantSpec(
+        bits=8,
+        group_size=size,
+        symmetric=symmetric,
+        scale_dtype=scale_dtype,
+        zero_dtype=zero_dtype,
+        rank=rank,
+        mixed=mixed,
+    )
 
 
 def counted(text: str) -> Count:
@@ -85,9 +116,24 @@ class Allocation:
     """The options of `lq allocate` and `lq quantize` that decide a plan, read once and applied to any scores."""
 
     def __init__(
-        self, *, bpw, nbytes, bits, method, group_size, symmetric, scale_dtype, pin, embedding_bits, head_bits, count
+        self,
+        *,
+        bpw,
+        nbytes,
+        bits,
+        method,
+        group_size,
+        symmetric,
+        scale_dtype,
+        zero_dtype,
+        rank,
+        mixed,
+        pin,
+        embedding_bits,
+        head_bits,
+        count,
     ):
-        self.spec = spec(group_size, symmetric, scale_dtype)
+        self.spec = spec(group_size, symmetric, scale_dtype, zero_dtype, rank, mixed)
         self._arguments = {
             "bpw": bpw,
             "nbytes": nbytes,

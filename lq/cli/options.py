@@ -24,6 +24,18 @@ BitsList = Annotated[str, typer.Option("--bits", help="Widths to choose from, co
 GroupSize = Annotated[str, typer.Option(help="Input channels per scale: 32, 64, 128, 256 or column.")]
 Symmetric = Annotated[bool, typer.Option("--symmetric", help="No zero points.")]
 ScaleDtype = Annotated[str, typer.Option(help="bfloat16, float16 or float32.")]
+ZeroDtype = Annotated[
+    str | None, typer.Option(help="Zero points that need not be whole (HQQ's): bfloat16, float16 or float32.")
+]
+Rank = Annotated[int, typer.Option(min=0, help="Of a low-rank residual in 8 bits beside the codes (LoRC); 0: none.")]
+Mixed = Annotated[
+    bool,
+    typer.Option("--mixed", help="Widths of their own for runs of 128 input channels, the plan's on average (BAQ)."),
+]
+Transforms = Annotated[
+    list[str] | None,
+    typer.Option("--transform", help="NAME or NAME:KEY=VALUE,...; repeat in the order of application."),
+]
 Pins = Annotated[
     list[str] | None, typer.Option("--pin", help="REGEX=BITS for matrices that match; 16 leaves them dense.")
 ]

@@ -21,14 +21,18 @@ from lq.cli.options import (
     Kind,
     Length,
     Metrics,
+    Mixed,
     Model,
     Pins,
     Quiet,
+    Rank,
     Samples,
     ScaleDtype,
     Seed,
     Settings,
     Symmetric,
+    Transforms,
+    ZeroDtype,
 )
 from lq.cli.printing import cell, print_table, terminal_width
 from lq.errors import UserError
@@ -88,7 +92,7 @@ def score(
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: a file; give a directory")
     source = open_checkpoint(resolve_model(model))
-    windows = _calibration(source, metric, calibration, samples, length, seed)
+    windows = _calibration(source, calibration, samples, length, seed) if _read_text(metric) else None
     results = {}
     with Progress(quiet=quiet).stage("score", len(metric)) as step:
         for name in metric:
@@ -113,6 +117,9 @@ def allocate(
     group_size: GroupSize = "128",
     symmetric: Symmetric = False,
     scale_dtype: ScaleDtype = "bfloat16",
+    zero_dtype: ZeroDtype = None,
+    rank: Rank = 0,
+    mixed: Mixed = False,
     pin: Pins = None,
     embedding_bits: EmbeddingBits = 16,
     head_bits: HeadBits = 16,
@@ -133,6 +140,9 @@ def allocate(
         group_size=group_size,
         symmetric=symmetric,
         scale_dtype=scale_dtype,
+        zero_dtype=zero_dtype,
+        rank=rank,
+        mixed=mixed,
         pin=pin,
         embedding_bits=embedding_bits,
         head_bits=head_bits,
@@ -165,12 +175,20 @@ def quantize(
     group_size: GroupSize = "128",
     symmetric: Symmetric = False,
     scale_dtype: ScaleDtype = "bfloat16",
+    zero_dtype: ZeroDtype = None,
+    rank: Rank = 0,
+    mixed: Mixed = False,
     pin: Pins = None,
     embedding_bits: EmbeddingBits = 16,
     head_bits: HeadBits = 16,
     count: Count = "blocks",
     method: Annotated[str, typer.Option(help="See lq list quantizers.")] = "rtn",
     option: Settings = None,
+    transform: Transforms = None,
+    bias_correction: Annotated[
+        bool, typer.Option("--bias-correction", help="Undo the mean error of every matrix; gives biases to all.")
+    ] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Calibration windows per device step.")] = 8,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted write.")] = False,
     quiet: Quiet = False,
 ) -> None:
@@ -181,17 +199,18 @@ def quantize(
     from lq.importance import METRICS
     from lq.importance import score as score_source
     from lq.models.loading import open_checkpoint
-    from lq.quantizers import QUANTIZERS
+    from lq.pipeline import Pipeline
 
-    options = QUANTIZERS.options(method, arguments.settings(option))
+    pipeline = Pipeline.read(method, arguments.settings(option), arguments.transforms(transform), bias_correction)
     check_output(out, resume)
-    check = QUANTIZERS[method].check or (lambda options, spec: None)
+    reading = [metric] if plan is None and (bpw is not None or bytes_ is not None) else []
+    if not pipeline.recipe.calibrated and not _read_text(reading):
+        arguments.refuse(context, arguments.TEXT, f"neither {pipeline.name} nor the order of blocks reads text")
+    allocation = None
     if plan is not None:
         arguments.refuse(context, arguments.PLAN, "--plan decides it")
         source = open_checkpoint(resolve_model(model))
         chosen = _read_plan(plan, source, model)
-        for spec in set(chosen.specs.values()):
-            check(options, spec)
     else:
         allocation = arguments.Allocation(
             bpw=bpw,
@@ -201,24 +220,26 @@ def quantize(
             group_size=group_size,
             symmetric=symmetric,
             scale_dtype=scale_dtype,
+            zero_dtype=zero_dtype,
+            rank=rank,
+            mixed=mixed,
             pin=pin,
             embedding_bits=embedding_bits,
             head_bits=head_bits,
             count=count,
         )
-        check(options, allocation.spec)
         source = open_checkpoint(resolve_model(model))
-        if bpw is None and bytes_ is None:
-            arguments.refuse(context, arguments.SCORING, "without --bpw or --bytes nothing is scored")
-            chosen = allocation.plan(score_source(source, "parameter_count"))
-        else:
-            if not _read_text([metric]):
-                arguments.refuse(context, arguments.TEXT, f"{metric} reads no text")
-            METRICS.options(metric, {})
-            allocation.plan(score_source(source, "parameter_count"))  # a budget out of reach is so in any order
-            windows = _calibration(source, [metric], calibration, samples, length, seed)
-            chosen = allocation.plan(score_source(source, metric, windows))
-    _write(source, chosen, out, method, options, resume, quiet)
+        chosen = allocation.plan(score_source(source, "parameter_count"))  # a budget out of reach is so in any order
+        if not reading:
+            arguments.refuse(context, ["metric"], "without --bpw or --bytes nothing is scored")
+    pipeline.check(source.config, chosen)
+    windows = None
+    if pipeline.recipe.calibrated or _read_text(reading):
+        windows = _calibration(source, calibration, samples, length, seed)
+    if allocation is not None and reading:
+        METRICS.options(metric, {})
+        chosen = allocation.plan(score_source(source, metric, windows))
+    _write(source, chosen, out, pipeline, windows, batch_size, resume, quiet)
 
 
 @command
@@ -313,11 +334,7 @@ def list_(kind: Annotated[Kind, typer.Argument(help="What to list.", show_defaul
     """What there is: methods by their literature names, number formats, model families."""
     from lq.catalogue import catalogue
 
-    rows = catalogue(kind.value)
-    if rows:
-        print_table(["name", "what it is", "options"], rows)
-    else:
-        print(f"this version of lq has no {kind.value}")
+    print_table(["name", "what it is", "options"], catalogue(kind.value))
 
 
 @command
@@ -353,14 +370,12 @@ def _experiment(
     print(results.conclusion)
 
 
-def _calibration(source, metrics: list[str], data: str, samples: int, length: int | None, seed: int):
-    """Windows to calibrate on; None when none of the metrics looks at any."""
+def _calibration(source, data: str, samples: int, length: int | None, seed: int):
+    """Windows to calibrate on."""
     from lq.api import calibration_windows
     from lq.calibration.stream import window_for
     from lq.models.loading import load_tokenizer
 
-    if not _read_text(metrics):
-        return None
     tokenizer, length = load_tokenizer(source.path), window_for(source.config, length)
     return calibration_windows(tokenizer, data, samples=samples, length=length, seed=seed)
 
@@ -382,18 +397,27 @@ def _read_plan(path: Path, source, model: str):
     return plan
 
 
-def _write(source, plan, out: Path, method: str, options, resume: bool, quiet: bool) -> None:
-    import dataclasses
-
+def _write(source, plan, out: Path, pipeline, windows, batch_size: int, resume: bool, quiet: bool) -> None:
     from lq.checkpoint import write_quantized
     from lq.checkpoint.write import part_names
     from lq.progress import Progress
-    from lq.quantizers import PlannedSource
+    from lq.quantizers import described
 
-    planned = PlannedSource(source, plan.specs, method, options)
-    record = {"method": method, "options": dataclasses.asdict(options)}
-    with Progress(quiet=quiet).stage("quantize", len(part_names(source))) as step:
-        write_quantized(planned, plan, out, quantizer=record, description=source.path, resume=resume, on_part=step)
+    progress = Progress(quiet=quiet)
+    packed, plan = pipeline.quantized(source, plan, windows, batch_size=batch_size, note=progress.note)
+    record = pipeline.to_dict()
+    if pipeline.recipe.calibrated:
+        record["calibration"] = {"tokens": windows.fingerprint, "how": windows.how, "batch_size": batch_size}
+    with progress.stage(f"quantize ({pipeline.name})", len(part_names(source))) as step:
+        write_quantized(
+            packed,
+            plan,
+            out,
+            quantizer=record,
+            description=source.path,
+            resume=resume,
+            on_part=lambda part: step(described(packed, part)),
+        )
     _describe_plan(plan)
     size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
     print(f"wrote {out}: {size} bytes of shards, {size - plan.nbytes} of them headers")

@@ -24,7 +24,7 @@ from jaxtyping import Array
 from lq.errors import UserError
 from lq.models.matrices import block_matrices
 from lq.models.source import ParameterSource
-from lq.numerics.qtensor import QTensor
+from lq.numerics.segmented import is_packed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,7 +80,7 @@ def zd(source: ParameterSource, windows: None, options: ZDOptions) -> dict:
     for index, kind in enumerate(source.config.kinds):
         params = source.block(index)
         weights = {path: _leaf(params, path)["kernel"] for path in block_matrices(source.config, kind)}
-        if any(isinstance(weight, QTensor) for weight in weights.values()):
+        if any(is_packed(weight) for weight in weights.values()):
             raise UserError(f"metric zd: block_{index} is packed; score the original model")
         pools = [list(weights.values())] if options.pooling == "block" else [[w] for w in weights.values()]
         share = float(np.mean([fraction_beyond(pool, options) for pool in pools]))

@@ -12,6 +12,7 @@ import dataclasses
 from typing import Literal
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
+NormKind = Literal["rmsnorm", "layernorm"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,6 +51,20 @@ class Experts:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Rotation:
+    """Randomized Hadamard rotations that a model applies as it runs (QuaRot, arXiv 2404.00456): where, and their seed.
+
+    Rotations that are folded into weights leave no trace here. See `lq.transforms.hadamard`, which folds the inverse of
+    these into the weights behind them.
+    """
+
+    seed: int
+    residual: bool = False  # of the residual stream: behind the embedding, and back in front of the final norm
+    heads: bool = False  # across the heads, channel by channel, in front of o_proj
+    down: bool = False  # of the channels in front of down_proj
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """A decoder-only transformer. Sizes are counts of channels, heads, tokens or blocks."""
 
@@ -64,10 +79,11 @@ class ModelConfig:
     kinds: tuple[BlockKind, ...]  # one per block, first to last
     activation: Activation = "silu"
     gated_mlp: bool = True  # down(act(gate(x)) * up(x)); otherwise down(act(up(x)))
-    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    norm: NormKind = "rmsnorm"
     norm_eps: float = 1e-6
     norm_offset: float = 0.0  # added to the stored norm scale; Gemma stores scale - 1
     post_norms: bool = False  # Gemma 2/3: norms after attention and feed-forward too
+    final_norm: NormKind | None = None  # where the last norm is of another kind than `norm`
     qk_norm: bool = False  # norm over each query and key head
     qkv_bias: bool = False
     attention_out_bias: bool = False
@@ -76,9 +92,11 @@ class ModelConfig:
     attention_softcap: float | None = None  # cap * tanh(scores / cap)
     logit_softcap: float | None = None
     embedding_scale: float = 1.0
+    center_embeddings: bool = False  # take their mean off the channels of each token's, as a LayerNorm would
     learned_position_offset: int | None = None  # row of position 0 in the learned table; None: no table
     tie_embeddings: bool = False
     experts: Experts | None = None
+    rotation: Rotation | None = None
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None

@@ -8,6 +8,7 @@ The cache is dense (`KVCache`) or quantized (`lq_kernels.kv_cache.QuantizedKVCac
 """
 
 import dataclasses
+import functools
 
 import flax.struct
 import jax
@@ -26,9 +27,8 @@ class KVCache:
     v: Float[Array, "B T G C"]
 
     def write(self, k: Float[Array, "B S G C"], v: Float[Array, "B S G C"], start: Int[Array, ""]) -> "KVCache":
-        at = (0, start, 0, 0)
-        write = jax.lax.dynamic_update_slice
-        return KVCache(write(self.k, k.astype(self.k.dtype), at), write(self.v, v.astype(self.v.dtype), at))
+        write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=1)
+        return KVCache(write(self.k, k.astype(self.k.dtype)), write(self.v, v.astype(self.v.dtype)))
 
 
 Cache = KVCache | QuantizedKVCache
@@ -111,8 +111,8 @@ class DecodeState:
         """Makes room for the next `valid.shape[1]` tokens; returns the state with their places and their context."""
         seen = self.valid.sum(1, keepdims=True)
         positions = jnp.maximum(seen + jnp.cumsum(valid, axis=1) - 1, 0)
-        at = (0, self.filled)
-        all_positions = jax.lax.dynamic_update_slice(self.positions, positions.astype(jnp.int32), at)
-        all_valid = jax.lax.dynamic_update_slice(self.valid, valid.astype(bool), at)
+        write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=self.filled, axis=1)
+        all_positions = write(self.positions, positions.astype(jnp.int32))
+        all_valid = write(self.valid, valid.astype(bool))
         state = dataclasses.replace(self, positions=all_positions, valid=all_valid, filled=self.filled + valid.shape[1])
         return state, Context(positions, all_positions, all_valid, self.filled, self.length)

@@ -29,9 +29,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lq.models.config import BlockKind, ModelConfig
 from lq.models.context import Cache, Context, DecodeState, context_for
-from lq.models.layers import MLP, Attention, MixtureOfExperts, Norm, read_or_init
+from lq.models.layers import MLP, Attention, MixtureOfExperts, Norm, at_least_float32, read_or_init, rotate_online
 from lq.numerics.matmul import lookup, matmul
-from lq.numerics.qtensor import QTensor
+from lq.numerics.segmented import is_packed
 
 
 class Table(nn.Module):
@@ -46,12 +46,12 @@ class Table(nn.Module):
         init = nn.initializers.normal(0.02)
         table = read_or_init(self, "embedding", init, (self.rows, self.channels))
         if indices is None:
-            return table if isinstance(table, QTensor) else table.T
+            return table if is_packed(table) else table.T
         return lookup(table, indices)
 
 
 class Embed(nn.Module):
-    """Token embedding, scaled, plus learned positions where the family has them."""
+    """Token embedding, scaled, plus learned positions where the family has them; centered and rotated where asked."""
 
     config: ModelConfig
     dtype: DTypeLike | None = None
@@ -70,7 +70,10 @@ class Embed(nn.Module):
             h *= jnp.asarray(config.embedding_scale, h.dtype)  # rounded to the compute dtype, as Gemma was trained
         if config.learned_position_offset is not None:
             h += self.positions(context.positions + config.learned_position_offset).astype(h.dtype)
-        return h
+        if config.center_embeddings:
+            wide = h.astype(at_least_float32(h.dtype))
+            h = (wide - wide.mean(-1, keepdims=True)).astype(h.dtype)
+        return rotate_online(config, "residual", h)
 
     def as_head(self):
         return self.tokens()
@@ -100,18 +103,23 @@ class Block(nn.Module):
 
 
 class Head(nn.Module):
-    """Final norm, projection to the vocabulary, soft cap. Logits are float32."""
+    """Final norm, projection to the vocabulary, soft cap. Logits are float32, of a computation in float64 float64."""
 
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, h: Float[Array, "B S D"], tied_kernel=None) -> Float[Array, "B S V"]:
+    def __call__(self, h: Float[Array, "B S D"], tied_kernel=None, project: bool = True) -> Float[Array, "B S V"]:
+        """What the projection is applied to, `[B, S, D]`, unless `project`."""
         config = self.config
-        h = Norm(config, name="final_norm")(h)
+        h = rotate_online(config, "residual", h, inverse=True)
+        h = Norm(config, config.final_norm, name="final_norm")(h)
+        if not project:
+            return h
         if tied_kernel is None:
             init = nn.initializers.normal(0.02)
             tied_kernel = read_or_init(self, "kernel", init, (config.hidden_size, config.vocab_size))
-        logits = matmul(h, tied_kernel).astype(jnp.float32)
+        logits = matmul(h, tied_kernel)
+        logits = logits.astype(at_least_float32(logits.dtype))
         if config.logit_softcap is not None:
             logits = config.logit_softcap * jnp.tanh(logits / config.logit_softcap)
         return logits
@@ -129,7 +137,7 @@ class Decoder(nn.Module):
         self.head = Head(self.config)
 
     def __call__(self, tokens: Int[Array, "B S"], valid: Bool[Array, "B S"] | None = None) -> Float[Array, "B S V"]:
-        """Logits in float32. `valid` marks real tokens, all when None; logits at the others mean nothing."""
+        """Logits, as `Head` gives them. `valid` marks real tokens, all when None; logits at the others mean nothing."""
         context = context_for(tokens, valid)
         h = self.embed(tokens, context)
         for block in self.block:
@@ -182,6 +190,12 @@ def apply_block(
 ) -> Float[Array, "B S D"]:
     """One block on its own parameters; the output is the next block's input, before any final norm."""
     return Block(config, kind).apply({"params": block_params}, h, context)[0]
+
+
+def head_input(config: ModelConfig, head_params, h: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+    """What the head's matrix is applied to: the last hidden state behind the final norm."""
+    normed: Any = Head(config).apply({"params": head_params}, h, project=False)
+    return normed
 
 
 def head(config: ModelConfig, params, h: Float[Array, "B S D"]) -> Float[Array, "B S V"]:

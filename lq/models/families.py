@@ -30,7 +30,7 @@ from lq.models.names import (
     stored_tensors,
     tensors_from,
 )
-from lq.numerics.qtensor import QTensor
+from lq.numerics.segmented import is_packed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,7 +73,7 @@ def to_hf(config: ModelConfig, params) -> Iterator[tuple[str, np.ndarray]]:
     """
     leaves: Any = flatten_dict(params, sep="/")
     for path, leaf in leaves.items():
-        if isinstance(leaf, QTensor):
+        if is_packed(leaf):
             raise ValueError(f"{path} is packed; dequantize it first")
     return tensors_from(tensors_of(config), leaves)
 

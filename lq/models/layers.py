@@ -1,8 +1,8 @@
 """The parts a decoder block is made of: linear map, norms, rotary positions, attention, feed-forward.
 
 Shapes in this file: B batch, S query positions, T key positions, D hidden channels, H query heads, G key/value heads, C
-head channels. A weight `kernel` is `[in, out]`. Norms, softmax and routing are computed in float32 whatever the compute
-dtype.
+head channels. A weight `kernel` is `[in, out]`. Norms, softmax and routing are computed in float32 or, where the
+computation is in float64, in that.
 """
 
 import itertools
@@ -15,13 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from lq.models.config import Activation, BlockKind, ModelConfig, Rope
+from lq.models.config import Activation, BlockKind, ModelConfig, NormKind, Rope
 from lq.models.context import Context
+from lq.numerics.hadamard import rotate_hadamard
 from lq.numerics.matmul import expert_matmul, matmul
 from lq_kernels.kv_cache import QuantizedKVCache
 
 CAUSAL_SLICES, SHORTEST_SLICED = 4, 256  # see `attend_causally`
 CHUNK = 512  # tokens; see `attend_quantized`
+TOKEN_OF_ROW = "token_of_row"  # sown by `MixtureOfExperts`: which token each of the rows sorted by expert is
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -29,6 +31,11 @@ ACTIVATIONS = {
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "relu": jax.nn.relu,
 }
+
+
+def at_least_float32(dtype) -> jnp.dtype:
+    """The dtype in which a computation in `dtype` is done where 16 bits would not do."""
+    return jnp.promote_types(dtype, jnp.float32)
 
 
 def read_or_init(module: nn.Module, name: str, init, shape, dtype=jnp.float32):
@@ -39,6 +46,15 @@ def read_or_init(module: nn.Module, name: str, init, shape, dtype=jnp.float32):
     if module.has_variable("params", name):
         return module.get_variable("params", name)
     return module.param(name, init, shape, dtype)
+
+
+def rotate_online(
+    config: ModelConfig, place: str, x: Float[Array, "..."], *, axis: int = -1, inverse: bool = False
+) -> Float[Array, "..."]:
+    """`x` rotated where the model has a rotation at `place`, a field of `Rotation`; else as it is."""
+    if config.rotation is None or not getattr(config.rotation, place):
+        return x
+    return rotate_hadamard(x, config.rotation.seed, place, axis=axis, inverse=inverse)
 
 
 class Linear(nn.Module):
@@ -72,22 +88,24 @@ def linear_maps(module: nn.Module, x: Array, features: dict[str, int], use_bias:
 
 
 class Norm(nn.Module):
-    """RMSNorm or LayerNorm over the last axis, in float32."""
+    """RMSNorm or LayerNorm over the last axis, in float32 at least."""
 
     config: ModelConfig
+    kind: NormKind | None = None  # the config's when None
 
     @nn.compact
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         config, dtype, width = self.config, x.dtype, x.shape[-1]
-        x = x.astype(jnp.float32)
-        if config.norm == "layernorm":
+        kind = self.kind or config.norm
+        x = x.astype(at_least_float32(dtype))
+        if kind == "layernorm":
             x -= x.mean(-1, keepdims=True)
         x *= jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + config.norm_eps)
         # The stored scale starts where the effective scale is 1.
         scale = self.param("scale", nn.initializers.constant(1.0 - config.norm_offset), (width,))
-        x *= scale.astype(jnp.float32) + config.norm_offset
-        if config.norm == "layernorm":
-            x += self.param("bias", nn.initializers.zeros, (width,)).astype(jnp.float32)
+        x *= scale.astype(x.dtype) + config.norm_offset
+        if kind == "layernorm":
+            x += self.param("bias", nn.initializers.zeros, (width,)).astype(x.dtype)
         return x.astype(dtype)
 
 
@@ -124,8 +142,9 @@ def rotate(
     sin = (jnp.sin(angle) * rope.attention_factor)[:, :, None, :]
     half = rope.rotary_dim // 2
     a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    a32, b32 = a.astype(jnp.float32), b.astype(jnp.float32)
-    rotated = jnp.concatenate([a32 * cos - b32 * sin, b32 * cos + a32 * sin], -1).astype(x.dtype)
+    wide = at_least_float32(x.dtype)
+    a, b = a.astype(wide), b.astype(wide)
+    rotated = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
     return jnp.concatenate([rotated, rest], -1) if rest.shape[-1] else rotated
 
 
@@ -166,8 +185,8 @@ def attention_scores(
     scale: float,
     softcap: float | None,
 ) -> Float[Array, "B G X T"]:
-    """Scaled, capped and masked, in float32. A key not to be seen has the least finite score."""
-    scores = jnp.einsum("bgxc,btgc->bgxt", q, k, preferred_element_type=jnp.float32) * scale
+    """Scaled, capped and masked, in float32 at least. A key not to be seen has float32's least finite score."""
+    scores = jnp.einsum("bgxc,btgc->bgxt", q, k, preferred_element_type=at_least_float32(q.dtype)) * scale
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
     B, G, X, T = scores.shape
@@ -199,7 +218,7 @@ def attend_quantized(
         scores = attention_scores(stacked, k, mask, scale, softcap)
         now = jnp.maximum(largest, scores.max(-1, keepdims=True))
         weights, kept = jnp.exp(scores - now), jnp.exp(largest - now)
-        added = jnp.einsum("bgxt,btgc->bgxc", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+        added = jnp.einsum("bgxt,btgc->bgxc", weights.astype(v.dtype), v, preferred_element_type=scores.dtype)
         return now, total * kept + weights.sum(-1, keepdims=True), y * kept + added
 
     least = jnp.full((*stacked.shape[:3], 1), jnp.finfo(jnp.float32).min)
@@ -247,10 +266,7 @@ class Attention(nn.Module):
     def __call__(self, x, context, cache=None):
         """`x [B, S, D]` -> `[B, S, D]` and the updated cache (None when none was given)."""
         config = self.config
-        q, k, v = self._heads(x)
-        if self.kind.rope is not None:
-            q = rotate(q, context.positions, self.kind.rope, context.length)
-            k = rotate(k, context.positions, self.kind.rope, context.length)
+        q, k, v = self.heads(x, context)
         window, options = self.kind.window, (config.query_scale, config.attention_softcap)
         if cache is None:
             y = attend_causally(q, k, v, context.mask(window), *options)
@@ -260,11 +276,12 @@ class Attention(nn.Module):
         else:
             cache = cache.write(k, v, context.start)
             y = attend(q, cache.k.astype(x.dtype), cache.v.astype(x.dtype), context.mask(window), *options)
+        y = rotate_online(config, "heads", y, axis=-2)
         y = y.reshape(*x.shape[:2], config.num_heads * config.head_dim)
         return Linear(config.hidden_size, config.attention_out_bias, name="o_proj")(y), cache
 
-    def _heads(self, x) -> list[Array]:
-        """Queries, keys and values `[B, S, heads, C]`."""
+    def heads(self, x, context) -> list[Array]:
+        """Queries, keys and values `[B, S, heads, C]` as attention takes them: normed, rotated. Part of `__call__`."""
         config, kv = self.config, self.config.num_kv_heads
         counts = {"q": config.num_heads, "k": kv, "v": kv}
         features = {f"{which}_proj": count * config.head_dim for which, count in counts.items()}
@@ -272,6 +289,8 @@ class Attention(nn.Module):
         heads = [y.reshape(*x.shape[:2], -1, config.head_dim) for y in maps]
         if config.qk_norm:
             heads[:2] = [Norm(config, name=f"{which}_norm")(y) for which, y in zip("qk", heads, strict=False)]
+        if self.kind.rope is not None:
+            heads[:2] = [rotate(y, context.positions, self.kind.rope, context.length) for y in heads[:2]]
         return heads
 
 
@@ -287,6 +306,7 @@ class MLP(nn.Module):
         names = ("gate_proj", "up_proj") if config.gated_mlp else ("up_proj",)
         maps = linear_maps(self, x, dict.fromkeys(names, config.intermediate_size), config.mlp_bias)
         hidden = act(maps[0]) * maps[1] if config.gated_mlp else act(maps[0])
+        hidden = rotate_online(config, "down", hidden)
         return Linear(config.hidden_size, config.mlp_bias, name="down_proj")(hidden)
 
 
@@ -316,17 +336,18 @@ class MixtureOfExperts(nn.Module):
             raise ValueError("a routed block needs config.experts")
         tokens = x.reshape(-1, x.shape[-1])
         logits = Linear(experts.count, name="router")(tokens)
-        probability = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
+        probability = jax.nn.softmax(logits.astype(at_least_float32(logits.dtype)), axis=-1)
         weight, chosen = jax.lax.top_k(probability, experts.per_token)
         if experts.renormalize:
             weight /= weight.sum(-1, keepdims=True)
         order = jnp.argsort(chosen.ravel(), stable=True)  # sorted row r is copy order[r] of token order[r] // per_token
         rows = tokens[order // experts.per_token]
+        self.sow("intermediates", TOKEN_OF_ROW, order // experts.per_token)  # for calibration; kept only when asked for
         per_expert = jnp.bincount(chosen.ravel(), length=experts.count)
         act: Activation = config.activation
         gate = StackedLinear(experts.count, experts.intermediate_size, name="gate_proj")(rows, per_expert)
         up = StackedLinear(experts.count, experts.intermediate_size, name="up_proj")(rows, per_expert)
         down = StackedLinear(experts.count, config.hidden_size, name="down_proj")
-        y = down(ACTIVATIONS[act](gate) * up, per_expert)
+        y = down(rotate_online(config, "down", ACTIVATIONS[act](gate) * up), per_expert)
         y *= weight.ravel()[order, None].astype(y.dtype)
         return jnp.zeros_like(tokens).at[order // experts.per_token].add(y).reshape(x.shape)

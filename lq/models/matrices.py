@@ -67,7 +67,7 @@ def parameter_count(config: ModelConfig) -> int:
     """All parameters, norms and biases included."""
     blocks = sum(math.prod(s) for kind in config.kinds for s in block_shapes(config, kind).values())
     tables = sum(math.prod(s) for s in table_matrices(config).values())
-    norm = config.hidden_size * (2 if config.norm == "layernorm" else 1)
+    norm = config.hidden_size * (2 if (config.final_norm or config.norm) == "layernorm" else 1)
     positions = 0
     if config.learned_position_offset is not None:
         positions = (config.max_positions + config.learned_position_offset) * config.hidden_size

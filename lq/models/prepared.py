@@ -13,6 +13,7 @@ import jax
 from lq.models.source import Params
 from lq.numerics.matmul import PlusLowRank
 from lq.numerics.qtensor import QTensor
+from lq.numerics.segmented import SegmentedQTensor
 from lq_kernels import PackedMatrix, PreparedMatrix
 from lq_kernels import prepare as prepare_matrix
 
@@ -43,6 +44,8 @@ def prepared_nbytes(params: Params) -> int:
 
 
 def _prepare(tree: Any, where: dict) -> Any:
+    if isinstance(tree, SegmentedQTensor):
+        return prepare_matrix(tree.packed(), **where)
     if isinstance(tree, QTensor):
         if tree.ndim != 2:
             return tree

@@ -11,9 +11,9 @@ import jax
 import numpy as np
 
 from lq.models.config import ModelConfig
-from lq.numerics.qtensor import QTensor
+from lq.numerics.segmented import is_packed
 
-Params = dict[str, Any]  # nested; leaves are jax arrays or QTensors
+Params = dict[str, Any]  # nested; leaves are jax arrays, QTensors or SegmentedQTensors
 PLACES = 16
 
 
@@ -61,9 +61,9 @@ class InMemory(ParameterSource):
 
     def part(self, name: str, dtype=None) -> Params:
         def cast(leaf):
-            return leaf if dtype is None or isinstance(leaf, QTensor) else leaf.astype(dtype)
+            return leaf if dtype is None or is_packed(leaf) else leaf.astype(dtype)
 
-        return jax.tree.map(cast, self._params[name], is_leaf=lambda leaf: isinstance(leaf, QTensor))
+        return jax.tree.map(cast, self._params[name], is_leaf=is_packed)
 
 
 def sampled(array: jax.Array | np.ndarray) -> np.ndarray:

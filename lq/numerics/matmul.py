@@ -8,38 +8,46 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from lq.numerics.qtensor import QTensor
-from lq_kernels import PackedMatrix, PreparedMatrix, quantized_matmul
+from lq.numerics.segmented import SegmentedQTensor
+from lq_kernels import PackedMatrix, PreparedMatrix, SegmentedMatrix, quantized_matmul
+
+Matrix = PackedMatrix | SegmentedMatrix | PreparedMatrix  # what the kernels take
 
 
 @flax.struct.dataclass
 class PlusLowRank:
     """base + left @ right, each laid out for the device: what a `QTensor` with a residual is prepared to."""
 
-    base: PackedMatrix | PreparedMatrix
-    left: PackedMatrix | PreparedMatrix
-    right: PackedMatrix | PreparedMatrix
+    base: Matrix
+    left: Matrix
+    right: Matrix
 
 
 def matmul(
-    x: Float[Array, "... in"], w: Array | QTensor | PackedMatrix | PreparedMatrix | PlusLowRank
+    x: Float[Array, "... in"], w: Array | QTensor | SegmentedQTensor | Matrix | PlusLowRank
 ) -> Float[Array, "... out"]:
     """x @ w in x's dtype; a tuple of products when w was prepared of several matrices."""
     if isinstance(w, PlusLowRank):
         return matmul(x, w.base) + matmul(matmul(x, w.left), w.right)
-    if isinstance(w, PackedMatrix | PreparedMatrix):
+    if isinstance(w, Matrix):
         return quantized_matmul(x, w)
+    if isinstance(w, SegmentedQTensor):
+        return quantized_matmul(x, w.packed())
     if isinstance(w, QTensor):
         y = quantized_matmul(x, w.packed())
         return y if w.residual is None else y + matmul(matmul(x, w.residual[0]), w.residual[1])
     return x @ w.astype(x.dtype)
 
 
-def lookup(table: Array | QTensor, rows: Int[Array, "..."]) -> Float[Array, "... channels"]:
+def lookup(table: Array | QTensor | SegmentedQTensor, rows: Int[Array, "..."]) -> Float[Array, "... channels"]:
     """Rows of an embedding table. A dense table is `[rows, channels]`, a packed one `[channels, rows]`: its head's
     layout.
 
     Groups run along the channels, so one token's vector is unpacked from its own columns alone.
     """
+    if isinstance(table, SegmentedQTensor):
+        channels = jnp.concatenate([lookup(segment, rows) for segment in table.segments], axis=-1)
+        return jnp.take(channels, jnp.argsort(table.permutation), axis=-1)
     if not isinstance(table, QTensor):
         return table[rows]
     if table.residual is not None:

@@ -5,8 +5,10 @@ and, when asymmetric, one zero point:
 
     w[k, n] ~ (code[k, n] - zero[g, n]) * scale[g, n] + sum_r left[k, r] * right[r, n],     g = k // group_size
 
-A zero point is a code of the same width, or a number of `zero_dtype`, fractions included (HQQ's). The sum is a low-rank
-residual (LoRC, arXiv 2303.08302), there when `rank` is above zero; its factors are themselves packed, in 8 bits.
+A zero point is a code of the same width, or a number of `zero_dtype`, fractions included (HQQ's). The sum is a
+low-rank residual (LoRC, arXiv 2303.08302), there when `rank` is above zero; its factors are themselves packed, in 8
+bits. A `mixed` matrix has widths of its own for every run of 128 input channels, `bits` on average, after a permutation
+of the channels (`lq.numerics.segmented`); one that cannot be cut so is not mixed.
 
 Sizes counted here are sizes on disk and on the device: codes in whole uint32 words (`lq_kernels.packing`), scales in
 their dtype, zero points as codes packed along the output axis or in their dtype, the factors of the residual with their
@@ -21,6 +23,8 @@ from lq.errors import UserError
 
 SCALE_BITS = {"bfloat16": 16, "float16": 16, "float32": 32}
 GROUP_SIZES = (32, 64, 128, 256)
+SEGMENT_CHANNELS = 128  # input channels of a mixed matrix that share a width; those of `lq_kernels`
+PERMUTATION_BITS, WIDTH_BITS = 16, 8  # stored per channel and per run of a mixed matrix
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, order=True)
@@ -37,6 +41,7 @@ class QuantSpec:
     format: Literal["int"] = "int"
     zero_dtype: str | None = None  # of zero points that need not be whole; None: they are codes of `bits` bits
     rank: int = 0  # of the low-rank residual, 0: none
+    mixed: bool = False  # runs of 128 input channels have widths of their own, `bits` on average
 
     def __post_init__(self):
         if type(self.bits) is not int or self.bits not in range(1, 9):
@@ -50,12 +55,21 @@ class QuantSpec:
             raise UserError(f"scale_dtype: {self.scale_dtype!r}; write one of {', '.join(SCALE_BITS)}")
         if self.format != "int":
             raise UserError(f"format: {self.format!r}; write int")
-        if self.zero_dtype is not None and self.zero_dtype not in SCALE_BITS:
+        if self.zero_dtype is not None and (not isinstance(self.zero_dtype, str) or self.zero_dtype not in SCALE_BITS):
             raise UserError(f"zero_dtype: {self.zero_dtype!r}; write one of {', '.join(SCALE_BITS)}, or null for codes")
         if self.zero_dtype is not None and self.symmetric:
             raise UserError(f"zero_dtype: {self.zero_dtype}, but symmetric codes store no zero points; leave one out")
         if type(self.rank) is not int or self.rank < 0:
             raise UserError(f"rank: {self.rank!r}; write a whole number, 0 for no low-rank residual")
+        if not isinstance(self.mixed, bool):
+            raise UserError(f"mixed: {self.mixed!r}; write true or false")
+        if self.mixed and (self.rank or self.zero_dtype is not None):
+            what = "rank" if self.rank else "zero_dtype"
+            raise UserError(f"mixed: widths of its own for every run of channels do not go with {what}; leave one out")
+        if self.mixed and (self.group_size is None or SEGMENT_CHANNELS % self.group_size):
+            raise UserError(
+                f"mixed: runs of {SEGMENT_CHANNELS} channels hold no whole group; write group_size 32, 64 or 128"
+            )
 
     @property
     def max_code(self) -> int:
@@ -84,8 +98,16 @@ class QuantSpec:
         zeros = packed_bits((stack * groups, N, 1), self.bits)
         if self.zero_dtype is not None:
             zeros = stack * groups * N * SCALE_BITS[self.zero_dtype]
+        if self.mixes(shape):
+            # As many bits in codes and zero points as without: widths average to `bits`. And what says which is which.
+            scales += PERMUTATION_BITS * K + WIDTH_BITS * (K // SEGMENT_CHANNELS)
         residual = sum(factor.size_bits(factor_shape) for factor, factor_shape in self.residual(shape))
         return packed_bits(shape, self.bits) + scales + (0 if self.symmetric else zeros) + residual
+
+    def mixes(self, shape: tuple[int, ...]) -> bool:
+        """Whether a weight of `shape` has runs of channels of several widths: one matrix, cut without remainder."""
+        cuts = len(shape) == 2 and shape[0] % SEGMENT_CHANNELS == 0 and shape[1] % 32 == 0
+        return self.mixed and cuts and SEGMENT_CHANNELS < shape[0] <= 1 << PERMUTATION_BITS and 1 < self.bits < 8
 
     def residual(self, shape: tuple[int, ...]) -> tuple[tuple["QuantSpec", tuple[int, ...]], ...]:
         """Spec and shape of the two factors of the low-rank residual of a weight of `shape`; none at rank 0.
@@ -118,4 +140,5 @@ class QuantSpec:
     def __str__(self) -> str:
         group = "column" if self.group_size is None else f"g{self.group_size}"
         zeros = "-sym" if self.symmetric else f"-zero {self.zero_dtype}" if self.zero_dtype else ""
-        return f"{self.format}{self.bits}-{group}{zeros}{f'-rank {self.rank}' if self.rank else ''}"
+        more = (f"-rank {self.rank}" if self.rank else "") + ("-mixed" if self.mixed else "")
+        return f"{self.format}{self.bits}-{group}{zeros}{more}"

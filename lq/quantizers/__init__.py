@@ -1,11 +1,73 @@
 """Quantizers: how to choose codes for a given width. `QUANTIZERS` is the registry.
 
 A quantizer is a pure function `(weight [..., K, N], stats, spec, options) -> (codes, scales, zeros)`, jitted with
-`spec` and `options` static. What statistics of the layer's input it needs, it declares.
+`spec` and `options` static. What statistics of the layer's input it needs, it declares; `QuantizedStream` collects them
+block by block. `SCALINGS` are what may rescale the channels of a block before. A `Recipe` is a quantizer and what is
+done around it.
 """
 
+from collections.abc import Callable, Mapping, MutableMapping
+
+import jax
+
+from lq.calibration.data import Windows
+from lq.errors import UserError
+from lq.models.source import ParameterSource
+from lq.numerics.spec import QuantSpec
 from lq.quantizers.apply import quantize_matrix, quantize_part
 from lq.quantizers.planned import PlannedSource
-from lq.quantizers.registry import QUANTIZERS
+from lq.quantizers.recipe import Recipe
+from lq.quantizers.registry import QUANTIZERS, SCALINGS
+from lq.quantizers.stream import QuantizedStream, over_columns
 
-__all__ = ["QUANTIZERS", "PlannedSource", "quantize_matrix", "quantize_part"]
+
+def quantized_source(
+    source: ParameterSource,
+    specs: Mapping[str, QuantSpec],
+    recipe: Recipe,
+    windows: Windows | None = None,
+    *,
+    batch_size: int = 8,
+    cache: MutableMapping | None = None,
+    place: Callable[[jax.Array], jax.Array] = lambda weight: weight,
+    note: Callable[[str], None] = lambda line: None,
+) -> ParameterSource:
+    """The parts of `source` quantized as they are read: any at any time, or in order where text is needed.
+
+    Args:
+      source: the original, dense.
+      specs: matrix path -> spec.
+      recipe: method, options and what goes with it.
+      windows: calibration tokens; needed by recipes that are `calibrated`, and only by them.
+      batch_size: windows per device step.
+      cache: see `PlannedSource` and `QuantizedStream`.
+      place, note: see `QuantizedStream`.
+
+    Raises UserError for a recipe that cannot be carried out on this model, or that lacks its calibration text.
+    """
+    if not recipe.calibrated:
+        return PlannedSource(source, specs, recipe, cache)
+    if windows is None:
+        raise UserError(f"{recipe.name} needs calibration text; give --calibration FILE, or wikitext2 or c4")
+    return QuantizedStream(source, specs, recipe, windows, batch_size=batch_size, cache=cache, place=place, note=note)
+
+
+def described(source: ParameterSource, part: str) -> str:
+    """A part's name and, where it was measured, the mean relative output error of its matrices."""
+    report = source.report if isinstance(source, QuantizedStream) else {}
+    errors = [found["error"] for path, found in report.items() if path.startswith(f"{part}/") and "error" in found]
+    return f"{part}, output error {sum(errors) / len(errors):.2%}" if errors else part
+
+
+__all__ = [
+    "QUANTIZERS",
+    "SCALINGS",
+    "PlannedSource",
+    "QuantizedStream",
+    "Recipe",
+    "described",
+    "over_columns",
+    "quantize_matrix",
+    "quantize_part",
+    "quantized_source",
+]

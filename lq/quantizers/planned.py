@@ -1,4 +1,4 @@
-"""`PlannedSource`: a model that is quantized as it is read, one part at a time."""
+"""`PlannedSource`: a model that is quantized as it is read, any part at any time, by a method that needs no text."""
 
 from collections.abc import Mapping, MutableMapping
 
@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 
 from lq.models.source import ParameterSource, Params
-from lq.numerics.qtensor import QTensor
+from lq.numerics.segmented import is_packed
 from lq.numerics.spec import QuantSpec
 from lq.quantizers.apply import quantize_part
+from lq.quantizers.recipe import Recipe
 
 DENSE_DTYPE = jnp.bfloat16  # what a float32 leaf that stays dense becomes
 
@@ -19,7 +20,7 @@ class PlannedSource(ParameterSource):
     Args:
       source: the original.
       specs: matrix path -> spec.
-      method, options: the quantizer, by name, and its options.
+      recipe: method and options; one that needs no calibration.
       cache: keeps packed parts between sources that share it, by part and specs; for comparing many plans of a model
         that fits in memory. None: every read quantizes again.
     """
@@ -28,32 +29,34 @@ class PlannedSource(ParameterSource):
         self,
         source: ParameterSource,
         specs: Mapping[str, QuantSpec],
-        method: str,
-        options,
+        recipe: Recipe,
         cache: MutableMapping | None = None,
     ):
+        recipe.check(source.config, specs)
         self.config = source.config
-        self._source, self._specs, self._method, self._options = source, specs, method, options
+        self._source, self._specs, self._recipe = source, specs, recipe
         self._cache = cache
 
     def part(self, name: str, dtype=None) -> Params:
         mine = {path: spec for path, spec in self._specs.items() if path.split("/")[0] == name}
-        key = (name, tuple(mine.items()), self._method, self._options)
+        key = (name, tuple(mine.items()), self._recipe)
         if self._cache is not None and key in self._cache:
             params = self._cache[key]
         else:
-            packed = quantize_part(self._source.part(name), name, mine, self._method, self._options)
-            params = jax.tree.map(_sixteen_bits, packed, is_leaf=_is_packed)
+            packed = quantize_part(self._source.part(name), name, mine, self._recipe)
+            params = sixteen_bits(packed)
             if self._cache is not None:
                 self._cache[key] = params
-        if dtype is None:
-            return params
-        return jax.tree.map(lambda leaf: leaf if _is_packed(leaf) else leaf.astype(dtype), params, is_leaf=_is_packed)
+        return params if dtype is None else sixteen_bits(params, dtype)
 
 
-def _is_packed(leaf) -> bool:
-    return isinstance(leaf, QTensor)
+def sixteen_bits(params: Params, dtype=None) -> Params:
+    """What stays dense as it is stored, float32 rounded to `DENSE_DTYPE`; and then in `dtype`, unless that is None."""
 
+    def rounded(leaf):
+        if is_packed(leaf):
+            return leaf
+        leaf = leaf.astype(DENSE_DTYPE) if leaf.dtype == jnp.float32 else leaf
+        return leaf if dtype is None else leaf.astype(dtype)
 
-def _sixteen_bits(leaf):
-    return leaf.astype(DENSE_DTYPE) if not _is_packed(leaf) and leaf.dtype == jnp.float32 else leaf
+    return jax.tree.map(rounded, params, is_leaf=is_packed)

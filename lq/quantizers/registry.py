@@ -1,6 +1,62 @@
-"""The table of quantizers."""
+"""The tables of quantizers, and of what scales a block's channels before any of them."""
 
+from lq.quantizers.awq import AWQOptions, ScalingOptions, awq
+from lq.quantizers.awq_scaling import scale_block
+from lq.quantizers.baq import BAQOptions, baq
+from lq.quantizers.gptq import GPTQOptions, factorize, gptq
+from lq.quantizers.hqq import HQQOptions, hqq
+from lq.quantizers.rsq import RSQOptions, rsq, token_importance
 from lq.quantizers.rtn import RTNOptions, rtn
+from lq.quantizers.smoothquant import SmoothQuantOptions, smooth_block
 from lq.registry import Method, Registry
 
-QUANTIZERS = Registry("quantizer", {"rtn": Method(function=rtn, options=RTNOptions, check=RTNOptions.resolve)})
+QUANTIZERS = Registry(
+    "quantizer",
+    {
+        "rtn": Method(function=rtn, options=RTNOptions, check=RTNOptions.resolve),
+        "hqq": Method(function=hqq, options=HQQOptions, check=HQQOptions.check),
+        "gptq": Method(
+            function=gptq,
+            options=GPTQOptions,
+            needs=frozenset({"hessian", "calibration"}),
+            prepare=factorize,
+            check=GPTQOptions.resolve,
+        ),
+        "baq": Method(
+            function=gptq,
+            options=BAQOptions,
+            needs=frozenset({"hessian", "calibration"}),
+            prepare=factorize,
+            segments=baq,
+            check=BAQOptions.resolve,
+        ),
+        "rsq": Method(
+            function=rsq,
+            options=RSQOptions,
+            needs=frozenset({"hessian", "calibration"}),
+            prepare=factorize,
+            token_weights=token_importance,
+            check=RSQOptions.resolve,
+        ),
+        "awq": Method(
+            function=awq,
+            options=AWQOptions,
+            needs=frozenset({"calibration", "sample"}),
+            per_matrix=AWQOptions.for_matrix,
+            check=AWQOptions.rounding,
+        ),
+    },
+)
+# Functions (config, kind, block_params, hidden, tokens, specs, options, name) -> (block_params, report).
+SCALINGS = Registry(
+    "channel scaling",
+    {
+        "awq": Method(
+            function=scale_block,
+            options=ScalingOptions,
+            needs=frozenset({"calibration"}),
+            check=ScalingOptions.rounding,
+        ),
+        "smoothquant": Method(function=smooth_block, options=SmoothQuantOptions, needs=frozenset({"calibration"})),
+    },
+)

@@ -42,6 +42,7 @@ from lq.allocation import ALLOCATORS
 from lq.errors import UserError
 from lq.importance import METRICS
 from lq.numerics.spec import QuantSpec
+from lq.pipeline import Pipeline
 from lq.quantizers import QUANTIZERS
 from lq.registry import Registry
 
@@ -91,7 +92,7 @@ class CalibrationSection(Section):
     samples: Annotated[PositiveInt, Field(le=MOST_SAMPLES)] = 32
     length: Annotated[int, Field(ge=2)] = 512  # tokens per sample
     seed: NonNegativeInt = 0
-    batch_size: PositiveInt = 8  # windows per device step, of every metric that reads them in batches
+    batch_size: PositiveInt = 8  # windows per device step, of quantizers and of every metric that reads text in batches
 
 
 class EvaluationSection(Section):
@@ -112,14 +113,34 @@ class EvaluationSection(Section):
 class QuantizationSection(Section):
     method: Annotated[str, _known(QUANTIZERS)] = "rtn"
     options: dict[str, Any] = Field(default_factory=dict)
+    transforms: list[str | dict[str, Any]] = Field(
+        default_factory=list
+    )  # names, or {name: hadamard, seed: 1}; in order
+    bias_correction: bool = False
     group_size: Literal[32, 64, 128, 256] | None = 128  # null: the whole column
     symmetric: bool = False
     scale_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    zero_dtype: Literal["bfloat16", "float16", "float32"] | None = None  # of zero points that need not be whole
+    rank: NonNegativeInt = 0  # of the low-rank residual
+    mixed: bool = False  # widths of their own for runs of 128 input channels
 
     @property
     def spec(self) -> QuantSpec:
         """What all matrices share but for their width."""
-        return QuantSpec(bits=8, group_size=self.group_size, symmetric=self.symmetric, scale_dtype=self.scale_dtype)
+        return QuantSpec(
+            bits=8,
+            group_size=self.group_size,
+            symmetric=self.symmetric,
+            scale_dtype=self.scale_dtype,
+            zero_dtype=self.zero_dtype,
+            rank=self.rank,
+            mixed=self.mixed,
+        )
+
+    @property
+    def pipeline(self) -> Pipeline:
+        """Raises UserError for what does not exist or cannot be combined."""
+        return Pipeline.read(self.method, self.options, self.transforms, self.bias_correction)
 
     @field_validator("options")
     @classmethod
@@ -130,8 +151,9 @@ class QuantizationSection(Section):
 
     @model_validator(mode="after")
     def _check(self):
-        if check := QUANTIZERS[self.method].check:
-            check(QUANTIZERS.options(self.method, self.options), self.spec)
+        recipe = self.pipeline.recipe
+        if check := recipe.quantizer.check:
+            check(recipe.options, self.spec)
         return self
 
 

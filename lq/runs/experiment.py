@@ -32,7 +32,6 @@ from lq.models.fingerprint import fingerprint
 from lq.models.loading import load_tokenizer, open_checkpoint
 from lq.models.matrices import parameter_count
 from lq.progress import Progress
-from lq.quantizers import QUANTIZERS, PlannedSource
 from lq.runs.candidates import Candidate, candidates, check_budgets, orders_of
 from lq.runs.conclusion import conclude, is_score
 from lq.runs.config import BATCH_SIZE, Experiment, Order, at, dump_experiment
@@ -86,15 +85,15 @@ class Run:
             self.fingerprint = fingerprint(self.source)
         check_budgets(experiment, self.source.config)
         self.calibration, self.windows = self._cut_windows()
-        q = experiment.quantization
-        self.options = QUANTIZERS.options(q.method, q.options)
+        self.pipeline = experiment.quantization.pipeline
         self.packed = {} if 2 * parameter_count(self.source.config) < CACHE_LIMIT else None
         self.earlier: dict = {}  # what run.json held when this session began
 
     def _cut_windows(self) -> tuple[Windows | None, Windows]:
-        """Calibration windows, where an order needs them, and those to evaluate on."""
+        """Calibration windows, where an order or the quantizer needs them, and those to evaluate on."""
         c, e, config = self.experiment.calibration, self.experiment.evaluation, self.source.config
         needed = any("calibration" in METRICS[order.metric].needs for order in orders_of(self.experiment))
+        needed |= self.experiment.quantization.pipeline.recipe.calibrated
         if needed:
             check_context(config, c.length, "calibration.length")
         check_context(config, e.window, "evaluation.window")
@@ -225,7 +224,14 @@ class Run:
         x, e, plan = self.experiment, self.experiment.evaluation, candidate.plan
         source = weighed = Weighed(self.source)
         if plan is not None:
-            source = PlannedSource(self.source, plan.specs, x.quantization.method, self.options, self.packed)
+            source, plan = self.pipeline.quantized(
+                self.source,
+                plan,
+                self.calibration,
+                batch_size=x.calibration.batch_size,
+                cache=self.packed,
+                note=self.progress.note,
+            )
         result = evaluate(
             source,
             self.windows,
@@ -279,11 +285,12 @@ class Run:
                 "calibration": f"{Path(calibration.source).name}, {calibration.how}" if calibration else None,
             },
             quantizer={
-                "method": q.method,
-                "options": dataclasses.asdict(self.options),
+                **self.pipeline.to_dict(),
                 "group size": q.group_size or "column",
                 "symmetric": q.symmetric,
                 "scale dtype": q.scale_dtype,
+                **({"zero dtype": q.zero_dtype} if q.zero_dtype else {}),
+                **({"rank": q.rank} if q.rank else {}),
                 "allocator": a.method,
                 "bits": list(a.bits),
                 "counted in bits per weight": f"{COUNTED[a.count]}; {tables}",

@@ -103,11 +103,11 @@ def test_peak_memory_does_not_grow_with_the_number_of_blocks(tmp_path):
             from lq.checkpoint import write_quantized
             from lq.models.loading import open_checkpoint
             from lq.numerics.spec import QuantSpec
-            from lq.quantizers import QUANTIZERS, PlannedSource
+            from lq.quantizers import QUANTIZERS, PlannedSource, Recipe
             from lq.runs.environment import peak_memory_bytes
             source = open_checkpoint({str(path)!r})
             plan = uniform_plan(source.config, QuantSpec(bits=3))
-            packed = PlannedSource(source, plan.specs, "rtn", QUANTIZERS.options("rtn", {{"clip": "none"}}))
+            packed = PlannedSource(source, plan.specs, Recipe(options=QUANTIZERS.options("rtn", {{"clip": "none"}})))
             write_quantized(packed, plan, {str(tmp_path / f"q{blocks}")!r}, quantizer={{}}, description=source.path)
             print(peak_memory_bytes())
         """

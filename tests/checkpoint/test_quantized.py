@@ -23,9 +23,9 @@ from lq.models.loading import open_checkpoint
 from lq.models.source import InMemory
 from lq.numerics.qtensor import QTensor
 from lq.numerics.spec import QuantSpec
-from lq.quantizers import QUANTIZERS, PlannedSource
+from lq.quantizers import PlannedSource, Recipe
 
-OPTIONS = QUANTIZERS.options("rtn", {})
+RECIPE = Recipe()
 RECORD = {"method": "rtn", "options": {}}
 
 
@@ -35,7 +35,7 @@ def plan_for(source, seed=0, **kwargs):
 
 
 def write(source, plan, out, **kwargs):
-    planned = PlannedSource(source, plan.specs, "rtn", OPTIONS)
+    planned = PlannedSource(source, plan.specs, RECIPE)
     write_quantized(planned, plan, out, quantizer=RECORD, description=source.path, **kwargs)
 
 
@@ -79,7 +79,7 @@ def test_size_on_the_device_is_the_plan(written):
 
 def test_reads_back_what_was_packed(source, written):
     out, plan = written
-    packed = PlannedSource(source, plan.specs, "rtn", OPTIONS).params()
+    packed = PlannedSource(source, plan.specs, RECIPE).params()
     read = open_quantized(out).params()
     assert jax.tree.structure(packed) == jax.tree.structure(read)
     for a, b in zip(jax.tree.leaves(packed), jax.tree.leaves(read), strict=True):
@@ -212,7 +212,7 @@ def test_a_damaged_record_of_an_interrupted_write_is_one_line(source, written, i
 
 def write_params(source, params, plan, out, **kwargs):
     """Writes parameters in memory, packed here, as a checkpoint of `source`."""
-    packed = PlannedSource(InMemory(source.config, params), plan.specs, "rtn", OPTIONS)
+    packed = PlannedSource(InMemory(source.config, params), plan.specs, RECIPE)
     write_quantized(packed, plan, out, quantizer=RECORD, description=source.path, **kwargs)
 
 
@@ -270,7 +270,7 @@ def test_a_refused_resumption_keeps_the_earlier_shards(source, written, tmp_path
 def test_a_matrix_that_has_not_the_planned_size_is_refused(source, written, tmp_path):
     plan = written[1]
     path, spec = next(iter(plan.specs.items()))
-    other = PlannedSource(source, plan.specs | {path: dataclasses.replace(spec, bits=8)}, "rtn", OPTIONS)
+    other = PlannedSource(source, plan.specs | {path: dataclasses.replace(spec, bits=8)}, RECIPE)
     with pytest.raises(UserError, match=f"^{path}/kernel: [0-9]+ bytes, [0-9]+ in the plan[^\n]*$"):
         write_quantized(other, plan, tmp_path / "q", quantizer=RECORD, description=source.path)
     assert not (tmp_path / "q").exists()
@@ -278,7 +278,7 @@ def test_a_matrix_that_has_not_the_planned_size_is_refused(source, written, tmp_
 
 @pytest.mark.parametrize("leaf", ["embed/tokens/embedding", "block_1/mlp_norm/scale"])
 def test_a_dense_leaf_of_more_than_16_bits_is_refused_by_name(source, written, tmp_path, leaf):
-    leaves = flatten_dict(PlannedSource(source, written[1].specs, "rtn", OPTIONS).params(), sep="/")
+    leaves = flatten_dict(PlannedSource(source, written[1].specs, RECIPE).params(), sep="/")
     leaves[leaf] = leaves[leaf].astype("float32")
     params = InMemory(source.config, unflatten_dict(leaves, sep="/"))
     size = 2 * leaves[leaf].size
@@ -298,7 +298,7 @@ def test_a_description_of_another_model_is_refused(source, written, tmp_path):
     shutil.copytree(source.path, tmp_path / "other")
     config = json.loads((tmp_path / "other" / "config.json").read_text())
     (tmp_path / "other" / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.5}))
-    packed = PlannedSource(source, written[1].specs, "rtn", OPTIONS)
+    packed = PlannedSource(source, written[1].specs, RECIPE)
     with pytest.raises(
         UserError, match=r"other/config\.json: of another model than the weights \(they differ in norm_eps\)"
     ):

@@ -11,7 +11,7 @@ from lq.evaluation import evaluate, make_reference
 from lq.models.decoder import Decoder
 from lq.models.source import InMemory
 from lq.numerics.spec import QuantSpec
-from lq.quantizers import QUANTIZERS, PlannedSource
+from lq.quantizers import PlannedSource, Recipe
 
 
 def make_windows(count=5, length=24, seed=0):
@@ -77,7 +77,7 @@ def test_overlapping_windows_score_every_token_once(original, stride):
 
 def test_a_packed_model_is_measured_like_its_dequantized_twin(original):
     specs = {"block_0/mlp/up_proj": QuantSpec(bits=3, group_size=32), "embed/tokens": QuantSpec(bits=4, group_size=32)}
-    packed = PlannedSource(original, specs, "rtn", QUANTIZERS.options("rtn", {}))
+    packed = PlannedSource(original, specs, Recipe())
     params = packed.params(jnp.float32)
     up = params["block_0"]["mlp"]["up_proj"]["kernel"]
     params["block_0"]["mlp"]["up_proj"]["kernel"] = up.dequantize()

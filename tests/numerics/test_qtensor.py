@@ -201,7 +201,7 @@ def test_sharded_over_outputs_it_gives_the_same_product():
         from lq.quantizers import QUANTIZERS, quantize_matrix
 
         weight = jax.random.normal(jax.random.key(0), (96, 128))
-        tensor = quantize_matrix(weight, QuantSpec(bits=3, group_size=32), "rtn", QUANTIZERS.options("rtn", {}))
+        tensor = quantize_matrix(weight, None, QuantSpec(bits=3, group_size=32), "rtn", QUANTIZERS.options("rtn", {}))
         x = jax.random.normal(jax.random.key(1), (4, 96))
         mesh = Mesh(np.asarray(jax.devices()), ("outputs",))
         sharded = jax.device_put(tensor, NamedSharding(mesh, PartitionSpec(None, "outputs")))

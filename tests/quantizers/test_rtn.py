@@ -11,13 +11,14 @@ from lq.errors import UserError
 from lq.numerics.qtensor import QTensor
 from lq.numerics.spec import QuantSpec
 from lq.quantizers.apply import quantize_matrix, quantize_part
+from lq.quantizers.recipe import Recipe
 from lq.quantizers.rtn import ASYMMETRIC, SYMMETRIC, RTNOptions, rtn
 
 GOLDEN = Path(__file__).parent.parent / "fixtures" / "quantizers" / "gptq_round_to_nearest.npz"
 
 
 def dequantized(weight, spec, **options):
-    return np.asarray(quantize_matrix(jnp.asarray(weight), spec, "rtn", RTNOptions(**options)).dequantize())
+    return np.asarray(quantize_matrix(jnp.asarray(weight), None, spec, "rtn", RTNOptions(**options)).dequantize())
 
 
 @pytest.mark.parametrize("bits", [2, 4])
@@ -112,7 +113,7 @@ def test_clipping_search_never_increases_its_own_error(bits, symmetric):
 def test_codes_are_chosen_with_the_rounded_scale():
     """With a bfloat16 scale a weight is off by at most half a step of the stored grid, not of the ideal one."""
     weight = np.random.default_rng(1).standard_normal((128, 32)).astype(np.float32)
-    tensor = quantize_matrix(jnp.asarray(weight), QuantSpec(bits=8), "rtn", RTNOptions(clip="none"))
+    tensor = quantize_matrix(jnp.asarray(weight), None, QuantSpec(bits=8), "rtn", RTNOptions(clip="none"))
     step = np.asarray(tensor.scales, np.float32)
     inside = (np.asarray(tensor.codes()) > 0) & (np.asarray(tensor.codes()) < 255)
     error = np.abs(np.asarray(tensor.dequantize()) - weight)
@@ -151,7 +152,7 @@ def test_small_weights_use_subnormal_float16_scales(convention, bits):
 def test_no_scale_underflows_to_zero(convention, scale_dtype):
     weight = np.asarray([0.0, 1e-9, -1e-6, 1e-5] * 8, np.float32)[:, None] * np.asarray([0.0, 1e-3, 1.0], np.float32)
     spec = QuantSpec(bits=8, group_size=32, symmetric=convention in SYMMETRIC, scale_dtype=scale_dtype)
-    tensor = quantize_matrix(jnp.asarray(weight), spec, "rtn", RTNOptions(convention=convention))
+    tensor = quantize_matrix(jnp.asarray(weight), None, spec, "rtn", RTNOptions(convention=convention))
     scales = np.asarray(tensor.scales, np.float32)
     assert (scales != 0).all()
     assert np.abs(scales).max() < 2e-7, "and none is raised to the smallest normal float16"
@@ -161,13 +162,13 @@ def test_a_weight_too_large_for_float16_scales_is_named():
     params = {"mlp": {"up_proj": {"kernel": jnp.full((32, 4), 3e5)}}}
     for dtype in ("bfloat16", "float32"):
         specs = {"block_2/mlp/up_proj": QuantSpec(bits=2, group_size=32, scale_dtype=dtype)}
-        packed = quantize_part(params, "block_2", specs, "rtn", RTNOptions())
+        packed = quantize_part(params, "block_2", specs, Recipe())
         np.testing.assert_allclose(np.asarray(packed["mlp"]["up_proj"]["kernel"].dequantize()), 3e5, rtol=2.0**-8)
     specs = {"block_2/mlp/up_proj": QuantSpec(bits=2, group_size=32, scale_dtype="float16")}
     with pytest.raises(
         UserError, match=r"block_2/mlp/up_proj: weights too large for float16 scales; write scale_dtype"
     ):
-        quantize_part(params, "block_2", specs, "rtn", RTNOptions())
+        quantize_part(params, "block_2", specs, Recipe())
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -176,7 +177,7 @@ def test_a_weight_that_is_not_finite_is_refused_by_name(value, symmetric):
     params = {"moe": {"experts": {"up_proj": {"kernel": jnp.ones((2, 64, 4), jnp.bfloat16).at[1, 40, 2].set(value)}}}}
     specs = {"block_2/moe/experts/up_proj": QuantSpec(bits=2, group_size=32, symmetric=symmetric)}
     with pytest.raises(UserError, match=r"^block_2/moe/experts/up_proj: a weight is NaN or infinite; [^\n]*$"):
-        quantize_part(params, "block_2", specs, "rtn", RTNOptions())
+        quantize_part(params, "block_2", specs, Recipe())
 
 
 def test_the_short_last_group_has_its_own_range():
@@ -189,7 +190,7 @@ def test_the_short_last_group_has_its_own_range():
 def test_a_stack_of_experts_is_quantized_expert_by_expert():
     weight = np.random.default_rng(0).standard_normal((3, 64, 8)).astype(np.float32)
     spec = QuantSpec(bits=3, group_size=32)
-    stacked = quantize_matrix(jnp.asarray(weight), spec, "rtn", RTNOptions())
+    stacked = quantize_matrix(jnp.asarray(weight), None, spec, "rtn", RTNOptions())
     assert isinstance(stacked, QTensor)
     for i in range(3):
         np.testing.assert_array_equal(np.asarray(stacked.dequantize())[i], dequantized(weight[i], spec))
@@ -199,7 +200,7 @@ def test_compiles_once_for_matrices_of_one_shape(caplog):
     spec, options = QuantSpec(bits=2, group_size=32), RTNOptions()
     before = quantize_matrix._cache_size()
     for seed in range(4):
-        quantize_matrix(jax.random.normal(jax.random.key(seed), (96, 12)), spec, "rtn", options)
+        quantize_matrix(jax.random.normal(jax.random.key(seed), (96, 12)), None, spec, "rtn", options)
     assert quantize_matrix._cache_size() == before + 1
 
 

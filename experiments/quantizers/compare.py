@@ -1,0 +1,210 @@
+"""Measures every quantizer of a config on one model: widths x group sizes x rotation x seeds.
+
+    python -m experiments.quantizers.compare CONFIG.yaml [--methods NAME,NAME ...] [--out DIR]
+
+One line of `rows.jsonl` for each model, appended as soon as it is measured; what is there is not measured again, so
+that an interrupted comparison goes on where it was, and several processes may share a directory, each with methods of
+its own. `tables.py` prints and draws what was found.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import Field, NonNegativeInt, ValidationError
+
+from lq.allocation import uniform_plan
+from lq.assets import resolve_data, resolve_model
+from lq.calibration.data import calibration_windows, evaluation_windows
+from lq.errors import UserError
+from lq.evaluation import evaluate, make_reference
+from lq.models.loading import load_tokenizer, open_checkpoint
+from lq.models.source import InMemory
+from lq.runs.config import Bits, CalibrationSection, EvaluationSection, QuantizationSection, Section
+from lq.runs.environment import device_name, versions
+
+
+class MethodSection(Section):
+    """One quantizer, at every width and group size, with and without the rotation."""
+
+    name: str
+    method: str
+    options: dict[str, Any] = Field(default_factory=dict)
+    transforms: list[str | dict[str, Any]] = Field(default_factory=list)
+    symmetric: bool = False
+    zero_dtype: str | None = None
+    rank: NonNegativeInt = 0
+    mixed: bool = False
+    bias_correction: bool = False
+    rotated: bool = True  # with the rotation as well
+
+    def quantization(self, group_size: int, before: list[dict]) -> QuantizationSection:
+        """The same as a section of a run's config; `before` are transforms that come first."""
+        fields = self.model_dump(exclude={"name", "rotated", "transforms"})
+        return QuantizationSection(**fields, group_size=group_size, transforms=[*before, *self.transforms])  # type: ignore
+
+
+class Comparison(Section):
+    title: str
+    model: str
+    output: str
+    calibration: CalibrationSection
+    seeds: Annotated[list[NonNegativeInt], Field(min_length=1)]
+    evaluation: EvaluationSection
+    bits: Annotated[list[Bits], Field(min_length=1)]
+    group_sizes: Annotated[list[int], Field(min_length=1)]
+    rotation: dict[str, Any]
+    methods: Annotated[list[MethodSection], Field(min_length=1)]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Measured:
+    """One model: its name is unique."""
+
+    name: str
+    method: str
+    bits: int
+    group_size: int
+    rotated: bool
+    seed: int | None  # None where neither calibration nor rotation draws anything
+    bpw: float
+    bytes_on_device: int
+    perplexity: float
+    kl: float
+    top1: float
+    quantize_seconds: float
+
+
+def read(path: Path) -> Comparison:
+    """Raises UserError, one line with the key, for a config that is none."""
+    try:
+        return Comparison.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such config; see experiments/quantizers/standin.yaml") from None
+    except (yaml.YAMLError, ValidationError) as error:
+        raise UserError(f"{path}: {' '.join(str(error).split())}") from None
+
+
+def models(comparison: Comparison, only: list[str]) -> Iterator[tuple[str, MethodSection, int, int, bool, int | None]]:
+    """Name, method, bits, group size, rotation and seed of every model that is measured."""
+    for method in comparison.methods:
+        if only and method.name not in only:
+            continue
+        for rotated in (False, True) if method.rotated else (False,):
+            calibrated = method.quantization(128, []).pipeline.recipe.calibrated
+            for group_size, bits in itertools.product(comparison.group_sizes, comparison.bits):
+                for seed in comparison.seeds if calibrated or rotated else [None]:
+                    where = f"{method.name}{', rotated' if rotated else ''}, {bits} bits, groups of {group_size}"
+                    name = where if seed is None else f"{where}, seed {seed}"
+                    yield name, method, bits, group_size, rotated, seed
+
+
+class Bench:
+    """What all measurements share: the model, its tokens, the original's states."""
+
+    def __init__(self, comparison: Comparison):
+        self.comparison = comparison
+        self.source = open_checkpoint(resolve_model(comparison.model))
+        self.original = InMemory(self.source.config, self.source.params())
+        self.tokenizer = load_tokenizer(self.source.path)
+        e = comparison.evaluation
+        data = resolve_data(e.data, "evaluation")
+        self.windows = evaluation_windows(self.tokenizer, data, e.window, stride=e.stride, limit=e.windows)
+        self.reference = make_reference(self.original, self.windows, batch_size=e.batch_size)
+
+    def calibration(self, seed: int):
+        c = self.comparison.calibration
+        data = resolve_data(c.data, "calibration")
+        return calibration_windows(self.tokenizer, data, c.samples, c.length, seed)
+
+    def measure(self, name: str, method: MethodSection, bits: int, group_size: int, rotated: bool, seed: int | None):
+        """Quantizes, then evaluates; a first small evaluation is not needed, since seconds are of quantizing alone."""
+        before = [{"seed": seed, **self.comparison.rotation}] if rotated else []
+        section = method.quantization(group_size, before)
+        pipeline = section.pipeline
+        windows = self.calibration(seed or 0) if pipeline.recipe.calibrated else None
+        plan = uniform_plan(self.source.config, dataclasses.replace(section.spec, bits=bits))
+        started = time.perf_counter()
+        batch_size = self.comparison.calibration.batch_size
+        packed, plan = pipeline.quantized(self.original, plan, windows, batch_size=batch_size)
+        model = InMemory(packed.config, packed.params())
+        seconds = time.perf_counter() - started
+        batch_size = self.comparison.evaluation.batch_size
+        found = evaluate(model, self.windows, reference=self.reference, batch_size=batch_size)
+        assert found.kl is not None
+        assert found.top1 is not None
+        return Measured(
+            name=name,
+            method=method.name,
+            bits=bits,
+            group_size=group_size,
+            rotated=rotated,
+            seed=seed,
+            bpw=plan.bpw,
+            bytes_on_device=plan.nbytes,
+            perplexity=found.perplexity,
+            kl=found.kl,
+            top1=found.top1,
+            quantize_seconds=round(seconds, 2),
+        )
+
+
+def rows_of(file: Path) -> list[Measured]:
+    """The rows measured so far; a line that a crash cut short is left out."""
+    found = []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
+        try:
+            found.append(Measured(**json.loads(line)))
+        except (json.JSONDecodeError, TypeError):
+            continue
+    return found
+
+
+def append(file: Path, row: Measured) -> None:
+    """One write, so that lines of several processes do not mix."""
+    line = (json.dumps(dataclasses.asdict(row)) + "\n").encode()
+    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        os.write(descriptor, line)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("config", type=Path)
+    parser.add_argument("--methods", default="", help="names in the config, comma-separated; all when not given")
+    parser.add_argument("--out", type=Path, help="directory for rows.jsonl; the config's output when not given")
+    arguments = parser.parse_args()
+    comparison = read(arguments.config)
+    only = [name for name in arguments.methods.split(",") if name]
+    known = [method.name for method in comparison.methods]
+    for name in only:
+        if name not in known:
+            raise UserError(f"--methods {name}: not in {arguments.config}; write some of {', '.join(known)}")
+    out = arguments.out or Path(comparison.output)
+    out.mkdir(parents=True, exist_ok=True)
+    bench, file = Bench(comparison), out / "rows.jsonl"
+    (out / "environment.json").write_text(json.dumps({"versions": versions(), "device": device_name()}, indent=1))
+    todo = list(models(comparison, only))
+    for i, (name, *what) in enumerate(todo, 1):
+        if name not in {row.name for row in rows_of(file)}:
+            row = bench.measure(name, *what)
+            append(file, row)
+            print(f"{i}/{len(todo)} {name}: {row.bpw:.4f} bpw, perplexity {row.perplexity:.4f}, KL {row.kl:.5f}, "
+                  f"{row.quantize_seconds:.1f} s", flush=True)  # fmt: skip
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        raise SystemExit(f"compare: {error}") from None

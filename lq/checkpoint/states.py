@@ -1,0 +1,37 @@
+"""Calibration states on disk: what an interrupted quantization needs besides its shards to go on to the bit.
+
+Computing them again from the shards would take a pass over every block that is done, and on another device would not
+give the same. So they are kept as they are after each block, one file at a time:
+
+    states-4.safetensors     `states.0` ... one array per batch, `original.0` ... where that chain is another
+"""
+
+from pathlib import Path
+
+import numpy as np
+import safetensors.numpy
+
+from lq.atomic import write_file
+from lq.quantizers.stream import Chains, QuantizedStream
+
+PATTERN = "states-*.safetensors"
+
+
+def save_states(out: Path, source: QuantizedStream) -> str:
+    """Writes the states at which `source` stands; returns the name of the file."""
+    chains = source.chains()
+    arrays = {f"states.{i}": np.ascontiguousarray(h) for i, h in enumerate(chains.states)}
+    arrays |= {f"original.{i}": np.ascontiguousarray(h) for i, h in enumerate(chains.original or [])}
+    name = PATTERN.replace("*", str(chains.position))
+    write_file(out / name, lambda path: safetensors.numpy.save_file(arrays, path))
+    return name
+
+
+def restore_states(out: Path, name: str, source: QuantizedStream) -> None:
+    """Lets `source` go on from the states in `out / name`, whose checksum the caller has compared."""
+    arrays = safetensors.numpy.load_file(out / name)
+
+    def chain(prefix: str) -> list[np.ndarray]:
+        return [arrays[f"{prefix}.{i}"] for i in range(sum(key.startswith(f"{prefix}.") for key in arrays))]
+
+    source.restore(Chains(int(name.split("-")[1].split(".")[0]), chain("states"), chain("original") or None))

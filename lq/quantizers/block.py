@@ -1,0 +1,213 @@
+"""One block quantized on its calibration states: statistics, codes, what is done about their errors."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lq.calibration.statistics import SAMPLE_ROWS, InputStats
+from lq.calibration.stream import through_block
+from lq.calibration.taps import Input, block_inputs, input_statistics
+from lq.errors import UserError
+from lq.models.config import BlockKind, ModelConfig
+from lq.models.source import Params
+from lq.numerics.segmented import Packed, is_packed
+from lq.numerics.spec import QuantSpec
+from lq.quantizers.apply import (
+    check_packed,
+    check_weight,
+    finite,
+    quantize_leaf,
+    read_bias,
+    read_matrix,
+    with_bias,
+    with_matrix,
+)
+from lq.quantizers.bias import bias_correction
+from lq.quantizers.channel_lines import with_storable_gains
+from lq.quantizers.errors import output_error
+from lq.quantizers.experts import fill_in
+from lq.quantizers.gptq import GPTQFactor
+from lq.quantizers.recipe import Recipe
+from lq.quantizers.registry import SCALINGS
+
+Note = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class CalibratedBlock:
+    """A block and the states it is calibrated on."""
+
+    config: ModelConfig
+    kind: BlockKind
+    name: str  # "block_3"
+    params: Params  # dense, float32
+    tokens: list[np.ndarray]  # per batch [B, S]
+    states: list[np.ndarray]  # per batch [B, S, D]: the block's input
+    dtype: Any = jnp.bfloat16  # what stays dense is stored in
+
+    def path(self, within: str) -> str:
+        """The full path of a matrix of this block."""
+        return f"{self.name}/{within}"
+
+    def outputs(self, params: Params, states: list[np.ndarray] | None = None) -> list[np.ndarray]:
+        """The states after the block with these parameters."""
+        return through_block(self.config, self.kind, params, self.tokens, self.states if states is None else states)
+
+    def statistics(
+        self, params: Params, which: tuple[int, ...], needs: frozenset[str], weights: list[Any] | None = None
+    ) -> list[InputStats]:
+        """Statistics of the inputs `which` of `block_inputs`, over all batches, the block having these parameters."""
+        rows = max(1, SAMPLE_ROWS // len(self.tokens))
+        totals: list[InputStats] | None = None
+        for i, (tokens, h) in enumerate(zip(self.tokens, self.states, strict=True)):
+            weight = None if weights is None else weights[i]
+            found = input_statistics(self.config, self.kind, params, h, tokens, weight, which, needs, rows)
+            totals = found if totals is None else [total + new for total, new in zip(totals, found, strict=True)]
+        return totals or []
+
+
+def dense(params: Params) -> Params:
+    """Every leaf float32, packed ones dequantized: one tree structure, and one compilation, whatever the specs."""
+    return jax.tree.map(
+        lambda leaf: leaf.dequantize() if is_packed(leaf) else leaf.astype(jnp.float32), params, is_leaf=is_packed
+    )
+
+
+def quantize_block(
+    block: CalibratedBlock,
+    specs: Mapping[str, QuantSpec],
+    recipe: Recipe,
+    targets: list[np.ndarray] | None,
+    *,
+    place: Callable[[jax.Array], jax.Array] = lambda weight: weight,
+    note: Note = lambda line: None,
+) -> tuple[Params, dict[str, dict[str, float]]]:
+    """Packs the matrices of a block.
+
+    Args:
+      block: what is quantized, and on which states.
+      specs: path within the block -> spec; the other matrices stay dense.
+      recipe: method, options and what goes with it.
+      targets: the original block's outputs, for methods that reconstruct blocks.
+      place: lays a weight out over devices.
+      note: takes lines for the user.
+
+    Returns:
+      The parameters, what stays dense in float32; and per matrix what was measured.
+    """
+    report: dict[str, dict[str, float]] = {path: {} for path in specs}
+    for path in specs:
+        check_weight(read_matrix(block.params, block.path(path)), block.path(path))
+    if recipe.scaling is not None:
+        block = _scaled(block, specs, recipe)
+    if recipe.reconstructs_blocks:
+        tensors = _reconstructed(block, specs, recipe, targets, report)
+    else:
+        tensors = _matrix_by_matrix(block, specs, recipe, report, place, note)
+    params = block.params
+    for path, tensor in tensors.items():
+        params = with_matrix(params, block.path(path), check_packed(tensor, block.path(path)))
+    if recipe.bias_correction:
+        params = _with_corrected_biases(block, params, tuple(specs))
+    return params, report
+
+
+def _scaled(block: CalibratedBlock, specs, recipe: Recipe) -> CalibratedBlock:
+    """The block with channel scales folded in, which computes the same."""
+    function = SCALINGS[recipe.scaling or ""].function
+    where = (block.config, block.kind)
+    params, _ = function(*where, block.params, block.states, block.tokens, specs, recipe.scaling_options, block.name)
+    params = with_storable_gains(*where, params, block.dtype)
+    return dataclasses.replace(block, params=params)
+
+
+def _reconstructed(block: CalibratedBlock, specs, recipe: Recipe, targets, report) -> dict[str, Packed]:
+    """All matrices found together, so that the block's output is near `targets`."""
+    raise NotImplementedError
+
+
+def _matrix_by_matrix(block: CalibratedBlock, specs, recipe: Recipe, report, place, note: Note) -> dict[str, Packed]:
+    """In true-sequential order every input is measured with the matrices before it quantized already."""
+    tensors: dict[str, Packed] = {}
+    inputs = block_inputs(block.config, block.kind)
+    wanted = [i for i, one in enumerate(inputs) if any(path in specs for path in one.readers)]
+    weights = _token_weights(block, recipe)
+    current = block.params
+    for stage in [(i,) for i in wanted] if recipe.true_sequential else [tuple(wanted)]:
+        measured = block.statistics(current, stage, recipe.needs, weights)
+        for i, stats in zip(stage, measured, strict=True):
+            stats = _usable(block, inputs[i], stats, note)
+            prepared = _prepared(block, inputs[i], stats, recipe, note)
+            for path in inputs[i].readers:
+                if path in specs:
+                    weight = place(read_matrix(block.params, block.path(path)))
+                    tensor = quantize_leaf(weight, stats, prepared, specs[path], recipe.of_matrix(path))
+                    if stats.hessian is not None:
+                        report[path]["error"] = float(output_error(weight, tensor.dequantize(), stats).mean())
+                    tensors[path] = tensor
+                    current = with_matrix(current, block.path(path), tensor.dequantize())
+    return tensors
+
+
+def _prepared(block: CalibratedBlock, one: Input, stats: InputStats, recipe: Recipe, note: Note) -> Any:
+    """What of the statistics serves every reader. Says so where a Hessian had to be damped more than was asked for."""
+    prepare = recipe.quantizer.prepare
+    if prepare is None:
+        return stats
+    prepared = prepare(stats, recipe.options)
+    if isinstance(prepared, GPTQFactor):
+        where = block.path(one.readers[0])
+        damping = np.atleast_1d(np.asarray(prepared.damping))
+        energy = np.atleast_2d(np.diagonal(np.asarray(stats.hessian), axis1=-2, axis2=-1))
+        asked = recipe.options.damping * energy.mean(-1, where=energy > 0)
+        if not np.isfinite(damping).all():
+            note(f"{where}: {int((~np.isfinite(damping)).sum())} Hessians could not be factored; rounded to nearest")
+        elif (damping > 2 * asked).any():
+            note(f"{where}: a Hessian was not positive definite; damped {(damping / asked).max():.0f} times more")
+    return prepared
+
+
+def _usable(block: CalibratedBlock, one: Input, stats: InputStats, note: Note) -> InputStats:
+    """Raises UserError unless all statistics are finite; fills up those of experts that saw too few tokens."""
+    where = block.path(one.readers[0])
+    if not all(bool(finite(leaf)) for leaf in jax.tree.leaves(stats)):
+        raise UserError(f"{where}: its calibration inputs are NaN or infinite; the model or the states are damaged")
+    if one.experts is None:
+        return stats
+    channels = read_matrix(block.params, where).shape[-2]
+    filled, seen = fill_in(stats, channels)
+    few = int((seen < channels).sum())
+    if few:
+        note(
+            f"{where}: {few} of {one.experts} experts saw fewer tokens than the {channels} channels (least "
+            f"{int(seen.min())}); filled up from all experts. More calibration text helps"
+        )
+    return filled
+
+
+def _token_weights(block: CalibratedBlock, recipe: Recipe) -> list[Any] | None:
+    """How much each token counts, per batch `[B, S]`, where the method weighs tokens."""
+    weigh = recipe.quantizer.token_weights
+    if weigh is None:
+        return None
+    pairs = zip(block.states, block.tokens, strict=True)
+    return [weigh(block.config, block.kind, block.params, h, tokens, recipe.options) for h, tokens in pairs]
+
+
+def _with_corrected_biases(block: CalibratedBlock, packed: Params, paths: tuple[str, ...]) -> Params:
+    """`packed` with biases that undo the mean error of every matrix on the states it now sees (closed form)."""
+    for i, one in enumerate(block_inputs(block.config, block.kind)):
+        readers = [path for path in one.readers if path in paths and one.experts is None]
+        if not readers:
+            continue
+        (stats,) = block.statistics(dense(packed), (i,), frozenset({"total"}))
+        for path in readers:
+            full = block.path(path)
+            tensor = read_matrix(packed, full)
+            shift = bias_correction(read_matrix(block.params, full), tensor.dequantize(), stats)
+            packed = with_bias(packed, full, read_bias(packed, full) + shift)
+    return packed

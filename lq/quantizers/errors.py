@@ -1,0 +1,32 @@
+"""What a quantized matrix does to the output of its layer, from the second moment of the inputs alone."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from lq.calibration.statistics import HIGHEST, InputStats
+
+
+@jax.jit
+def output_error(
+    weight: Float[Array, "... K N"], dequantized: Float[Array, "... K N"], stats: InputStats
+) -> Float[Array, "..."]:
+    """||X (W - Q)||^2 / ||X W||^2 over the calibration tokens X: tr(D^T H D) / tr(W^T H W), D = W - Q.
+
+    Args:
+      weight, dequantized: W and Q, any float dtype.
+      stats: with a `hessian`; leading axes as those of the weight.
+
+    Returns:
+      float32, one number for each matrix of a stack; 0 where nothing is lost, of an output that is 0 too.
+    """
+    if stats.hessian is None:
+        raise ValueError("the output error needs statistics with a hessian")
+    weight, dequantized = (a.astype(jnp.float32) for a in (weight, dequantized))
+    lost, whole = _energy(weight - dequantized, stats.hessian), _energy(weight, stats.hessian)
+    return jnp.where(lost == 0, 0.0, lost / whole)
+
+
+def _energy(weight: Array, hessian: Array) -> Array:
+    """tr(W^T H W)"""
+    return jnp.sum(weight * jnp.matmul(hessian, weight, precision=HIGHEST), axis=(-2, -1))

@@ -1,0 +1,115 @@
+"""`Recipe`: which quantizer, with which options, and what is done around it; checked as a whole before any work.
+
+Steps are taken in this order, each where the recipe asks for it:
+
+    fold norms, rotate        the model as a whole, `lq.transforms`, before anything is measured
+    channel scales            per block: AWQ's search, or SmoothQuant's closed form
+    codes                     per block: the quantizer, its clipping search included
+    low-rank residual         per matrix, where its spec has a rank (LoRC)
+    bias correction           per matrix: the mean error of its output is added to its bias
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from lq.errors import UserError
+from lq.models.config import ModelConfig
+from lq.numerics.spec import QuantSpec
+from lq.quantizers.registry import QUANTIZERS, SCALINGS
+from lq.registry import Method
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How the matrices of a model are quantized. Raises UserError for names and options that do not exist."""
+
+    method: str = "rtn"
+    options: Any = None  # of the method; its defaults when None
+    scaling: str | None = None  # a name in `SCALINGS`: channel scales folded into the block before it is quantized
+    scaling_options: Any = None
+    bias_correction: bool = False
+
+    def __post_init__(self):
+        if self.options is None:
+            object.__setattr__(self, "options", QUANTIZERS.options(self.method, {}))
+        if getattr(self.options, "scale", False):
+            if self.scaling is not None:
+                raise UserError(
+                    f"{self.method} scales the channels itself; write scale: false, or leave out {self.scaling}"
+                )
+            object.__setattr__(self, "scaling", self.method)
+            object.__setattr__(self, "scaling_options", self.options)
+        if self.scaling is not None and self.scaling_options is None:
+            object.__setattr__(self, "scaling_options", SCALINGS.options(self.scaling, {}))
+
+    @property
+    def quantizer(self) -> Method:
+        return QUANTIZERS[self.method]
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether calibration text is needed."""
+        return "calibration" in self.quantizer.needs or self.scaling is not None or self.bias_correction
+
+    @property
+    def name(self) -> str:
+        """In words, for tables and messages: `awq + gptq`, `rtn + bias correction`."""
+        before = [self.scaling] if self.scaling is not None and self.scaling != self.method else []
+        return " + ".join([*before, self.method, *(["bias correction"] if self.bias_correction else [])])
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Fields of `InputStats` that are collected for every matrix."""
+        return (self.quantizer.needs - {"calibration"}) | ({"total"} if self.bias_correction else frozenset())
+
+    def of_matrix(self, path: str) -> "Recipe":
+        """The recipe as it is for one matrix: AWQ clips no queries and keys."""
+        if self.quantizer.per_matrix is None:
+            return self
+        return dataclasses.replace(
+            self, options=self.quantizer.per_matrix(self.options, path), scaling=None, scaling_options=None
+        )
+
+    @property
+    def propagates(self) -> bool:
+        """Whether a block is calibrated on the outputs of the quantized blocks before it, or of the original ones."""
+        return bool(getattr(self.options, "propagate", True))
+
+    @property
+    def true_sequential(self) -> bool:
+        """Whether a matrix is calibrated on what the quantized matrices before it in its block let through."""
+        return bool(getattr(self.options, "true_sequential", False))
+
+    @property
+    def reconstructs_blocks(self) -> bool:
+        """Whether all matrices of a block are found together, so that its output is near the original's."""
+        return self.quantizer.block is not None and getattr(self.options, "unit", "block") == "block"
+
+    def check(self, config: ModelConfig, specs: Mapping[str, QuantSpec]) -> None:
+        """Raises UserError, with the reason, for what cannot be combined."""
+        for spec in sorted(set(specs.values()), key=str):
+            if self.quantizer.check is not None:
+                self.quantizer.check(self.options, spec)
+            if spec.mixed and self.quantizer.segments is None:
+                able = " or ".join(name for name, method in QUANTIZERS.items() if method.segments is not None)
+                raise UserError(f"mixed: {self.method} cannot choose widths for runs of channels; write method {able}")
+        if self.quantizer.segments is not None and specs and not any(spec.mixed for spec in specs.values()):
+            raise UserError(
+                f"{self.method}: chooses widths for runs of channels, for which these specs have no room; write mixed: "
+                "true (--mixed), or the method gptq"
+            )
+        if self.bias_correction and not (config.qkv_bias and config.attention_out_bias and config.mlp_bias):
+            raise UserError(
+                f"bias_correction: the matrices of this {config.family} model have no biases to correct; "
+                "add them with the transform add_biases, or leave bias_correction out"
+            )
+
+    def to_dict(self) -> dict:
+        """As JSON; what makes a write the same one."""
+        found: dict[str, Any] = {"method": self.method, "options": dataclasses.asdict(self.options)}
+        if self.scaling not in (None, self.method):
+            found |= {"scaling": self.scaling, "scaling_options": dataclasses.asdict(self.scaling_options)}
+        if self.bias_correction:
+            found["bias_correction"] = True
+        return found

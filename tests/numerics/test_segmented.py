@@ -1,0 +1,94 @@
+"""A matrix of several widths: what it stands for, what it costs, how it is stored."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lq.checkpoint.layout import expected_tensors, from_tensors, to_tensors
+from lq.errors import UserError
+from lq.models.prepared import prepare
+from lq.numerics.matmul import lookup, matmul
+from lq.numerics.segmented import SegmentedQTensor, runs_of
+from lq.numerics.spec import QuantSpec
+
+SHAPE = (512, 96)
+
+
+def mixed(bits=3, group_size=64, symmetric=False, widths=(4, 4, 3, 1), seed=0):
+    """A tensor, and the weight that it stands for, float64."""
+    rng = np.random.default_rng(seed)
+    spec = QuantSpec(bits=bits, group_size=group_size, symmetric=symmetric, mixed=True)
+    of_channel = np.repeat(widths, 128)
+    of_group = np.repeat(widths, 128 // group_size)
+    codes = rng.integers(0, 2 ** of_channel[:, None], SHAPE)
+    scales = np.asarray(jnp.asarray(rng.uniform(0.5, 2, (of_group.size, SHAPE[1])), jnp.bfloat16), np.float64)
+    zeros = rng.integers(0, 2 ** of_group[:, None], scales.shape)
+    middle = np.where(of_group == 1, 0.5, 2.0 ** (of_group - 1))[:, None] + np.zeros_like(scales)
+    permutation = rng.permutation(SHAPE[0])
+    weight = np.empty(SHAPE)
+    expand = lambda a: np.repeat(a, group_size, axis=0)  # noqa: E731
+    weight[permutation] = (codes - expand(middle if symmetric else zeros)) * expand(scales)
+    arrays = [jnp.asarray(a) for a in (codes, scales, zeros, permutation)]
+    if symmetric:
+        arrays[2] = None
+    return SegmentedQTensor.from_runs(*arrays, widths, spec), weight
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize(("bits", "widths"), [(3, (4, 4, 3, 1)), (2, (2, 3, 1, 2)), (5, (8, 4, 4, 4))])
+def test_it_stands_for_the_weight_and_costs_what_is_counted(symmetric, group_size, bits, widths):
+    tensor, weight = mixed(bits, group_size, symmetric, widths)
+    np.testing.assert_array_equal(np.asarray(tensor.dequantize()), weight)  # bfloat16 times small integers is exact
+    assert tensor.widths == widths
+    stored = sum(leaf.on_device_size_in_bytes() for leaf in jax.tree.leaves(tensor))
+    assert tensor.nbytes == stored + 4 == tensor.spec.size_bits(SHAPE) // 8
+    plain = QuantSpec(bits=bits, group_size=group_size, symmetric=symmetric)
+    assert tensor.spec.size_bits(SHAPE) == plain.size_bits(SHAPE) + 16 * 512 + 8 * 4
+
+
+def test_products_and_lookups():
+    tensor, weight = mixed()
+    x = np.random.default_rng(1).standard_normal((5, 512)).astype(np.float32)
+    expected = x.astype(np.float64) @ weight
+    bound = 512 * 2.0**-24 * (np.abs(x) @ np.abs(weight))
+    assert (np.abs(np.asarray(matmul(jnp.asarray(x), tensor)) - expected) <= bound).all()
+    laid_out = prepare({"block_0": {"up_proj": {"kernel": tensor}}})["block_0"]["up_proj"]["kernel"]
+    assert (np.abs(np.asarray(matmul(jnp.asarray(x), laid_out)) - expected) <= bound).all()
+    rows = jnp.asarray([3, 95, 0])
+    np.testing.assert_array_equal(np.asarray(lookup(tensor, rows)), weight.T[np.asarray(rows)])
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_it_comes_back_from_a_shard(symmetric):
+    tensor, weight = mixed(symmetric=symmetric)
+    tensors = to_tensors({"mlp": {"up_proj": {"kernel": tensor}}})
+    specs = {"mlp/up_proj/kernel": (tensor.spec, SHAPE)}
+    assert {name: array.shape for name, array in tensors.items()} == expected_tensors({}, specs)
+    assert sum(array.nbytes for array in tensors.values()) == tensor.nbytes
+    again = from_tensors(tensors, specs, None)["mlp"]["up_proj"]["kernel"]
+    assert jax.tree.structure(again) == jax.tree.structure(tensor)
+    np.testing.assert_array_equal(np.asarray(again.dequantize()), weight)
+    tensors["mlp/up_proj/kernel:widths"] = np.asarray([4, 4, 4, 4], np.uint8)
+    with pytest.raises(ValueError, match="are not 3 on average"):
+        from_tensors(tensors, specs, None)
+
+
+def test_neighbours_of_equal_width_are_one_segment():
+    assert runs_of((4, 4, 3, 1)) == [(4, 0, 256), (3, 256, 384), (1, 384, 512)]
+    assert len(mixed()[0].segments) == 3
+
+
+@pytest.mark.parametrize("shape", [(128, 64), (320, 64), (256, 48), (2, 256, 64)], ids=str)
+def test_what_cannot_be_cut_is_not_mixed(shape):
+    spec = QuantSpec(bits=3, group_size=64, mixed=True)
+    assert not spec.mixes(shape)
+    assert spec.size_bits(shape) == QuantSpec(bits=3, group_size=64).size_bits(shape)
+
+
+def test_contradictions_are_refused():
+    with pytest.raises(UserError, match="mixed: runs of 128 channels hold no whole group; write group_size 32, 64 or"):
+        QuantSpec(bits=3, group_size=256, mixed=True)
+    with pytest.raises(UserError, match="do not go with rank; leave one out"):
+        QuantSpec(bits=3, rank=4, mixed=True)

@@ -1,0 +1,282 @@
+"""The driver: which states a block is calibrated on, in which order, and that it can be left and taken up again."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small_models import llama_config, random_params
+
+from lq.calibration.data import Windows
+from lq.calibration.statistics import reduce_inputs
+from lq.calibration.stream import embed_batches, through_block
+from lq.calibration.taps import input_statistics
+from lq.errors import UserError
+from lq.models.config import Experts
+from lq.models.matrices import EMBEDDING, HEAD, matrices, model_shapes
+from lq.models.source import InMemory
+from lq.numerics.segmented import is_packed
+from lq.numerics.spec import QuantSpec
+from lq.quantizers import QUANTIZERS, QuantizedStream, Recipe, quantized_source
+from lq.quantizers.apply import finite, quantize_matrix, read_matrix
+from lq.quantizers.block import dense
+from lq.quantizers.experts import fill_in
+from lq.quantizers.registry import SCALINGS
+
+CONFIG = llama_config(blocks=3)
+ROUTED = dataclasses.replace(
+    CONFIG,
+    kinds=(dataclasses.replace(CONFIG.kinds[0], routed=True),) * 2,
+    experts=Experts(count=4, per_token=2, intermediate_size=96),
+)
+CALIBRATED = [n for n, method in QUANTIZERS.items() if "calibration" in method.needs and method.segments is None]
+FEW_STEPS = {"steps": 4, "batch_size": 2}  # of methods that learn
+
+
+def tokens(count=6, length=48, seed=0):
+    return np.random.default_rng(seed).integers(0, CONFIG.vocab_size, (count, length), np.int32)
+
+
+def windows(rows=None):
+    return Windows(tokens() if rows is None else rows, "random", "random tokens")
+
+
+def recipe(method, **fields):
+    known = {field.name for field in dataclasses.fields(QUANTIZERS[method].options)}
+    options = {key: value for key, value in FEW_STEPS.items() if key in known}
+    return Recipe(method=method, options=QUANTIZERS.options(method, options), **fields)
+
+
+def specs_of(config, bits=3, **fields):
+    return dict.fromkeys(matrices(config), QuantSpec(bits=bits, group_size=32, **fields))
+
+
+def stream_of(method, config=CONFIG, params=None, specs=None, rows=None, **fields):
+    params = random_params(config) if params is None else params
+    return QuantizedStream(
+        InMemory(config, params), specs or specs_of(config), recipe(method, **fields), windows(rows), batch_size=2
+    )
+
+
+def packed_leaves(params):
+    flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_packed)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat if is_packed(leaf)}
+
+
+def assert_same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+
+
+@pytest.mark.parametrize("method", CALIBRATED)
+@pytest.mark.parametrize("config", [CONFIG, ROUTED], ids=["dense", "mixture"])
+def test_every_method_packs_every_matrix(method, config):
+    source = stream_of(method, config)
+    params = source.params()
+    assert set(packed_leaves(params)) == {f"{path}/kernel" for path in matrices(config)}
+    for path, leaf in packed_leaves(params).items():
+        spec = specs_of(config)[path.removesuffix("/kernel")]
+        assert (leaf.spec, leaf.shape) == (spec, model_shapes(config)[path.removesuffix("/kernel")])
+    original = random_params(config)
+    for name in ("embed", "head"):
+        assert_same(params[name], original[name])
+
+
+def test_widths_of_their_own_for_runs_of_channels():
+    config = llama_config(blocks=1, hidden=256)
+    specs = specs_of(config, mixed=True)
+    source = stream_of("baq", config, specs=specs)
+    packed = packed_leaves(source.params())
+    for path, leaf in packed.items():
+        path = path.removesuffix("/kernel")
+        assert 8 * leaf.nbytes == specs[path].size_bits(leaf.shape), path
+    assert sum(leaf.widths) == 3 * 4 if (leaf := packed["block_0/mlp/down_proj/kernel"]) else False
+    assert any(len(set(leaf.widths)) > 1 for leaf in packed.values()), "the random block has channels of unequal energy"
+    with pytest.raises(UserError, match="baq: chooses widths for runs of channels.*write mixed: true"):
+        stream_of("baq", config)
+    with pytest.raises(UserError, match="mixed: gptq cannot choose widths for runs of channels; write method baq"):
+        stream_of("gptq", config, specs=specs)
+
+
+@pytest.mark.parametrize("method", CALIBRATED)
+def test_goes_on_where_another_process_was(method):
+    """From the states after any block the rest comes out the same to the bit."""
+    whole = stream_of(method)
+    expected = whole.params()
+    for done in range(1, CONFIG.num_blocks):
+        first, second = stream_of(method), stream_of(method)
+        for i in range(done):
+            first.block(i)
+        second.restore(first.chains())
+        for i in range(done, CONFIG.num_blocks):
+            assert_same(second.block(i), expected[f"block_{i}"])
+
+
+@pytest.mark.parametrize("method", CALIBRATED)
+def test_identical_seeds_give_identical_codes_and_parts_may_be_asked_for_in_any_order(method):
+    first, second = stream_of(method), stream_of(method)
+    expected = first.params()
+    assert_same(second.block(2), expected["block_2"])  # computes those before it
+    assert_same(second.block(0), expected["block_0"])  # starts over
+    assert_same(second.embed(), expected["embed"])
+
+
+@pytest.mark.parametrize("method", CALIBRATED)
+def test_order_of_calibration_windows_hardly_matters(method):
+    """Sums over windows in another order differ in the last bits, which few codes notice."""
+    if QUANTIZERS[method].block is not None:
+        pytest.skip("draws its minibatches by their place")
+    plain = packed_leaves(stream_of(method).block(0))
+    turned = packed_leaves(stream_of(method, rows=tokens()[::-1].copy()).block(0))
+    for path, leaf in plain.items():
+        different = np.mean(np.asarray(leaf.codes()) != np.asarray(turned[path].codes()))
+        assert different <= 0.01, path
+
+
+def test_a_propagating_method_sees_what_the_quantized_blocks_let_through():
+    source = stream_of("gptq")
+    packed = {f"block_{i}": source.block(i) for i in range(2)}
+    rows = [tokens()[i : i + 2] for i in range(0, 6, 2)]
+    h = embed_batches(InMemory(CONFIG, random_params(CONFIG)), tokens(), 2)
+    for i in range(2):
+        h = through_block(CONFIG, CONFIG.kinds[i], dense(packed[f"block_{i}"]), rows, h)
+    for ours, theirs in zip(source.chains().states, h, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_without_propagation_it_sees_the_original_states():
+    options = QUANTIZERS.options("gptq", {"propagate": False})
+    params = random_params(CONFIG)
+    plain = Recipe(method="gptq", options=options)
+    source = QuantizedStream(InMemory(CONFIG, params), specs_of(CONFIG), plain, windows(), batch_size=2)
+    source.block(1)
+    rows = [tokens()[i : i + 2] for i in range(0, 6, 2)]
+    h = embed_batches(InMemory(CONFIG, params), tokens(), 2)
+    for i in range(2):
+        h = through_block(CONFIG, CONFIG.kinds[i], dense(params[f"block_{i}"]), rows, h)
+    for ours, theirs in zip(source.chains().states, h, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("true_sequential", [True, False])
+def test_true_sequential_order_inside_the_block(true_sequential):
+    """down_proj is calibrated on what the quantized gate and up let through, or on what the original ones do."""
+    params = random_params(CONFIG)
+    options = QUANTIZERS.options("gptq", {"true_sequential": true_sequential})
+    chosen = Recipe(method="gptq", options=options)
+    specs = specs_of(CONFIG)
+    source = QuantizedStream(InMemory(CONFIG, params), specs, chosen, windows(), batch_size=2)
+    packed = source.block(0)
+    before = dense(packed if true_sequential else params["block_0"])
+    before["mlp"]["down_proj"]["kernel"] = jnp.asarray(params["block_0"]["mlp"]["down_proj"]["kernel"], jnp.float32)
+    total = None
+    h = embed_batches(InMemory(CONFIG, params), tokens(), 2)
+    for i, states in enumerate(h):
+        rows = tokens()[2 * i : 2 * i + 2]
+        found = input_statistics(CONFIG, CONFIG.kinds[0], before, states, rows, None, (3,), frozenset({"hessian"}))[0]
+        total = found if total is None else total + found
+    weight = params["block_0"]["mlp"]["down_proj"]["kernel"]
+    prepared = QUANTIZERS["gptq"].prepare(total, options)
+    expected = quantize_matrix(weight, prepared, specs["block_0/mlp/down_proj"], "gptq", options)
+    got = packed["mlp"]["down_proj"]["kernel"]
+    np.testing.assert_array_equal(np.asarray(got.codes()), np.asarray(expected.codes()))
+
+
+def test_compiles_once_per_shape_and_not_per_block():
+    jax.clear_caches()
+    quantize_matrix.clear_cache()
+    input_statistics.clear_cache()
+    stream_of("gptq").params()
+    # q and o are 64 x 64, k and v 64 x 32, gate and up 64 x 128, down 128 x 64; four stages of statistics.
+    assert quantize_matrix._cache_size() == 4
+    assert input_statistics._cache_size() == 4
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("method", ["gptq", "rtn"])
+def test_embedding_and_head(method, tied):
+    config = llama_config(blocks=2, tied=tied)
+    params = random_params(config)
+    tables = [EMBEDDING] if tied else [EMBEDDING, HEAD]
+    specs = specs_of(config) | dict.fromkeys(tables, QuantSpec(bits=4, group_size=32))
+    source = quantized_source(InMemory(config, params), specs, recipe(method), windows(), batch_size=2)
+    packed = source.params()
+    assert set(packed_leaves({k: packed[k] for k in ("embed", "head")})) == {
+        "embed/tokens/embedding", *([] if tied else ["head/kernel"])
+    }  # fmt: skip
+    table = read_matrix(packed["embed"], EMBEDDING)
+    error = np.asarray(table.dequantize()).T - np.asarray(params["embed"]["tokens"]["embedding"], np.float32)
+    assert (
+        np.square(error).mean()
+        < 0.02 * np.square(np.asarray(params["embed"]["tokens"]["embedding"], np.float32)).mean()
+    )
+    if method == "gptq" and not tied:
+        # A lookup reads all channels alike: the second moment is the identity, where GPTQ is plain rounding.
+        alone = quantize_matrix(
+            read_matrix(params["embed"], EMBEDDING),
+            reduce_inputs(jnp.eye(64), frozenset({"hessian"})),
+            specs[EMBEDDING],
+            "gptq",
+            QUANTIZERS.options("gptq", {}),
+        )
+        np.testing.assert_array_equal(np.asarray(table.codes()), np.asarray(alone.codes()))
+
+
+def test_experts_with_few_tokens_are_filled_up_and_reported():
+    said = []
+    params = random_params(ROUTED)
+    few = windows(tokens(count=1, length=20))
+    source = QuantizedStream(
+        InMemory(ROUTED, params), specs_of(ROUTED), recipe("gptq"), few, batch_size=2, note=said.append
+    )
+    packed = source.params()
+    assert all(bool(finite(leaf)) for leaf in jax.tree.leaves(packed) if leaf.dtype == jnp.bfloat16)
+    assert any("block_0/moe/gate_proj: 4 of 4 experts saw fewer tokens than the 64 channels" in line for line in said)
+
+
+def test_filling_up():
+    rng = np.random.default_rng(0)
+    x = [rng.standard_normal((n, 8)) for n in (0, 3, 100)]
+    each = [reduce_inputs(jnp.asarray(rows, jnp.float32), frozenset({"hessian", "total"})) for rows in x]
+    stats = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
+    filled, seen = fill_in(stats, 8)
+    np.testing.assert_array_equal(seen, [0, 3, 100])
+    np.testing.assert_allclose(filled.tokens, [8, 8, 100], rtol=1e-6)
+    pooled = sum(rows.T @ rows for rows in x) / 103
+    np.testing.assert_allclose(filled.hessian[0], 8 * pooled, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(filled.hessian[1], x[1].T @ x[1] + 5 * pooled, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(filled.hessian[2], x[2].T @ x[2], rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_not_finite_is_named():
+    params = random_params(CONFIG)
+    params["block_1"]["attention"]["o_proj"]["kernel"] = jnp.full((64, 64), jnp.nan, jnp.bfloat16)
+    with pytest.raises(UserError, match="^block_1/attention/o_proj: a weight is NaN or infinite"):
+        stream_of("gptq", params=params).params()
+    params = random_params(CONFIG)
+    params["block_1"]["attention_norm"]["scale"] = jnp.full((64,), jnp.inf, jnp.bfloat16)
+    with pytest.raises(UserError, match="^block_1/attention/q_proj: its calibration inputs are NaN or infinite"):
+        stream_of("gptq", params=params).params()
+
+
+def test_a_recipe_that_needs_text_asks_for_it():
+    with pytest.raises(UserError, match="gptq needs calibration text; give --calibration FILE"):
+        quantized_source(InMemory(CONFIG, random_params(CONFIG)), specs_of(CONFIG), recipe("gptq"))
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_channel_scales_go_before_any_quantizer(scaling, method):
+    """At 8 bits the block still does what it did, with other norms."""
+    params = random_params(CONFIG)
+    source = stream_of(method, params=params, specs=specs_of(CONFIG, bits=8), scaling=scaling)
+    packed = source.block(0)
+    gains = np.asarray(packed["attention_norm"]["scale"], np.float32)
+    assert not np.allclose(gains, np.asarray(params["block_0"]["attention_norm"]["scale"], np.float32), rtol=1e-3)
+    rows = [tokens()[:2]]
+    h = embed_batches(InMemory(CONFIG, params), tokens()[:2], 2)
+    before = through_block(CONFIG, CONFIG.kinds[0], dense(params["block_0"]), rows, h)[0]
+    after = through_block(CONFIG, CONFIG.kinds[0], dense(packed), rows, h)[0]
+    assert np.abs(after - before).max() <= 0.02 * np.abs(before).max()
