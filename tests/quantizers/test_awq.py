@@ -282,7 +282,7 @@ def loss_of_rounding(config, kind, params, line, h, tokens) -> float:
     changed = params
     for path in line.readers:
         leaf = leaf_at(params, path)
-        packed = quantize_matrix(leaf["kernel"], SPEC, "rtn", RTNOptions(convention="asym", clip="none"))
+        packed = quantize_matrix(leaf["kernel"], None, SPEC, "rtn", RTNOptions(convention="asym", clip="none"))
         changed = with_leaf(changed, path, {**leaf, "kernel": packed.dequantize()})
     before, after = (np.asarray(output(config, kind, tree, line, h, tokens), np.float64) for tree in (params, changed))
     return float(np.square(after - before).mean())
@@ -305,7 +305,7 @@ def test_alpha_zero_is_plain_rounding_to_the_bit():
     assert all(found.alpha == (0.0,) and found.before == found.after for found in report)
     weight, options = params["mlp"]["up_proj"]["kernel"], RTNOptions(convention="asym", clip="none")
     np.testing.assert_array_equal(
-        fake_quantize(weight, SPEC, options), quantize_matrix(weight, SPEC, "rtn", options).dequantize()
+        fake_quantize(weight, SPEC, options), quantize_matrix(weight, None, SPEC, "rtn", options).dequantize()
     )
 
 

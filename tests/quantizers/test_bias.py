@@ -19,7 +19,7 @@ def case(*lead):
     rng = np.random.default_rng(0)
     x = (rng.standard_normal((*lead, T, K)) + rng.standard_normal((*lead, 1, K))).astype(np.float32)
     weight = rng.standard_normal((*lead, K, N)).astype(np.float32)
-    quantized = quantize_matrix(jnp.asarray(weight), QuantSpec(bits=2, group_size=32), "rtn", RTNOptions())
+    quantized = quantize_matrix(jnp.asarray(weight), None, QuantSpec(bits=2, group_size=32), "rtn", RTNOptions())
     return x, weight, np.asarray(quantized.dequantize())
 
 

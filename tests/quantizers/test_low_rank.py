@@ -20,7 +20,7 @@ K, N = 96, 64
 def error_of(*lead, seed=0):
     """What rounding to 2 bits leaves of Gaussian weights, nearly white."""
     weight = np.random.default_rng(seed).standard_normal((*lead, K, N)).astype(np.float32)
-    tensor = quantize_matrix(jnp.asarray(weight), QuantSpec(bits=2, group_size=32), "rtn", RTNOptions())
+    tensor = quantize_matrix(jnp.asarray(weight), None, QuantSpec(bits=2, group_size=32), "rtn", RTNOptions())
     return weight - np.asarray(tensor.dequantize())
 
 
@@ -137,10 +137,10 @@ def test_experts_are_decomposed_each_by_itself_and_one_without_tokens_as_without
 def test_a_quantized_matrix_has_the_residual_of_its_spec(fields, lead):
     weight = np.random.default_rng(2).standard_normal((*lead, K, N)).astype(np.float32)
     spec = QuantSpec(bits=2, group_size=32, rank=8, **fields)
-    tensor = quantize_matrix(jnp.asarray(weight), spec, "rtn", RTNOptions())
+    tensor = quantize_matrix(jnp.asarray(weight), None, spec, "rtn", RTNOptions())
     assert tensor.spec == spec
     assert tensor.nbytes * 8 == spec.size_bits(weight.shape)
-    base = quantize_matrix(jnp.asarray(weight), QuantSpec(bits=2, group_size=32, **fields), "rtn", RTNOptions())
+    base = quantize_matrix(jnp.asarray(weight), None, QuantSpec(bits=2, group_size=32, **fields), "rtn", RTNOptions())
     np.testing.assert_array_equal(np.asarray(tensor.codes()), np.asarray(base.codes()))
     errors = (np.square(np.asarray(t.dequantize()) - weight).sum((-1, -2)) for t in (tensor, base))
     with_residual, without = errors
@@ -154,7 +154,7 @@ def test_a_quantized_matrix_has_the_residual_of_its_spec(fields, lead):
 
 def test_under_jit_and_eval_shape():
     weight = jnp.asarray(np.random.default_rng(2).standard_normal((K, N)), jnp.float32)
-    base = quantize_matrix(weight, QuantSpec(bits=2, group_size=32), "rtn", RTNOptions())
+    base = quantize_matrix(weight, None, QuantSpec(bits=2, group_size=32), "rtn", RTNOptions())
     run = functools.partial(compensate, rank=4)
     plain, jitted, abstract = run(base, weight), jax.jit(run)(base, weight), jax.eval_shape(run, base, weight)
     assert jax.tree.structure(plain) == jax.tree.structure(jitted) == jax.tree.structure(abstract)
