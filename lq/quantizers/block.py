@@ -14,6 +14,7 @@ from lq.calibration.taps import Input, block_inputs, input_statistics
 from lq.errors import UserError
 from lq.models.config import BlockKind, ModelConfig
 from lq.models.source import Params
+from lq.numerics.qtensor import QTensor
 from lq.numerics.segmented import Packed, is_packed
 from lq.numerics.spec import QuantSpec
 from lq.quantizers.apply import (
@@ -31,7 +32,9 @@ from lq.quantizers.channel_lines import with_storable_gains
 from lq.quantizers.errors import output_error
 from lq.quantizers.experts import fill_in
 from lq.quantizers.gptq import GPTQFactor
+from lq.quantizers.low_rank import compensate
 from lq.quantizers.recipe import Recipe
+from lq.quantizers.reconstruct import BlockFunction
 from lq.quantizers.registry import SCALINGS
 
 Note = Callable[[str], None]
@@ -127,7 +130,27 @@ def _scaled(block: CalibratedBlock, specs, recipe: Recipe) -> CalibratedBlock:
 
 def _reconstructed(block: CalibratedBlock, specs, recipe: Recipe, targets, report) -> dict[str, Packed]:
     """All matrices found together, so that the block's output is near `targets`."""
-    raise NotImplementedError
+    plain = {path: dataclasses.replace(spec, rank=0) for path, spec in specs.items()}
+    found, outcome = recipe.quantizer.block(
+        BlockFunction(block.config, block.kind),
+        block.params,
+        np.concatenate(block.states),
+        np.concatenate(targets),
+        plain,
+        recipe.options,
+    )
+    for path in specs:
+        report[path]["block error"] = outcome.after / max(float(np.mean(np.square(np.concatenate(targets)))), 1e-30)
+    tensors = {path: QTensor.from_codes(*arrays, plain[path]) for path, arrays in found.items()}
+    return {
+        path: compensated(tensor, read_matrix(block.params, block.path(path)), specs[path].rank)
+        if specs[path].rank
+        else tensor
+        for path, tensor in tensors.items()
+    }
+
+
+compensated = jax.jit(compensate, static_argnames="rank")
 
 
 def _matrix_by_matrix(block: CalibratedBlock, specs, recipe: Recipe, report, place, note: Note) -> dict[str, Packed]:
