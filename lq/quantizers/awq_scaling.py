@@ -94,9 +94,10 @@ def scale_block(
         if not rounding:
             continue
         alphas, scales = candidates(line, stats, params, rounding, options)
-        batches = zip(hidden, tokens, strict=True)
-        errors = [squared_errors(config, kind, line, rounding, params, batch, h, scales) for h, batch in batches]
-        total = np.sum(np.asarray(errors, np.float64), axis=0)  # [candidates, scales]
+        total = np.zeros(())  # [candidates, 1 or experts]
+        for h, batch in zip(hidden, tokens, strict=True):
+            errors = squared_errors(config, kind, line, rounding, params, batch, h, scales)
+            total = total + np.asarray(errors, np.float64)
         if not np.isfinite(total[0]).all():
             raise UserError(
                 f"{name}/{line.inspected}: its output is NaN or infinite on the calibration text; the model is damaged"

@@ -3,8 +3,8 @@
     s_c = max|X_c|^a / max|W_c|^(1 - a)
 
 over the tokens X of a calibration set and all output channels of all readers W of a channel line
-(`lq.quantizers.channel_lines`). It was made for quantizing activations too: with a = 1/2 both sides get the range
-sqrt(max|X_c| max|W_c|). The paper rescales after norms; `lines="all"` goes on to the lines between two matrices.
+(`lq.quantizers.channel_lines`), a router aside. It was made for quantizing activations too: with a = 1/2 both sides get
+the range sqrt(max|X_c| max|W_c|). The paper rescales after norms; `lines="all"` goes on to the lines between matrices.
 """
 
 import dataclasses
