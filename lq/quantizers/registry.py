@@ -2,7 +2,7 @@
 
 from lq.quantizers.awq import AWQOptions, ScalingOptions, awq
 from lq.quantizers.awq_scaling import scale_block
-from lq.quantizers.baq import BAQOptions, baq
+from lq.quantizers.baq import BAQOptions, baq, baq_segments
 from lq.quantizers.gptq import GPTQOptions, factorize, gptq
 from lq.quantizers.hqq import HQQOptions, hqq
 from lq.quantizers.rsq import RSQOptions, rsq, token_importance
@@ -23,11 +23,11 @@ QUANTIZERS = Registry(
             check=GPTQOptions.resolve,
         ),
         "baq": Method(
-            function=gptq,
+            function=baq,
             options=BAQOptions,
             needs=frozenset({"hessian", "calibration"}),
             prepare=factorize,
-            segments=baq,
+            segments=baq_segments,
             check=BAQOptions.resolve,
         ),
         "rsq": Method(
