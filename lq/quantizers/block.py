@@ -137,7 +137,7 @@ def _reconstructed(block: CalibratedBlock, specs, recipe: Recipe, targets, repor
     apply = BlockFunction(block.config, block.kind)
     states, targets_of_all = np.concatenate(block.states), np.concatenate(targets)
     found, outcome = reconstruct(apply, block.params, states, targets_of_all, plain, recipe.options)
-    tensors = {}
+    tensors: dict[str, Packed] = {}
     for path, (codes, scales, zeros) in found.items():
         report[path]["of rounding's error"] = outcome.after / outcome.before if outcome.before else 1.0
         tensor = QTensor.from_codes(codes, scales, zeros, plain[path])
