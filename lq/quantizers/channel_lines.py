@@ -23,6 +23,7 @@ attention and feed-forward (Gemma 2 and 3) are in no line. A block that rotates 
 import dataclasses
 import functools
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -117,6 +118,15 @@ def fold(params: Params, line: Line, scale: Float[Array, "*experts channels"]) -
         reader = leaf_at(params, path)
         params = with_leaf(params, path, {**reader, "kernel": _dense(reader["kernel"], path) * rows})
     return params
+
+
+def in_float32(params: Params) -> Params:
+    """Every leaf in float32. Raises ValueError, naming it, for a packed one."""
+
+    def convert(path, leaf):
+        return jnp.asarray(_dense(leaf, jax.tree_util.keystr(path, simple=True, separator="/")), jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(convert, params, is_leaf=lambda leaf: isinstance(leaf, QTensor))
 
 
 def leaf_at(params: Params, path: str) -> Params:
