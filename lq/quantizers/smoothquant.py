@@ -11,7 +11,6 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
@@ -20,7 +19,7 @@ from lq.errors import UserError
 from lq.models.config import BlockKind, ModelConfig
 from lq.models.source import Params
 from lq.numerics.spec import QuantSpec
-from lq.quantizers.channel_lines import Line, fold, leaf_at
+from lq.quantizers.channel_lines import Line, fold, in_float32, leaf_at
 from lq.quantizers.line_inputs import line_statistics
 
 SMALLEST = 1e-5  # of a scale, and of the largest weight of a channel
@@ -76,7 +75,7 @@ def smooth_block(
       UserError: the inputs of a matrix are not finite.
       ValueError: a packed matrix.
     """
-    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), block_params)
+    params = in_float32(block_params)
     folded, scales = params, {}
     for line, stats in line_statistics(config, kind, params, hidden, tokens, frozenset({"peak"})).items():
         if not specs.keys() & set(line.readers) or (options.lines == "norms" and not line.producer.endswith("norm")):
