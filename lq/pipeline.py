@@ -15,12 +15,11 @@ from typing import Any
 
 import jax
 
-from lq.allocation.plan import Plan
+from lq.allocation.plan import Plan, adapted
 from lq.calibration.data import Windows
 from lq.errors import UserError
 from lq.models.config import ModelConfig
-from lq.models.matrices import other_weights
-from lq.models.source import ParameterSource
+from lq.models.source import ParameterSource, Params
 from lq.quantizers import QUANTIZERS, Recipe, quantized_source
 from lq.quantizers.registry import SCALINGS
 from lq.transforms import TRANSFORMS, TransformedSource
@@ -33,7 +32,7 @@ class Pipeline:
     """Transforms of the whole model, in order, and the recipe by which its blocks are quantized."""
 
     transforms: tuple[tuple[str, Any], ...] = ()  # name and options
-    recipe: Recipe = Recipe()
+    recipe: Recipe = dataclasses.field(default_factory=Recipe)
 
     @classmethod
     def read(
@@ -87,7 +86,7 @@ class Pipeline:
     def transformed(self, source: ParameterSource) -> ParameterSource:
         """`source` with the transforms of the whole model. Raises UserError for a model that one is not made for."""
         for name, options in self.transforms:
-            source = TransformedSource(source, name, options)
+            source = TransformedSource(source, name, dataclasses.asdict(options))
         return source
 
     def quantized(
@@ -119,11 +118,6 @@ class Pipeline:
         return {**({"transforms": transforms} if transforms else {}), **self.recipe.to_dict()}
 
 
-def adapted(plan: Plan, config: ModelConfig) -> Plan:
-    """The plan of a transformed model: its matrices are the same, its norms and biases may be fewer or more."""
-    return dataclasses.replace(plan, other_weights=other_weights(config))
-
-
 def _named(given: str | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     if isinstance(given, str):
         return given, {}
@@ -142,7 +136,10 @@ def _transform_options(name: str, fields: dict[str, Any]) -> Any:
 
 
 class _Described(ParameterSource):
-    """A model's description without its parameters."""
+    """A model's description without its parameters, which are not asked for."""
 
     def __init__(self, config: ModelConfig):
         self.config = config
+
+    def part(self, name: str, dtype=None) -> Params:
+        raise NotImplementedError(name)

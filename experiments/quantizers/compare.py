@@ -2,9 +2,9 @@
 
     python -m experiments.quantizers.compare CONFIG.yaml [--methods NAME,NAME ...] [--out DIR]
 
-One line of `rows.jsonl` for each model, appended as soon as it is measured; what is there is not measured again, so that
-an interrupted comparison goes on where it was, and several processes may share a directory, each with methods of its
-own. `tables.py` prints and draws what was found.
+One line of `rows.jsonl` for each model, appended as soon as it is measured; what is there is not measured again, so
+that an interrupted comparison goes on where it was, and several processes may share a directory, each with methods of
+its own. `tables.py` prints and draws what was found.
 """
 
 import argparse

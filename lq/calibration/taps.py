@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from lq.calibration.statistics import HIGHEST, SAMPLE_ROWS, InputStats, reduce_inputs
+from lq.calibration.statistics import SAMPLE_ROWS, InputStats, reduce_inputs
 from lq.models.config import BlockKind, ModelConfig
 from lq.models.context import context_for
 from lq.models.decoder import Block
@@ -132,7 +132,7 @@ def reduce_expert_inputs(
     spacing = jnp.maximum(-(-counts // rows), 1)[:, None] * jnp.arange(rows)
     inside = spacing < counts[:, None]
     sample = x.at[jnp.where(inside, (ends - counts)[:, None] + spacing, R)].get(mode="fill", fill_value=0.0)
-    return stats.replace(sample=sample)
+    return dataclasses.replace(stats, sample=sample)
 
 
 class _Seen:
@@ -162,8 +162,9 @@ class _Seen:
             and path in self.quantizable
         ):
             self.add(path, args[0])
-            if isinstance(module, StackedLinear) and module.parent is not None:
-                token_of_row = module.parent.get_variable("intermediates", TOKEN_OF_ROW)[0]
+            if isinstance(module, StackedLinear):
+                parent: Any = module.parent
+                token_of_row = parent.get_variable("intermediates", TOKEN_OF_ROW)[0]
                 self.routing[path] = (args[1], token_of_row)
         return next_function(*args, **kwargs)
 

@@ -31,7 +31,7 @@ from safetensors import safe_open
 
 from lq.models.source import Params
 from lq.numerics.qtensor import QTensor
-from lq.numerics.segmented import SegmentedQTensor, is_packed, runs_of, segment_spec
+from lq.numerics.segmented import Packed, SegmentedQTensor, is_packed, runs_of, segment_spec
 from lq.numerics.spec import SEGMENT_CHANNELS, QuantSpec
 from lq_kernels import plane_widths, words_along
 
@@ -47,7 +47,8 @@ def shard_name(part: str) -> str:
 def to_tensors(params: Params) -> dict[str, np.ndarray]:
     """The tensors of one shard."""
     tensors = {}
-    for path, leaf in flatten_dict(params, sep="/", is_leaf=lambda _, node: is_packed(node)).items():
+    leaves: dict[str, Any] = flatten_dict(params, sep="/", is_leaf=lambda _, node: is_packed(node))
+    for path, leaf in leaves.items():
         if not is_packed(leaf):
             tensors[path] = np.asarray(leaf)
             continue
@@ -55,7 +56,7 @@ def to_tensors(params: Params) -> dict[str, np.ndarray]:
     return {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
 
 
-def _packed_tensors(path: str, leaf: QTensor | SegmentedQTensor) -> dict[str, np.ndarray]:
+def _packed_tensors(path: str, leaf: Packed) -> dict[str, np.ndarray]:
     if isinstance(leaf, SegmentedQTensor):
         return _segmented_tensors(path, leaf)
     tensors = {
@@ -118,14 +119,14 @@ def _from_segments(tensors, path: str, spec: QuantSpec, shape: tuple[int, ...]) 
     return SegmentedQTensor(tuple(segments), jnp.asarray(tensors[f"{path}:permutation"]), spec, shape)
 
 
-def _from_packed(tensors, path: str, spec: QuantSpec, shape: tuple[int, ...]) -> QTensor | SegmentedQTensor:
+def _from_packed(tensors, path: str, spec: QuantSpec, shape: tuple[int, ...]) -> Packed:
     if spec.mixes(shape):
         return _from_segments(tensors, path, spec, shape)
     widths = plane_widths(spec.bits)
     zeros = None if spec.symmetric else jnp.asarray(tensors[f"{path}:zeros"])
     if zeros is not None and spec.zero_dtype is None:
         zeros = _split(tensors[f"{path}:zeros"], [words_along(shape[-1], width) for width in widths], -1)
-    factors = [
+    factors: list[Any] = [
         _from_packed(tensors, f"{path}:{name}", *factor)
         for name, factor in zip(FACTORS, spec.residual(shape), strict=False)
     ]

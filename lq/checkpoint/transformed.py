@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 from lq.models.config import ModelConfig, NormKind, Rotation
 
-NORMS, SWITCHES = ("norm", "final_norm"), ("center_embeddings", "qkv_bias", "mlp_bias")
+NORMS, SWITCHES = ("norm", "final_norm"), ("center_embeddings", "qkv_bias", "attention_out_bias", "mlp_bias")
 CHANGEABLE = (*NORMS, *SWITCHES, "rotation")
 
 

@@ -206,6 +206,7 @@ def quantize(
     reading = [metric] if plan is None and (bpw is not None or bytes_ is not None) else []
     if not pipeline.recipe.calibrated and not _read_text(reading):
         arguments.refuse(context, arguments.TEXT, f"neither {pipeline.name} nor the order of blocks reads text")
+    allocation = None
     if plan is not None:
         arguments.refuse(context, arguments.PLAN, "--plan decides it")
         source = open_checkpoint(resolve_model(model))
@@ -235,9 +236,9 @@ def quantize(
     windows = None
     if pipeline.recipe.calibrated or _read_text(reading):
         windows = _calibration(source, calibration, samples, length, seed)
-    for name in reading:
-        METRICS.options(name, {})
-        chosen = allocation.plan(score_source(source, name, windows))
+    if allocation is not None and reading:
+        METRICS.options(metric, {})
+        chosen = allocation.plan(score_source(source, metric, windows))
     _write(source, chosen, out, pipeline, windows, batch_size, resume, quiet)
 
 

@@ -5,10 +5,10 @@ and, when asymmetric, one zero point:
 
     w[k, n] ~ (code[k, n] - zero[g, n]) * scale[g, n] + sum_r left[k, r] * right[r, n],     g = k // group_size
 
-A zero point is a code of the same width, or a number of `zero_dtype`, fractions included (HQQ's). The sum is a low-rank
-residual (LoRC, arXiv 2303.08302), there when `rank` is above zero; its factors are themselves packed, in 8 bits.
-A `mixed` matrix has widths of its own for every run of 128 input channels, `bits` on average, after a permutation of the
-channels (`lq.numerics.segmented`); one that cannot be cut so is not mixed.
+A zero point is a code of the same width, or a number of `zero_dtype`, fractions included (HQQ's). The sum is a
+low-rank residual (LoRC, arXiv 2303.08302), there when `rank` is above zero; its factors are themselves packed, in 8
+bits. A `mixed` matrix has widths of its own for every run of 128 input channels, `bits` on average, after a permutation
+of the channels (`lq.numerics.segmented`); one that cannot be cut so is not mixed.
 
 Sizes counted here are sizes on disk and on the device: codes in whole uint32 words (`lq_kernels.packing`), scales in
 their dtype, zero points as codes packed along the output axis or in their dtype, the factors of the residual with their
@@ -140,4 +140,5 @@ class QuantSpec:
     def __str__(self) -> str:
         group = "column" if self.group_size is None else f"g{self.group_size}"
         zeros = "-sym" if self.symmetric else f"-zero {self.zero_dtype}" if self.zero_dtype else ""
-        return f"{self.format}{self.bits}-{group}{zeros}{f'-rank {self.rank}' if self.rank else ''}{'-mixed' if self.mixed else ''}"
+        more = (f"-rank {self.rank}" if self.rank else "") + ("-mixed" if self.mixed else "")
+        return f"{self.format}{self.bits}-{group}{zeros}{more}"

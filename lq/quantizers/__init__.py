@@ -2,7 +2,8 @@
 
 A quantizer is a pure function `(weight [..., K, N], stats, spec, options) -> (codes, scales, zeros)`, jitted with
 `spec` and `options` static. What statistics of the layer's input it needs, it declares; `QuantizedStream` collects them
-block by block. A `Recipe` is a quantizer and what is done around it.
+block by block. `SCALINGS` are what may rescale the channels of a block before. A `Recipe` is a quantizer and what is
+done around it.
 """
 
 from collections.abc import Callable, Mapping, MutableMapping
@@ -16,7 +17,7 @@ from lq.numerics.spec import QuantSpec
 from lq.quantizers.apply import quantize_matrix, quantize_part
 from lq.quantizers.planned import PlannedSource
 from lq.quantizers.recipe import Recipe
-from lq.quantizers.registry import QUANTIZERS
+from lq.quantizers.registry import QUANTIZERS, SCALINGS
 from lq.quantizers.stream import QuantizedStream, over_columns
 
 
@@ -60,6 +61,7 @@ def described(source: ParameterSource, part: str) -> str:
 
 __all__ = [
     "QUANTIZERS",
+    "SCALINGS",
     "PlannedSource",
     "QuantizedStream",
     "Recipe",

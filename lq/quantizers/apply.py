@@ -17,39 +17,39 @@ from lq.errors import UserError
 from lq.models.matrices import EMBEDDING
 from lq.models.source import Params
 from lq.numerics.qtensor import QTensor
-from lq.numerics.segmented import SegmentedQTensor, is_packed
+from lq.numerics.segmented import Packed, SegmentedQTensor, is_packed
 from lq.numerics.spec import QuantSpec
-from lq.quantizers.low_rank import with_residual
+from lq.quantizers.low_rank import compensate
 from lq.quantizers.recipe import Recipe
 from lq.quantizers.registry import QUANTIZERS
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "method", "options"))
-def quantize_matrix(weight: Array, stats: Any, spec: QuantSpec, method: str, options) -> QTensor:
+def quantize_matrix(
+    weight: Array, stats: Any, spec: QuantSpec, method: str, options, hessian: Array | None = None
+) -> QTensor:
     """One weight `[..., K, N]`, packed. Compiled once per shape, spec and options, whichever block it is in.
 
     Args:
       weight: any float dtype.
       stats: the `InputStats` with the fields that the method needs, or what its `prepare` made of them; None for a
         method that needs none.
-      spec: the format, without a low-rank residual.
+      spec: the format; one that is mixed is for `segmented_matrix`.
       method, options: a name in `QUANTIZERS` and its options.
+      hessian: what a low-rank residual minimizes the error in; None: all weights count alike.
     """
-    codes, scales, zeros = QUANTIZERS[method].function(weight.astype(jnp.float32), stats, spec, options)
-    return QTensor.from_codes(codes, scales, zeros, spec)
+    plain = dataclasses.replace(spec, rank=0)
+    codes, scales, zeros = QUANTIZERS[method].function(weight.astype(jnp.float32), stats, plain, options)
+    tensor = QTensor.from_codes(codes, scales, zeros, plain)
+    return compensate(tensor, weight, spec.rank, hessian) if spec.rank else tensor
 
 
-def quantize_leaf(
-    weight: Array, stats: InputStats | None, prepared: Any, spec: QuantSpec, recipe: Recipe
-) -> QTensor | SegmentedQTensor:
+def quantize_leaf(weight: Array, stats: InputStats | None, prepared: Any, spec: QuantSpec, recipe: Recipe) -> Packed:
     """One weight packed, its low-rank residual included. `prepared` is what the method's `prepare` made of `stats`."""
     if spec.mixes(weight.shape):
         return segmented_matrix(weight, prepared, spec, recipe)
-    plain = dataclasses.replace(spec, rank=0, mixed=False)
-    tensor = quantize_matrix(weight, prepared, plain, recipe.method, recipe.options)
-    if spec.rank == 0:
-        return tensor
-    return with_residual(tensor, weight, spec, stats)
+    hessian = stats.hessian if stats is not None and spec.rank else None
+    return quantize_matrix(weight, prepared, spec, recipe.method, recipe.options, hessian)
 
 
 def segmented_matrix(weight: Array, prepared: Any, spec: QuantSpec, recipe: Recipe) -> SegmentedQTensor:
@@ -57,8 +57,7 @@ def segmented_matrix(weight: Array, prepared: Any, spec: QuantSpec, recipe: Reci
     segments = recipe.quantizer.segments
     if segments is None:
         raise UserError(f"{recipe.method}: cannot choose widths for runs of channels; write baq, or leave out mixed")
-    permutation, found = segments(weight.astype(jnp.float32), prepared, spec, recipe.options)
-    return SegmentedQTensor.from_segments(permutation, found, spec, weight.shape)
+    return SegmentedQTensor.from_runs(*segments(weight.astype(jnp.float32), prepared, spec, recipe.options), spec)
 
 
 def quantize_part(params: Params, part: str, specs: Mapping[str, QuantSpec], recipe: Recipe) -> Params:
@@ -81,13 +80,13 @@ def read_matrix(params: Params, path: str) -> Any:
     leaf: Any = params
     for key in leaf_keys(path):
         leaf = leaf[key]
-    return leaf.T if path == EMBEDDING and not is_packed(leaf) else leaf
+    return leaf if is_packed(leaf) or path != EMBEDDING else leaf.T
 
 
-def with_matrix(params: Params, path: str, leaf: QTensor | Array) -> Params:
+def with_matrix(params: Params, path: str, leaf: Packed | Array) -> Params:
     """`params` of a part with another leaf at matrix `path`; a dense embedding is given as `[K, N]` too."""
-    dense_table = path == EMBEDDING and not is_packed(leaf)
-    return _replace(params, leaf_keys(path), leaf.T if dense_table else leaf)
+    stored: Any = leaf
+    return _replace(params, leaf_keys(path), stored if is_packed(leaf) or path != EMBEDDING else stored.T)
 
 
 def leaf_keys(path: str) -> list[str]:
@@ -114,7 +113,7 @@ def check_weight(weight: Array, path: str) -> None:
         raise UserError(f"{path}: a weight is NaN or infinite; the model is damaged, give an intact one")
 
 
-def check_packed(tensor: QTensor, path: str) -> QTensor:
+def check_packed(tensor: Packed, path: str) -> Packed:
     """The tensor itself. Raises UserError, naming the matrix, when a scale is beyond the largest of its dtype."""
     if not finite(tensor.scales):
         dtype = tensor.spec.scale_dtype

@@ -53,6 +53,7 @@ class ScaledLine:
     alpha: tuple[float | None, ...]  # chosen, one per expert that has a scale of its own; None: s = 1 besides the grid
     before: float  # mean squared error of the inspected module's output with s = 1
     after: float  # and with the chosen scale
+    scale: np.ndarray = dataclasses.field(compare=False, repr=False)  # what was folded, float32 of `line.shape`
 
 
 def scale_block(
@@ -102,10 +103,12 @@ def scale_block(
             )
         best = np.where(np.isfinite(total), total, np.inf).argmin(axis=0)  # the first of equals
         each = np.arange(len(best))
-        folded = fold(folded, line, jnp.asarray(scales[best, each].reshape(line.shape)))
+        scale = scales[best, each].reshape(line.shape)
+        folded = fold(folded, line, jnp.asarray(scale))
         elements = max(float(np.sum(stats.tokens)), 1.0) * config.hidden_size
         chosen = tuple(alphas[i] for i in best)
-        found.append(ScaledLine(line, chosen, total[0].sum() / elements, total[best, each].sum() / elements))
+        before, after = (float(losses.sum() / elements) for losses in (total[0], total[best, each]))
+        found.append(ScaledLine(line, chosen, before, after, scale))
     return folded, tuple(found)
 
 

@@ -15,7 +15,7 @@ from lq.errors import UserError
 from lq.models.config import BlockKind, ModelConfig
 from lq.models.source import Params
 from lq.numerics.qtensor import QTensor
-from lq.numerics.segmented import SegmentedQTensor, is_packed
+from lq.numerics.segmented import Packed, is_packed
 from lq.numerics.spec import QuantSpec
 from lq.quantizers.apply import (
     check_packed,
@@ -31,7 +31,10 @@ from lq.quantizers.bias import bias_correction
 from lq.quantizers.channel_lines import with_storable_gains
 from lq.quantizers.errors import output_error
 from lq.quantizers.experts import fill_in
+from lq.quantizers.gptq import GPTQFactor
+from lq.quantizers.low_rank import compensate
 from lq.quantizers.recipe import Recipe
+from lq.quantizers.reconstruct import BlockFunction
 from lq.quantizers.registry import SCALINGS
 
 Note = Callable[[str], None]
@@ -125,14 +128,34 @@ def _scaled(block: CalibratedBlock, specs, recipe: Recipe) -> CalibratedBlock:
     return dataclasses.replace(block, params=params)
 
 
-def _reconstructed(block: CalibratedBlock, specs, recipe: Recipe, targets, report) -> dict[str, QTensor]:
+def _reconstructed(block: CalibratedBlock, specs, recipe: Recipe, targets, report) -> dict[str, Packed]:
     """All matrices found together, so that the block's output is near `targets`."""
-    raise NotImplementedError
+    plain = {path: dataclasses.replace(spec, rank=0) for path, spec in specs.items()}
+    found, outcome = recipe.quantizer.block(
+        BlockFunction(block.config, block.kind),
+        block.params,
+        np.concatenate(block.states),
+        np.concatenate(targets),
+        plain,
+        recipe.options,
+    )
+    for path in specs:
+        report[path]["block error"] = outcome.after / max(float(np.mean(np.square(np.concatenate(targets)))), 1e-30)
+    tensors = {path: QTensor.from_codes(*arrays, plain[path]) for path, arrays in found.items()}
+    return {
+        path: compensated(tensor, read_matrix(block.params, block.path(path)), specs[path].rank)
+        if specs[path].rank
+        else tensor
+        for path, tensor in tensors.items()
+    }
 
 
-def _matrix_by_matrix(block: CalibratedBlock, specs, recipe: Recipe, report, place, note: Note) -> dict[str, QTensor]:
+compensated = jax.jit(compensate, static_argnames="rank")
+
+
+def _matrix_by_matrix(block: CalibratedBlock, specs, recipe: Recipe, report, place, note: Note) -> dict[str, Packed]:
     """In true-sequential order every input is measured with the matrices before it quantized already."""
-    tensors: dict[str, QTensor] = {}
+    tensors: dict[str, Packed] = {}
     inputs = block_inputs(block.config, block.kind)
     wanted = [i for i, one in enumerate(inputs) if any(path in specs for path in one.readers)]
     weights = _token_weights(block, recipe)
@@ -141,17 +164,34 @@ def _matrix_by_matrix(block: CalibratedBlock, specs, recipe: Recipe, report, pla
         measured = block.statistics(current, stage, recipe.needs, weights)
         for i, stats in zip(stage, measured, strict=True):
             stats = _usable(block, inputs[i], stats, note)
-            prepare = recipe.quantizer.prepare
-            prepared = stats if prepare is None else prepare(stats, recipe.options)
+            prepared = _prepared(block, inputs[i], stats, recipe, note)
             for path in inputs[i].readers:
                 if path in specs:
                     weight = place(read_matrix(block.params, block.path(path)))
                     tensor = quantize_leaf(weight, stats, prepared, specs[path], recipe.of_matrix(path))
                     if stats.hessian is not None:
-                        report[path]["error"] = float(output_error(weight, tensor.dequantize(), stats))
+                        report[path]["error"] = float(output_error(weight, tensor.dequantize(), stats).mean())
                     tensors[path] = tensor
                     current = with_matrix(current, block.path(path), tensor.dequantize())
     return tensors
+
+
+def _prepared(block: CalibratedBlock, one: Input, stats: InputStats, recipe: Recipe, note: Note) -> Any:
+    """What of the statistics serves every reader. Says so where a Hessian had to be damped more than was asked for."""
+    prepare = recipe.quantizer.prepare
+    if prepare is None:
+        return stats
+    prepared = prepare(stats, recipe.options)
+    if isinstance(prepared, GPTQFactor):
+        where = block.path(one.readers[0])
+        damping = np.atleast_1d(np.asarray(prepared.damping))
+        energy = np.atleast_2d(np.diagonal(np.asarray(stats.hessian), axis1=-2, axis2=-1))
+        asked = recipe.options.damping * energy.mean(-1, where=energy > 0)
+        if not np.isfinite(damping).all():
+            note(f"{where}: {int((~np.isfinite(damping)).sum())} Hessians could not be factored; rounded to nearest")
+        elif (damping > 2 * asked).any():
+            note(f"{where}: a Hessian was not positive definite; damped {(damping / asked).max():.0f} times more")
+    return prepared
 
 
 def _usable(block: CalibratedBlock, one: Input, stats: InputStats, note: Note) -> InputStats:

@@ -1,5 +1,7 @@
 """Experts that saw too few tokens: a second moment of fewer tokens than channels is singular, and says little."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,5 +29,5 @@ def fill_in(stats: InputStats, channels: int) -> tuple[InputStats, np.ndarray]:
     def filled(field):
         return field + share.reshape(-1, *[1] * (field.ndim - 1)) * field.sum(0)
 
-    sums = jax.tree.map(filled, stats.replace(sample=None))
-    return sums.replace(sample=stats.sample), seen
+    sums = jax.tree.map(filled, dataclasses.replace(stats, sample=None, peak=None))
+    return dataclasses.replace(sums, sample=stats.sample, peak=stats.peak), seen

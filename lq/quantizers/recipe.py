@@ -55,7 +55,7 @@ class Recipe:
     @property
     def name(self) -> str:
         """In words, for tables and messages: `awq + gptq`, `rtn + bias correction`."""
-        before = [self.scaling] if self.scaling not in (None, self.method) else []
+        before = [self.scaling] if self.scaling is not None and self.scaling != self.method else []
         return " + ".join([*before, self.method, *(["bias correction"] if self.bias_correction else [])])
 
     @property

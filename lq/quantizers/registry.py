@@ -1,8 +1,11 @@
 """The tables of quantizers, and of what scales a block's channels before any of them."""
 
+from lq.quantizers.adaquant import AdaQuantOptions, adaquant, adaquant_block
+from lq.quantizers.autoround import AutoRoundOptions, autoround, autoround_block
 from lq.quantizers.awq import AWQOptions, ScalingOptions, awq
 from lq.quantizers.awq_scaling import scale_block
 from lq.quantizers.baq import BAQOptions, baq, baq_segments
+from lq.quantizers.flexround import FlexRoundOptions, flexround, flexround_block
 from lq.quantizers.gptq import GPTQOptions, factorize, gptq
 from lq.quantizers.hqq import HQQOptions, hqq
 from lq.quantizers.rsq import RSQOptions, rsq, token_importance
@@ -44,6 +47,24 @@ QUANTIZERS = Registry(
             needs=frozenset({"calibration", "sample"}),
             per_matrix=AWQOptions.for_matrix,
             check=AWQOptions.rounding,
+        ),
+        "autoround": Method(
+            function=autoround,
+            options=AutoRoundOptions,
+            needs=frozenset({"hessian", "calibration"}),
+            block=autoround_block,
+        ),
+        "flexround": Method(
+            function=flexround,
+            options=FlexRoundOptions,
+            needs=frozenset({"hessian", "calibration"}),
+            block=flexround_block,
+        ),
+        "adaquant": Method(
+            function=adaquant,
+            options=AdaQuantOptions,
+            needs=frozenset({"hessian", "calibration"}),
+            block=adaquant_block,
         ),
     },
 )

@@ -80,7 +80,9 @@ class RTNOptions:
         return self.convention
 
 
-def rtn(weight: Float[Array, "... K N"], stats: InputStats | None, spec: QuantSpec, options: RTNOptions):
+def rtn(
+    weight: Float[Array, "... K N"], stats: InputStats | None, spec: QuantSpec, options: RTNOptions
+) -> tuple[Array, Array, Array | None]:
     """Round to nearest within a range chosen per group.
 
     Returns codes uint32 `[..., K, N]`, scales float32 `[..., groups, N]` and zeros of the same shape: uint32, float32
@@ -130,7 +132,7 @@ def group_ranges(grouped, real, shrink, spec: QuantSpec, convention: str):
     low = jnp.min(grouped, axis=1, keepdims=True, where=real, initial=jnp.inf)
     high = jnp.max(grouped, axis=1, keepdims=True, where=real, initial=-jnp.inf)
     if spec.symmetric:
-        scale = _symmetric_scale(low, high, shrink, spec, convention)
+        scale = stored_scale(symmetric_scale(low, high, shrink, spec, convention), spec)
         return scale, jnp.full_like(scale, spec.zero_point)
     if convention == "asym0":
         low, high = jnp.minimum(low, 0.0), jnp.maximum(high, 0.0)
@@ -139,12 +141,12 @@ def group_ranges(grouped, real, shrink, spec: QuantSpec, convention: str):
         beyond = (low > 0) | (high < low / 2**spec.bits)
         low = jnp.where(beyond, jnp.minimum(low, 0.0), low)
         high = jnp.where(beyond, jnp.maximum(high, 0.0), high)
-    length = jnp.maximum(shrink * (high - low), SMALLEST_RANGE)
     if convention == "mlx":
+        length = jnp.maximum(shrink * (high - low), SMALLEST_RANGE)
         edge = jnp.maximum(shrink * jnp.maximum(-low, high), SMALLEST_RANGE)
         zero = jnp.clip(jnp.round(spec.max_code * edge / length), 1, spec.max_code)
-        return _stored(jnp.where(-low > high, edge, -edge) / zero, spec), zero
-    scale = _stored(length / spec.max_code, spec)
+        return stored_scale(jnp.where(-low > high, edge, -edge) / zero, spec), zero
+    scale = stored_scale(asymmetric_scale(low, high, shrink, spec), spec)
     zero = -shrink * low / scale
     if convention == FRACTIONAL:
         return scale, round_zeros(zero, spec)
@@ -153,11 +155,15 @@ def group_ranges(grouped, real, shrink, spec: QuantSpec, convention: str):
 
 def round_to_codes(grouped, scale, zero, spec: QuantSpec):
     """clip(round(x / s + z)), as floats. With a whole z this is round(x / s) + z, at one symmetric bit the sign."""
-    level = grouped / scale
+    return jnp.clip(nearest_code(grouped / scale, zero, spec), 0, spec.max_code)
+
+
+def nearest_code(level, zero, spec: QuantSpec):
+    """round(level + z), not clipped, for the level x / s."""
     if spec.symmetric and spec.bits == 1:
-        return jnp.clip(jnp.floor(level) + 1.0, 0, 1)
+        return jnp.floor(level) + 1.0
     whole = jnp.floor(zero)  # apart, so that a tie goes to the even multiple of s whether or not z is stored as a code
-    return jnp.clip(jnp.round(level + (zero - whole)) + whole, 0, spec.max_code)
+    return jnp.round(level + (zero - whole)) + whole
 
 
 def round_zeros(zero, spec: QuantSpec):
@@ -173,19 +179,23 @@ def stored_zeros(zero: Float[Array, "groups N"], spec: QuantSpec) -> Array | Non
     return zero.astype(jnp.uint32) if spec.zero_dtype is None else zero
 
 
-def _symmetric_scale(low, high, shrink, spec: QuantSpec, convention: str):
+def asymmetric_scale(low, high, shrink, spec: QuantSpec):
+    """The scale whose codes span the shrunk range, before it is rounded to its stored dtype."""
+    return jnp.maximum(shrink * (high - low), SMALLEST_RANGE) / spec.max_code
+
+
+def symmetric_scale(low, high, shrink, spec: QuantSpec, convention: str):
+    """The same of a symmetric convention."""
     largest = jnp.maximum(shrink * jnp.maximum(jnp.abs(low), jnp.abs(high)), SMALLEST_RANGE)
     if spec.bits == 1 or convention == "symu":
-        scale = 2.0 * largest / spec.max_code
-    elif convention == "symr":
-        scale = largest / (2 ** (spec.bits - 1) - 1)
-    else:
-        scale = jnp.where(high > -low, -largest, largest) / 2 ** (spec.bits - 1)
-    return _stored(scale, spec)
+        return 2.0 * largest / spec.max_code
+    if convention == "symr":
+        return largest / (2 ** (spec.bits - 1) - 1)
+    return jnp.where(high >= -low, -largest, largest) / 2 ** (spec.bits - 1)
 
 
-def _stored(scale, spec: QuantSpec):
-    """The scale as it will be read back.
+def stored_scale(scale, spec: QuantSpec):
+    """The scale as it will be read back, in float32.
 
     None underflows to zero: the smallest, SMALLEST_RANGE / 255 = 3.9e-8, is nearer to the smallest float16, a subnormal
     of 6.0e-8. On a device that flushes subnormals to zero such a scale becomes the smallest normal number.

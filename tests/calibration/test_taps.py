@@ -25,7 +25,7 @@ ROUTED = dataclasses.replace(
 def inputs_by_definition(config, params, h):
     """Input of every matrix of a Llama block, `[B, S, K]`, float64; and the routing of a mixture."""
     p = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
-    B, S, D = h.shape
+    B, S, _ = h.shape
     C, H, G = config.head_dim, config.num_heads, config.num_kv_heads
 
     def norm(x, scale):

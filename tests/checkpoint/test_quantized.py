@@ -25,7 +25,7 @@ from lq.numerics.qtensor import QTensor
 from lq.numerics.spec import QuantSpec
 from lq.quantizers import PlannedSource, Recipe
 
-OPTIONS = QUANTIZERS.options("rtn", {})
+RECIPE = Recipe()
 RECORD = {"method": "rtn", "options": {}}
 
 

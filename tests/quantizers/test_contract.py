@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lq.calibration.statistics import reduce_inputs
 from lq.errors import UserError
 from lq.numerics.qtensor import QTensor
 from lq.numerics.spec import QuantSpec
@@ -20,8 +21,27 @@ def weight_of(*lead):
     return np.random.default_rng(0).standard_normal((*lead, K, N)).astype(np.float32)
 
 
-def quantizer(method, spec):
-    return functools.partial(QUANTIZERS[method].function, stats=None, spec=spec, options=QUANTIZERS.options(method, {}))
+def statistics(method, *lead, rows=slice(None)):
+    """What `method` needs of random correlated inputs, of their channels `rows`; None when it needs nothing.
+
+    Channels from 64 on have nothing to do with those before, and all have the same energy: what is made of them does
+    not depend on whether the others are there.
+    """
+    needs = QUANTIZERS[method].needs - {"calibration"}
+    if not needs:
+        return None
+    rng = np.random.default_rng(1)
+    mixed = rng.standard_normal((*lead, 200, K)) @ (np.eye(K) + rng.standard_normal((K, K)) / 10)
+    x = jnp.asarray(np.sign(mixed) * (np.arange(200)[:, None] % 2 == (np.arange(K) >= 64)))
+    reduce = functools.partial(reduce_inputs, needs=needs)
+    for _ in lead:
+        reduce = jax.vmap(reduce)
+    return reduce(x[..., rows])
+
+
+def quantizer(method, spec, stats):
+    """A function of the weight alone."""
+    return lambda weight: QUANTIZERS[method].function(weight, stats, spec, QUANTIZERS.options(method, {}))
 
 
 @pytest.fixture(params=[1, 3, 8])
@@ -51,7 +71,7 @@ ACCEPTED = pytest.mark.parametrize(
 @pytest.mark.parametrize("group_size", [32, None])
 def test_codes_scales_and_zeros(method, bits, symmetric, scale_dtype, group_size):
     spec = QuantSpec(bits=bits, group_size=group_size, symmetric=symmetric, scale_dtype=scale_dtype)
-    codes, scales, zeros = quantizer(method, spec)(weight_of())
+    codes, scales, zeros = quantizer(method, spec, statistics(method))(weight_of())
     groups = 1 if group_size is None else 3
     assert codes.shape == (K, N)
     assert scales.shape == (groups, N)
@@ -73,7 +93,7 @@ def test_the_weights_stay_within_the_signal(method, bits, symmetric):
     """The error is less than the weights themselves, in every group: at one bit too, where two levels are left."""
     weight = weight_of()
     spec = QuantSpec(bits=bits, group_size=32, symmetric=symmetric)
-    tensor = QTensor.from_codes(*quantizer(method, spec)(weight), spec)
+    tensor = QTensor.from_codes(*quantizer(method, spec, statistics(method))(weight), spec)
     error = np.asarray(tensor.dequantize()) - weight
     if bits == 1 and not symmetric:
         assert np.square(error).mean() < 2 * np.square(weight).mean(), "zero and one end of the range are its levels"
@@ -85,7 +105,8 @@ def test_the_weights_stay_within_the_signal(method, bits, symmetric):
 @ACCEPTED
 def test_under_jit(method, bits, symmetric):
     spec = QuantSpec(bits=bits, group_size=32, symmetric=symmetric)
-    plain, jitted = quantizer(method, spec)(weight_of()), jax.jit(quantizer(method, spec))(weight_of())
+    quantize = quantizer(method, spec, statistics(method))
+    plain, jitted = quantize(weight_of()), jax.jit(quantize)(weight_of())
     assert jax.tree.structure(plain) == jax.tree.structure(jitted)
     for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(jitted), strict=True):
         assert (a.shape, a.dtype) == (b.shape, b.dtype)
@@ -96,11 +117,12 @@ def test_under_jit(method, bits, symmetric):
 @ACCEPTED
 def test_a_stack_is_quantized_matrix_by_matrix(method, bits, symmetric):
     spec, stack = QuantSpec(bits=bits, group_size=32, symmetric=symmetric), weight_of(2)
-    stacked = quantizer(method, spec)(stack)
+    stats = statistics(method, 2)
+    stacked = quantizer(method, spec, stats)(stack)
     assert stacked[0].shape == (2, K, N)
     assert stacked[1].shape == (2, 3, N)
     for i in range(2):
-        alone = quantizer(method, spec)(stack[i])
+        alone = quantizer(method, spec, jax.tree.map(lambda field: field[i], stats))(stack[i])  # noqa: B023
         for a, b in zip(jax.tree.leaves(stacked), jax.tree.leaves(alone), strict=True):
             assert (np.asarray(a[i]) != np.asarray(b)).mean() <= 0.01
 
@@ -110,14 +132,18 @@ def test_the_short_last_group_is_as_if_it_were_alone(method, symmetric):
     """Its padding has no say: with the rows before it far from zero and without them it gets the same codes."""
     spec, weight = QuantSpec(bits=3, group_size=32, symmetric=symmetric), weight_of()
     weight[64:] += 5.0
-    whole, alone = (quantizer(method, spec)(w) for w in (weight, weight[64:]))
+    whole = quantizer(method, spec, statistics(method))(weight)
+    alone = quantizer(method, spec, statistics(method, rows=slice(64, None)))(weight[64:])
     np.testing.assert_array_equal(np.asarray(whole[0])[64:], np.asarray(alone[0]))
     np.testing.assert_array_equal(np.asarray(whole[1])[2], np.asarray(alone[1])[0])
 
 
 @pytest.mark.parametrize(("method", "symmetric"), CASES)
 def test_what_its_check_refuses_the_function_refuses_in_the_same_line(method, symmetric):
-    line, run = refusal(method, symmetric=symmetric), quantizer(method, QuantSpec(bits=3, symmetric=symmetric))
+    line, run = (
+        refusal(method, symmetric=symmetric),
+        quantizer(method, QuantSpec(bits=3, symmetric=symmetric), statistics(method)),
+    )
     if line is None:
         run(weight_of())
         return
@@ -130,7 +156,7 @@ def test_what_its_check_refuses_the_function_refuses_in_the_same_line(method, sy
 @pytest.mark.parametrize("zero_dtype", ["bfloat16", "float16", "float32"])
 def test_zero_points_of_a_dtype_of_their_own(method, bits, zero_dtype):
     spec = QuantSpec(bits=bits, group_size=32, zero_dtype=zero_dtype)
-    codes, scales, zeros = quantizer(method, spec)(weight_of())
+    codes, scales, zeros = quantizer(method, spec, statistics(method))(weight_of())
     assert zeros.shape == scales.shape == (3, N)
     assert zeros.dtype == jnp.float32
     assert 0 <= float(zeros.min()) <= float(zeros.max()) <= 2**bits, "what the kernels take"

@@ -274,7 +274,7 @@ def test_rounding_to_four_bits_errs_less_after_rotation():
         of = {}
         for matrix in [matrix for matrix in READS if f"{matrix}/kernel" in block]:
             x, kernel = inputs[matrix.rpartition("/")[2]], block[f"{matrix}/kernel"]
-            quantized = np.asarray(quantize_matrix(kernel, spec, "rtn", RTNOptions()).dequantize(), np.float64)
+            quantized = np.asarray(quantize_matrix(kernel, None, spec, "rtn", RTNOptions()).dequantize(), np.float64)
             exact = x @ np.asarray(kernel, np.float64)
             of[matrix] = np.square(x @ quantized - exact).sum() / np.square(exact).sum()
         errors.append(of)

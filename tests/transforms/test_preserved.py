@@ -92,7 +92,7 @@ def test_logits_are_still_torchs(case, method, record_property):
     assert relative_difference(reference["logits"], got) <= ROUNDED
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ["gemma3_text", "llama", "llama_linear", "mixtral", "opt"])
 def test_greedy_tokens_are_still_torchs(case):
     """Through the key/value cache; the recorded choices are all clear ones."""
     model, params, reference = recorded(case, "hadamard")

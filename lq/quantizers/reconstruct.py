@@ -1,0 +1,277 @@
+"""Learned rounding of one block, or of one matrix: the loop that all parametrizations share.
+
+    block:   minimize  mean (block(X_q; W^) - Y)^2        over the theta of all its matrices together,
+             X_q its input behind the quantized blocks before it, Y the original block's output on the original's input
+    matrix:  minimize  tr(D^T H D) / tr(W^T H W)          D = W^ - W, H = sum x x^T over its inputs
+
+In a block's loop every step draws `batch_size` windows. Their loss says more about the windows than about the step, so
+that the step of least loss is not the best one even if every loss is divided by the start's on the same windows, as it
+is here for `keep="best"`: the learning rate falls to zero, and the last step is better (measured: `LearnedOptions`).
+Finally the start and the result are measured on all windows, as they will be stored, and the better one is returned.
+
+Block parameters, inputs, targets and the drawn windows are arguments of the compiled functions, so that blocks of one
+kind whose matrices have the same specs compile once.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import Array, Float, Int
+
+from lq.calibration.statistics import HIGHEST, InputStats
+from lq.errors import UserError
+from lq.models.config import BlockKind, ModelConfig
+from lq.models.context import context_for
+from lq.models.decoder import apply_block
+from lq.models.source import Params
+from lq.numerics.spec import QuantSpec
+from lq.quantizers.parametrization import Exported, LearnedOptions, Parametrization, export, fake_quant, initial
+
+CHUNK = 50  # steps between two returns to the host
+TINY = 1e-30  # a start without error divides by this
+
+Kernels = dict[str, Array]  # path -> weight [..., K, N], float32
+Block = Callable[[Params, Array], Array]  # (parameters, h [B, S, D]) -> [B, S, D]
+Objective = Callable[[Kernels, Any], Array]  # (dequantized kernels, what a step draws) -> loss
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockFunction:
+    """A decoder block as a function of its parameters and input; equal for equal kinds, which share a program."""
+
+    config: ModelConfig
+    kind: BlockKind
+
+    def __call__(self, params: Params, h: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        return apply_block(self.config, self.kind, params, h, context_for(jnp.zeros(h.shape[:2], jnp.int32)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Reconstruction:
+    """How a block's reconstruction went. Errors are mean squared errors of the output over all windows."""
+
+    before: float  # of the start
+    after: float  # of what was returned
+    kept: Literal["learned", "start"]
+    losses: np.ndarray  # float32 [steps], each over the loss at the start on the same windows
+
+
+class State(NamedTuple):
+    """What the loop carries. Trees by path."""
+
+    theta: Any
+    moments: Any  # of the optimizers
+    best: Any  # theta of the step of least loss so far; None where the last is kept
+    losses: Float[Array, " steps"]  # infinite for steps to come
+
+
+@dataclasses.dataclass(frozen=True)
+class Learner:
+    """A parametrization on the matrices of a block. Hashable: the static part of every jitted function here."""
+
+    method: Parametrization
+    specs: tuple[tuple[str, QuantSpec], ...]
+    options: LearnedOptions
+
+    def start(self, weights: Kernels) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Theta and what stays fixed, by path."""
+        found = {path: initial(self.method, weights[path], spec, self.options) for path, spec in self.specs}
+        return {path: theta for path, (theta, _) in found.items()}, {path: fixed for path, (_, fixed) in found.items()}
+
+    def kernels(self, theta, fixed, weights: Kernels) -> Kernels:
+        """The dequantized weights, differentiable in theta."""
+        return self._each(fake_quant, theta, fixed, weights)
+
+    def export(self, theta, fixed, weights: Kernels) -> dict[str, Exported]:
+        """Codes, scales and zeros by path."""
+        return self._each(export, theta, fixed, weights)
+
+    def begin(self, theta) -> State:
+        """The state before the first step."""
+        moments = {path: self.method.optimizer(spec, self.options).init(theta[path]) for path, spec in self.specs}
+        best = theta if self.options.keep == "best" else None
+        return State(theta, moments, best, jnp.full(self.options.steps, jnp.inf, jnp.float32))
+
+    def result(self, state: State):
+        """The theta that is kept."""
+        return state.theta if self.options.keep == "last" else state.best
+
+    def step(
+        self, t, state: State, fixed, objective: Callable[[Any], Array], expected: Float[Array, " steps"]
+    ) -> State:
+        """Step `t`: `objective` is its loss as a function of theta, `expected` the loss at the start of every step."""
+        # Gradients are those of the loss over the start's: far above the epsilon of Adam, whatever the scale of h.
+        unit = jnp.maximum(expected.mean(), TINY)
+        loss, gradient = jax.value_and_grad(lambda theta: objective(theta) / unit)(state.theta)
+        ratio = loss * unit / jnp.maximum(expected[t], TINY)
+        best = state.best
+        if self.options.keep == "best":
+            better = ratio < state.losses.min()
+            best = jax.tree.map(lambda new, old: jnp.where(better, new, old), state.theta, best)
+        theta, moments = {}, {}
+        for path, spec in self.specs:
+            optimizer, old = self.method.optimizer(spec, self.options), state.theta[path]
+            update, moments[path] = optimizer.update(gradient[path], state.moments[path], old)
+            theta[path] = self.method.project(optax.apply_updates(old, update), fixed[path], self.options)
+        return State(theta, moments, best, state.losses.at[t].set(ratio))
+
+    def _each(self, function: Callable, theta, fixed, weights: Kernels) -> dict[str, Any]:
+        return {
+            path: function(self.method, theta[path], fixed[path], weights[path], spec, self.options)
+            for path, spec in self.specs
+        }
+
+
+def reconstruct_block(
+    method: Parametrization,
+    apply: Block,
+    params: Params,
+    inputs: Float[np.ndarray, "samples S D"],
+    targets: Float[np.ndarray, "samples S D"],
+    specs: Mapping[str, QuantSpec],
+    options: LearnedOptions,
+    seed: int | None = None,
+    on_steps: Callable[[int], None] = lambda done: None,
+) -> tuple[dict[str, Exported], Reconstruction]:
+    """Quantizes matrices of a block so that its output is near a target.
+
+    Inputs and targets lie on the device as a whole and are gathered from there: `2 * samples * S * D` numbers, 8.6 GB
+    in float32 for 128 windows of 2048 tokens at a width of 4096. Besides, a weight, its theta, its fake-quantized
+    value, their gradients and the optimizer's state are 5 (AutoRound) to 7 (Adam) float32 numbers per weight.
+
+    Args:
+      method: the parametrization.
+      apply: the block as a pure function of its parameters; hashable, and equal for blocks that share a program.
+      params: its parameters, dense, any float dtype; matrices without a spec stay as they are.
+      inputs: what the quantized block will be fed; their dtype is that of the computation.
+      targets: what it should answer.
+      specs: path of a matrix within the block -> its format; not empty.
+      options: of the method.
+      seed: draws the windows; `options.seed` when None.
+      on_steps: called with how many steps are done, now and then.
+
+    Returns:
+      Per path codes uint32 `[..., K, N]`, scales float32 and zeros `[..., groups, N]`, as every quantizer returns them;
+      and how it went.
+    """
+    if inputs.shape != targets.shape or not specs:
+        raise ValueError(f"inputs {inputs.shape} and targets {targets.shape} of a block with {len(specs)} matrices")
+    learner = Learner(method, tuple(specs.items()), _of_the_program(options))
+    flat = flatten_dict(params, sep="/")
+    weights = {path: jnp.asarray(flat[f"{path}/kernel"], jnp.float32) for path in specs}
+    samples, batch_size = len(inputs), min(options.batch_size, len(inputs))
+    data = (jnp.asarray(inputs), jnp.asarray(targets))
+
+    theta, fixed = _start(learner, weights)
+    started, errors = _measured(apply, learner, batch_size, params, theta, fixed, weights, *data)
+    before = float(errors.mean())
+    if options.steps == 0:
+        return started, Reconstruction(before, before, "start", np.zeros(0, np.float32))
+
+    drawn = drawn_windows(samples, batch_size, options.steps, options.seed if seed is None else seed)
+    expected, drawn = errors[drawn].mean(1), jnp.asarray(drawn)
+    state = _begin(learner, theta)
+    for first in range(0, options.steps, CHUNK):
+        last = min(first + CHUNK, options.steps)
+        state = _advance(apply, learner, params, fixed, weights, state, *data, drawn, expected, first, last)
+        on_steps(last)
+    learned, errors = _measured(apply, learner, batch_size, params, learner.result(state), fixed, weights, *data)
+    after, losses = float(errors.mean()), np.asarray(state.losses)
+    if options.guard and not after <= before:  # NaN falls back on the start too
+        return started, Reconstruction(before, before, "start", losses)
+    return learned, Reconstruction(before, after, "learned", losses)
+
+
+def reconstruct_matrix(
+    method: Parametrization,
+    weight: Float[Array, "... K N"],
+    stats: InputStats | None,
+    spec: QuantSpec,
+    options: LearnedOptions,
+) -> Exported:
+    """Quantizes one matrix so that its outputs on the calibration tokens are near the original's. Jittable.
+
+    Every step sees all tokens, through the second moment `stats.hessian` `[..., K, K]`. Losses are therefore exact, the
+    best step is kept whatever `keep` says, and none is better than the start where the start is returned. Raises
+    UserError without a second moment.
+    """
+    if stats is None or stats.hessian is None:
+        raise UserError("learned rounding needs calibration text; give --calibration FILE, or wikitext2 or c4")
+    if weight.ndim > 2:
+        one = lambda w, s: reconstruct_matrix(method, w, s, spec, options)  # noqa: E731
+        return jax.vmap(one)(weight, InputStats(tokens=stats.tokens, hessian=stats.hessian))
+    learner = Learner(method, (("", spec),), dataclasses.replace(options, keep="best"))
+    weights = {"": weight.astype(jnp.float32)}
+    theta, fixed = learner.start(weights)
+
+    def objective(theta) -> Array:
+        error = learner.kernels(theta, fixed, weights)[""] - weights[""]
+        return jnp.sum(error * jnp.matmul(stats.hessian, error, precision=HIGHEST))
+
+    expected = jnp.full(options.steps, objective(theta))
+    step = lambda t, state: learner.step(t, state, fixed, objective, expected)  # noqa: E731
+    state = jax.lax.fori_loop(0, options.steps, step, learner.begin(theta)) if options.steps else learner.begin(theta)
+    return learner.export(state.best, fixed, weights)[""]
+
+
+def drawn_windows(samples: int, batch_size: int, steps: int, seed: int) -> Int[np.ndarray, "steps B"]:
+    """Which windows each step sees: one shuffled pass over all after another."""
+    generator = np.random.default_rng(seed)
+    passes = -(-steps * batch_size // samples)
+    order = np.concatenate([generator.permutation(samples) for _ in range(passes)])
+    return order[: steps * batch_size].reshape(steps, batch_size).astype(np.int32)
+
+
+def _of_the_program(options: LearnedOptions) -> LearnedOptions:
+    """`options` with what does not change the compiled functions at fixed values, so that they are shared."""
+    return dataclasses.replace(options, seed=0, guard=True, unit="block", propagate=True)
+
+
+def _squared_errors(apply: Block, params: Params, kernels: Kernels, inputs, targets) -> Float[Array, " B"]:
+    """Mean squared error of each window's output, in float32."""
+    flat = flatten_dict(params, sep="/") | {f"{path}/kernel": kernel for path, kernel in kernels.items()}
+    out = apply(unflatten_dict(flat, sep="/"), inputs)
+    return jnp.square(out.astype(jnp.float32) - targets.astype(jnp.float32)).mean((1, 2))
+
+
+@functools.partial(jax.jit, static_argnames="learner")
+def _start(learner: Learner, weights: Kernels):
+    return learner.start(weights)
+
+
+@functools.partial(jax.jit, static_argnames="learner")
+def _begin(learner: Learner, theta) -> State:
+    return learner.begin(theta)
+
+
+@functools.partial(jax.jit, static_argnames=("apply", "learner", "batch_size"))
+def _measured(apply: Block, learner: Learner, batch_size: int, params, theta, fixed, weights, inputs, targets):
+    """What would be stored, and its error on every window, `batch_size` of them at a time."""
+    kernels, samples = learner.kernels(theta, fixed, weights), len(inputs)
+    # The last batch is filled up with windows from the front, whose errors are then left out.
+    rows = jnp.arange(-(-samples // batch_size) * batch_size).reshape(-1, batch_size) % samples
+    errors = jax.lax.map(lambda row: _squared_errors(apply, params, kernels, inputs[row], targets[row]), rows)
+    return learner.export(theta, fixed, weights), errors.reshape(-1)[:samples]
+
+
+@functools.partial(jax.jit, static_argnames=("apply", "learner"), donate_argnames="state")
+def _advance(apply, learner, params, fixed, weights, state: State, inputs, targets, drawn, expected, first, last):
+    """Steps `first` to `last`, both traced: chunks of any length are one program."""
+
+    def step(t, state: State) -> State:
+        row = drawn[t]
+
+        def objective(theta) -> Array:
+            kernels = learner.kernels(theta, fixed, weights)
+            return _squared_errors(apply, params, kernels, inputs[row], targets[row]).mean()
+
+        return learner.step(t, state, fixed, objective, expected)
+
+    return jax.lax.fori_loop(first, last, step, state)

@@ -1,0 +1,90 @@
+"""A calibrated quantization that is killed goes on from the states it kept, and ends in the same bytes."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from lq.allocation import uniform_plan
+from lq.calibration.data import Windows
+from lq.checkpoint import write as writing
+from lq.checkpoint import write_quantized
+from lq.models.loading import open_checkpoint
+from lq.numerics.spec import QuantSpec
+from lq.pipeline import Pipeline
+
+WINDOWS = Windows(np.random.default_rng(0).integers(0, 4096, (4, 32), np.int32), "random", "random tokens")
+FEW = {"steps": 3, "batch_size": 2}
+
+
+def write(path, out, method, **kwargs):
+    source = open_checkpoint(path)
+    pipeline = Pipeline.read(method, {} if method == "gptq" else FEW)
+    plan = uniform_plan(source.config, QuantSpec(bits=3, group_size=32))
+    packed, plan = pipeline.quantized(source, plan, WINDOWS, batch_size=2)
+    record = pipeline.to_dict() | {"calibration": WINDOWS.fingerprint}
+    write_quantized(packed, plan, out, quantizer=record, description=source.path, **kwargs)
+
+
+def contents(directory):
+    return {file.name: file.read_bytes() for file in sorted(directory.iterdir())}
+
+
+@pytest.mark.parametrize("method", ["gptq", "autoround"])
+def test_killed_at_any_file(small_model, tmp_path, monkeypatch, method):
+    """At each file that a write makes in turn: shards, states, the record of both, the manifest."""
+    write(small_model.path, tmp_path / "whole", method)
+    whole, made = contents(tmp_path / "whole"), []
+    assert not any(name.startswith(("states", "shards")) for name in whole)
+    for name in ("write_file", "write_text"):
+        monkeypatch.setattr(writing, name, _counted(getattr(writing, name), made, None))
+    from lq.checkpoint import states
+
+    monkeypatch.setattr(states, "write_file", _counted(states.write_file, made, None))
+    write(small_model.path, tmp_path / "counted", method)
+    moments = range(2, len(made), 3)  # the embedding's record, a shard, states, a record, ... the manifest
+    monkeypatch.undo()
+    for moment in moments:
+        out, seen = tmp_path / f"killed-{moment}", []
+        with monkeypatch.context() as patch:
+            for module, name in [(writing, "write_file"), (writing, "write_text"), (states, "write_file")]:
+                patch.setattr(module, name, _counted(getattr(module, name), seen, moment))
+            with pytest.raises(KeyboardInterrupt):
+                write(small_model.path, out, method)
+        write(small_model.path, out, method, resume=True)
+        assert contents(out) == whole, f"killed as it wrote {made[moment]}"
+
+
+def _counted(function, made: list, kill_at: int | None):
+    def write(path, *args):
+        if len(made) == kill_at:
+            raise KeyboardInterrupt
+        made.append(path)
+        return function(path, *args)
+
+    return write
+
+
+def test_killed_by_the_system(small_model, text_file, tmp_path):
+    """SIGKILL as soon as the second block is there; the command again, with --resume."""
+    calibration = ["--calibration", str(text_file), "--samples", "4", "--length", "32"]
+    command = [sys.executable, "-m", "lq", "quantize", str(small_model.path), "--bits", "3", "--group-size", "32"]
+    command += ["--method", "gptq", *calibration]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    out, whole = tmp_path / "killed", tmp_path / "whole"
+    process = subprocess.Popen([*command, "--out", str(out)], env=environment, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 300
+    while not (out / "block_1.safetensors").exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (out / "lq.json").exists()
+    resumed = subprocess.run([*command, "--out", str(out), "--resume"], env=environment, capture_output=True, text=True)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "left" in resumed.stderr, "time left is shown for each block"
+    subprocess.run([*command, "--out", str(whole)], env=environment, check=True, capture_output=True)
+    assert contents(out) == contents(whole)
