@@ -22,12 +22,17 @@ def weight_of(*lead):
 
 
 def statistics(method, *lead, rows=slice(None)):
-    """What `method` needs of random correlated inputs, of their channels `rows`; None when it needs nothing."""
+    """What `method` needs of random correlated inputs, of their channels `rows`; None when it needs nothing.
+
+    Channels from 64 on have nothing to do with those before, and all have the same energy: what is made of them does
+    not depend on whether the others are there.
+    """
     needs = QUANTIZERS[method].needs - {"calibration"}
     if not needs:
         return None
     rng = np.random.default_rng(1)
-    x = jnp.asarray(rng.standard_normal((*lead, 200, K)) @ (np.eye(K) + rng.standard_normal((K, K)) / 10))
+    mixed = rng.standard_normal((*lead, 200, K)) @ (np.eye(K) + rng.standard_normal((K, K)) / 10)
+    x = jnp.asarray(np.sign(mixed) * (np.arange(200)[:, None] % 2 == (np.arange(K) >= 64)))
     reduce = functools.partial(reduce_inputs, needs=needs)
     for _ in lead:
         reduce = jax.vmap(reduce)
