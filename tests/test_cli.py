@@ -237,7 +237,10 @@ def test_a_reference_that_does_not_fit(small_model, quantized, tmp_path, text_fi
         (("quantize", "MODEL", "--out", "q", "--bpw", "9"), "budget: 9 bits per weight cannot be met"),
         (("quantize", "MODEL", "--out", "q", "--plan", "p", "--bits", "3"), "--bits is given, but --plan decides"),
         (("quantize", "MODEL", "--out", "q", "--bits", "3", "--metric", "zd"), "--metric is given, but without --bpw"),
-        (("quantize", "MODEL", "--out", "q", "--bpw", "3", "--metric", "zd", "--samples", "3"), "neither rtn nor zd reads text"),
+        (
+            ("quantize", "MODEL", "--out", "q", "--bpw", "3", "--metric", "zd", "--samples", "3"),
+            "neither rtn nor zd reads text",
+        ),
         (("score", "MODEL", "--metric", "zd", "--calibration", "x"), "--calibration is given, but zd reads no text"),
         (("score", "MODEL", "--metric", "zd", "--out", "SCORES"), "a file; give a directory"),
         (("eval", "MODEL", "--json", "/"), "--json /: a directory; give a file"),

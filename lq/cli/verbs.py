@@ -403,10 +403,12 @@ def _write(source, plan, out: Path, pipeline, windows, batch_size: int, resume: 
     from lq.checkpoint import write_quantized
     from lq.checkpoint.write import part_names
     from lq.progress import Progress
-    from lq.quantizers import described
+    from lq.quantizers import described, over_local_devices
 
     progress = Progress(quiet=quiet)
-    packed, plan = pipeline.quantized(source, plan, windows, batch_size=batch_size, note=progress.note)
+    packed, plan = pipeline.quantized(
+        source, plan, windows, batch_size=batch_size, place=over_local_devices(), note=progress.note
+    )
     record = pipeline.to_dict()
     if pipeline.recipe.calibrated:
         record["calibration"] = {"tokens": windows.fingerprint, "how": windows.how, "batch_size": batch_size}

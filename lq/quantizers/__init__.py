@@ -18,7 +18,7 @@ from lq.quantizers.apply import quantize_matrix, quantize_part
 from lq.quantizers.planned import PlannedSource
 from lq.quantizers.recipe import Recipe
 from lq.quantizers.registry import QUANTIZERS, SCALINGS
-from lq.quantizers.stream import QuantizedStream, over_columns
+from lq.quantizers.stream import QuantizedStream, over_columns, over_local_devices
 
 
 def quantized_source(
@@ -73,6 +73,7 @@ __all__ = [
     "Recipe",
     "described",
     "over_columns",
+    "over_local_devices",
     "quantize_matrix",
     "quantize_part",
     "quantized_source",
