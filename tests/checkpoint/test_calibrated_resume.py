@@ -12,8 +12,8 @@ import pytest
 
 from lq.allocation import uniform_plan
 from lq.calibration.data import Windows
-from lq.checkpoint import write as writing
 from lq.checkpoint import open_quantized, write_quantized
+from lq.checkpoint import write as writing
 from lq.models.loading import open_checkpoint
 from lq.numerics.segmented import is_packed
 from lq.numerics.spec import QuantSpec
