@@ -73,5 +73,5 @@ def reduce_inputs(
         total=weighted.sum(0) if "total" in needs else None,
         absolute=jnp.abs(weighted).sum(0) if "absolute" in needs else None,
         peak=jnp.max(jnp.abs(x), axis=0, initial=0.0, where=counted) if "peak" in needs else None,
-        sample=x[:: -(-x.shape[0] // rows)] if "sample" in needs else None,
+        sample=x[:: max(-(-x.shape[0] // rows), 1)] if "sample" in needs else None,
     )

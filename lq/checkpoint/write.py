@@ -30,6 +30,7 @@ from lq.quantizers.stream import QuantizedStream
 
 # What is copied from the original's directory: everything that describes it, no weights.
 COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*")
+SAFETENSORS_OWN = ".tmp??????"  # the temporary files that safetensors itself writes beside what it is told to write
 NOT_COPIED = ("*.index.json", MANIFEST, PROGRESS)
 
 
@@ -74,9 +75,9 @@ def write_quantized(
     done = {part: recorded[part] for part in part_names(source) if part in recorded}
     with _taken_back_if_refused(out, part_names(source), identity, done):
         out.mkdir(parents=True, exist_ok=True)
-        for pattern in (*COPIED, shard_name("*"), PATTERN):
-            for file in leftovers(out, pattern):
-                file.unlink()
+        killed = [file for pattern in (*COPIED, shard_name("*"), PATTERN) for file in leftovers(out, pattern)]
+        for file in [*killed, *out.glob(SAFETENSORS_OWN)]:
+            file.unlink()
         if isinstance(source, QuantizedStream) and states and _whole(out / states["file"], states):
             restore_states(out, states["file"], source)
         _record(out, identity, done, states)

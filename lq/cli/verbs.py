@@ -205,7 +205,9 @@ def quantize(
     check_output(out, resume)
     reading = [metric] if plan is None and (bpw is not None or bytes_ is not None) else []
     if not pipeline.recipe.calibrated and not _read_text(reading):
-        arguments.refuse(context, arguments.TEXT, f"neither {pipeline.name} nor the order of blocks reads text")
+        methods = " nor ".join([pipeline.name, *reading])
+        who = f"neither {methods} reads text" if reading else f"{methods} reads no text"
+        arguments.refuse(context, arguments.TEXT, who)
     allocation = None
     if plan is not None:
         arguments.refuse(context, arguments.PLAN, "--plan decides it")

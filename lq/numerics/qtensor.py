@@ -52,17 +52,23 @@ class QTensor:
           zeros: `[..., groups, N]`, integer codes in [0, 2**bits), or with a `spec.zero_dtype` numbers in
             [0, 2**bits], rounded to it here; None when `spec.symmetric`.
           residual: the packed factors of the low-rank residual, of the specs that `spec.residual` gives.
+
+        Raises ValueError when zeros or residual are there and the spec has none, are missing, or are of another spec.
         """
         if (zeros is None) != spec.symmetric:
             raise ValueError(f"{spec} {'has no' if spec.symmetric else 'needs'} zero points")
         if (residual is None) != (spec.rank == 0):
             raise ValueError(f"{spec} {'has no' if spec.rank == 0 else 'needs a'} low-rank residual")
+        shape = tuple(codes.shape)
+        factors = tuple((factor.spec, factor.shape) for factor in residual or ())
+        if factors != spec.residual(shape):
+            got, want = (" and ".join(f"{s} {t}" for s, t in each) for each in (factors, spec.residual(shape)))
+            raise ValueError(f"{spec} of shape {shape} has the factors {want}, not {got}")
         stored = zeros
         if zeros is not None and spec.zero_dtype is not None:
             stored = zeros.astype(spec.zero_dtype)
         elif zeros is not None:
             stored = tuple(p.swapaxes(-1, -2) for p in pack(zeros.swapaxes(-1, -2), spec.bits))
-        shape = tuple(codes.shape)
         return cls(pack(codes, spec.bits), scales.astype(spec.scale_dtype), stored, spec, shape, residual)
 
     @property

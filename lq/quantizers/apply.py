@@ -25,32 +25,31 @@ from lq.quantizers.registry import QUANTIZERS
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "method", "options"))
-def quantize_matrix(weight: Array, stats: Any, spec: QuantSpec, method: str, options) -> QTensor:
+def quantize_matrix(
+    weight: Array, stats: Any, spec: QuantSpec, method: str, options, hessian: Array | None = None
+) -> QTensor:
     """One weight `[..., K, N]`, packed. Compiled once per shape, spec and options, whichever block it is in.
 
     Args:
       weight: any float dtype.
       stats: the `InputStats` with the fields that the method needs, or what its `prepare` made of them; None for a
         method that needs none.
-      spec: the format, without a low-rank residual.
+      spec: the format; one that is mixed is for `segmented_matrix`.
       method, options: a name in `QUANTIZERS` and its options.
+      hessian: what a low-rank residual minimizes the error in; None: all weights count alike.
     """
-    codes, scales, zeros = QUANTIZERS[method].function(weight.astype(jnp.float32), stats, spec, options)
-    return QTensor.from_codes(codes, scales, zeros, spec)
+    plain = dataclasses.replace(spec, rank=0)
+    codes, scales, zeros = QUANTIZERS[method].function(weight.astype(jnp.float32), stats, plain, options)
+    tensor = QTensor.from_codes(codes, scales, zeros, plain)
+    return compensate(tensor, weight, spec.rank, hessian) if spec.rank else tensor
 
 
 def quantize_leaf(weight: Array, stats: InputStats | None, prepared: Any, spec: QuantSpec, recipe: Recipe) -> Packed:
     """One weight packed, its low-rank residual included. `prepared` is what the method's `prepare` made of `stats`."""
     if spec.mixes(weight.shape):
         return segmented_matrix(weight, prepared, spec, recipe)
-    plain = dataclasses.replace(spec, rank=0, mixed=False)
-    tensor = quantize_matrix(weight, prepared, plain, recipe.method, recipe.options)
-    if spec.rank == 0:
-        return tensor
-    return _compensated(tensor, weight, spec.rank, None if stats is None else stats.hessian)
-
-
-_compensated = jax.jit(compensate, static_argnames="rank")
+    hessian = stats.hessian if stats is not None and spec.rank else None
+    return quantize_matrix(weight, prepared, spec, recipe.method, recipe.options, hessian)
 
 
 def segmented_matrix(weight: Array, prepared: Any, spec: QuantSpec, recipe: Recipe) -> SegmentedQTensor:
@@ -58,7 +57,8 @@ def segmented_matrix(weight: Array, prepared: Any, spec: QuantSpec, recipe: Reci
     segments = recipe.quantizer.segments
     if segments is None:
         raise UserError(f"{recipe.method}: cannot choose widths for runs of channels; write baq, or leave out mixed")
-    return SegmentedQTensor.from_runs(*segments(weight.astype(jnp.float32), prepared, spec, recipe.options), spec)
+    permutation, found = segments(weight.astype(jnp.float32), prepared, spec, recipe.options)
+    return SegmentedQTensor.from_segments(permutation, found, spec, weight.shape)
 
 
 def quantize_part(params: Params, part: str, specs: Mapping[str, QuantSpec], recipe: Recipe) -> Params:

@@ -25,9 +25,9 @@ from jaxtyping import Array, Float, Int
 
 from lq.calibration.statistics import HIGHEST, InputStats
 from lq.errors import UserError
-from lq.numerics.segmented import segment_spec
+from lq.numerics.segmented import runs_of, segment_spec
 from lq.numerics.spec import SEGMENT_CHANNELS, QuantSpec
-from lq.quantizers.gptq import GPTQFactor, GPTQOptions, compensate, energy, factorize, live
+from lq.quantizers.gptq import GPTQFactor, GPTQOptions, compensate, energy, factorize, gptq, live
 from lq.quantizers.rtn import find_ranges, stored_zeros
 from lq.quantizers.sweep import Grid, fixed_grid, sweep
 
@@ -58,8 +58,16 @@ class BAQOptions(GPTQOptions):
         return super().resolve(spec)
 
 
-def baq(weight: Float[Array, "K N"], stats: InputStats | GPTQFactor, spec: QuantSpec, options: BAQOptions):
-    """BAQ: GPTQ with a width for each run of 128 input channels, of mean `spec.bits`.
+def baq(weight: Float[Array, "... K N"], stats: InputStats | GPTQFactor, spec: QuantSpec, options: BAQOptions):
+    """GPTQ where, with a mixed spec, runs of input channels get widths of their own by what they lose.
+
+    As `gptq`: this is the function for what is not mixed. `baq_segments` is the one for matrices that are.
+    """
+    return gptq(weight, stats, spec, options)
+
+
+def baq_segments(weight: Float[Array, "K N"], stats: InputStats | GPTQFactor, spec: QuantSpec, options: BAQOptions):
+    """A matrix of a mixed spec: GPTQ with a width for each run of 128 input channels, of mean `spec.bits`.
 
     The widths depend on the numbers, so this is not to be jitted. Both of its sweeps are, and compile once for a shape.
 
@@ -69,9 +77,10 @@ def baq(weight: Float[Array, "K N"], stats: InputStats | GPTQFactor, spec: Quant
       spec: a mixed spec.
 
     Returns:
-      What `SegmentedQTensor.from_runs` takes: codes uint32 `[K, N]` in the permuted order, scales float32 and zeros
-      uint32 `[groups, N]` (None when symmetric), the permutation int32 `[K]` and the width of every run, widest first.
-      Where all runs get the same width nothing is permuted, and the codes are those of `gptq`.
+      What `SegmentedQTensor.from_segments` takes: the permutation int32 `[K]`, row i of the segments being input
+      channel `permutation[i]`; and the segments, widest first: width, codes uint32 `[channels, N]`, scales float32 and
+      zeros uint32 `[groups, N]` (None when symmetric). Where all runs get the same width nothing is permuted, and the
+      one segment is what `gptq` makes.
 
     Raises:
       UserError: the options contradict the spec.
@@ -88,7 +97,7 @@ def baq(weight: Float[Array, "K N"], stats: InputStats | GPTQFactor, spec: Quant
     if (widths == spec.bits).all():
         permutation = np.arange(len(weight), dtype=np.int32)
     codes, scales, zeros = _quantize(weight, factor, permutation, widths, spec, options)
-    return codes, scales, zeros, jnp.asarray(permutation), tuple(map(int, widths))
+    return jnp.asarray(permutation), _segments(codes, scales, zeros, widths, spec)
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "options"))
@@ -184,3 +193,12 @@ def _ranges_at(grouped, importance, widths: Int[Array, " R"], spec: QuantSpec, o
     scale, zero = jax.lax.map(pick, (widths, runs))
     top = jnp.repeat(jnp.exp2(widths.astype(jnp.float32)) - 1.0, per_run)
     return Grid(scale.reshape(groups, N), zero.reshape(groups, N), top[:, None])
+
+
+def _segments(codes: Array, scales: Array, zeros: Array | None, widths: np.ndarray, spec: QuantSpec) -> list[tuple]:
+    """Cut where the width changes."""
+    found = []
+    for bits, first, stop in runs_of([int(width) for width in widths]):
+        groups = slice(first // spec.group_length(len(codes)), stop // spec.group_length(len(codes)))
+        found.append((bits, codes[first:stop], scales[groups], None if zeros is None else zeros[groups]))
+    return found

@@ -1,8 +1,10 @@
 """Bias correction: the mean error that quantization leaves in the outputs of a matrix, taken off by its bias.
 
-For y = x W + b and the quantized y' = x W' + b', mean over the calibration tokens of y' - y is zero in every output
-channel when b' = b + mean(x) (W - W'). Source: Nagel et al., Data-Free Quantization Through Weight Equalization and Bias
-Correction, arXiv 1906.04721, section 4.2, with the mean measured.
+For y = x W + b and the quantized y' = x W' + b' the mean of y' - y over the calibration tokens is zero in every output
+channel when b' = b + mean(x) (W - W').
+
+Source: Nagel et al., Data-Free Quantization Through Weight Equalization and Bias Correction, arXiv 1906.04721, section
+4.2, with the mean of x measured.
 """
 
 import jax

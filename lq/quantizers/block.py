@@ -14,6 +14,7 @@ from lq.calibration.taps import Input, block_inputs, input_statistics
 from lq.errors import UserError
 from lq.models.config import BlockKind, ModelConfig
 from lq.models.source import Params
+from lq.numerics.qtensor import QTensor
 from lq.numerics.segmented import Packed, is_packed
 from lq.numerics.spec import QuantSpec
 from lq.quantizers.apply import (
@@ -31,7 +32,9 @@ from lq.quantizers.channel_lines import with_storable_gains
 from lq.quantizers.errors import output_error
 from lq.quantizers.experts import fill_in
 from lq.quantizers.gptq import GPTQFactor
+from lq.quantizers.low_rank import compensate
 from lq.quantizers.recipe import Recipe
+from lq.quantizers.reconstruct import BlockFunction
 from lq.quantizers.registry import SCALINGS
 
 Note = Callable[[str], None]
@@ -127,7 +130,24 @@ def _scaled(block: CalibratedBlock, specs, recipe: Recipe) -> CalibratedBlock:
 
 def _reconstructed(block: CalibratedBlock, specs, recipe: Recipe, targets, report) -> dict[str, Packed]:
     """All matrices found together, so that the block's output is near `targets`."""
-    raise NotImplementedError
+    reconstruct = recipe.quantizer.block
+    if reconstruct is None or targets is None:
+        raise ValueError(f"{recipe.method} reconstructs no blocks, or has no targets")
+    plain = {path: dataclasses.replace(spec, rank=0) for path, spec in specs.items()}
+    apply = BlockFunction(block.config, block.kind)
+    states, targets_of_all = np.concatenate(block.states), np.concatenate(targets)
+    found, outcome = reconstruct(apply, block.params, states, targets_of_all, plain, recipe.options)
+    tensors: dict[str, Packed] = {}
+    for path, (codes, scales, zeros) in found.items():
+        report[path]["of rounding's error"] = outcome.after / outcome.before if outcome.before else 1.0
+        tensor = QTensor.from_codes(codes, scales, zeros, plain[path])
+        if rank := specs[path].rank:
+            tensor = compensated(tensor, read_matrix(block.params, block.path(path)), rank)
+        tensors[path] = tensor
+    return tensors
+
+
+compensated = jax.jit(compensate, static_argnames="rank")
 
 
 def _matrix_by_matrix(block: CalibratedBlock, specs, recipe: Recipe, report, place, note: Note) -> dict[str, Packed]:
@@ -147,7 +167,7 @@ def _matrix_by_matrix(block: CalibratedBlock, specs, recipe: Recipe, report, pla
                     weight = place(read_matrix(block.params, block.path(path)))
                     tensor = quantize_leaf(weight, stats, prepared, specs[path], recipe.of_matrix(path))
                     if stats.hessian is not None:
-                        report[path]["error"] = float(output_error(weight, tensor.dequantize(), stats).mean())
+                        report[path]["output error"] = float(output_error(weight, tensor.dequantize(), stats).mean())
                     tensors[path] = tensor
                     current = with_matrix(current, block.path(path), tensor.dequantize())
     return tensors

@@ -23,6 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 from lq.calibration.statistics import InputStats
 from lq.errors import UserError
 from lq.numerics.spec import QuantSpec
+from lq.quantizers.cholesky import cholesky
 from lq.quantizers.rtn import RTNOptions, find_ranges, round_to_codes, split_groups, stored_zeros
 from lq.quantizers.sweep import Grid, GridOf, fixed_grid, sweep
 
@@ -125,7 +126,7 @@ def _factorize(hessian: Array, damping_share: float, act_order: bool) -> GPTQFac
         tries, damping, _ = state
         damping = jnp.where(tries > 0, jnp.maximum(10.0 * damping, LEAST_RETRY * mean), damping)
         damped = jnp.where(jnp.eye(K, dtype=bool), diagonal + damping, reordered)
-        return tries + 1, damping, jax.lax.linalg.cholesky(damped, symmetrize_input=False)
+        return tries + 1, damping, cholesky(damped)
 
     def to_go_on(state):
         tries, _, lower = state

@@ -64,7 +64,9 @@ class HQQOptions:
                 raise UserError(f"hqq: {name}: {getattr(self, name)}; write {wanted}")
 
 
-def hqq(weight: Float[Array, "... K N"], stats: InputStats | None, spec: QuantSpec, options: HQQOptions):
+def hqq(
+    weight: Float[Array, "... K N"], stats: InputStats | None, spec: QuantSpec, options: HQQOptions
+) -> tuple[Array, Array, Array | None]:
     """Zero points of the sparsest error, by half-quadratic splitting.
 
     Returns codes uint32 `[..., K, N]`, scales float32 `[..., groups, N]` and zeros of the same shape: float32 when

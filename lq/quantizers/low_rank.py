@@ -1,17 +1,17 @@
 """Low-rank compensation of quantization error (LoRC): a packed weight plus two thin factors, each in 8 bits.
 
-Of the error E = W - Q(W) `[K, N]` the factors L `[K, r]` and R `[r, N]` keep the best part of rank r. Without statistics
-that is its singular value decomposition cut after r values, E ~ U S V^T, split evenly:
+Of the error E = W - Q(W) `[K, N]` the factors L `[K, r]` and R `[r, N]` keep the best part of rank r. Without
+statistics that is its singular value decomposition cut after r values, E ~ U S V^T, split evenly:
 
     L = U sqrt(S),   R = sqrt(S) V^T
 
-With the Hessian H = sum x x^T of the matrix's inputs the error of its outputs is minimized, ||X (E - L R)||: the same of
-C E with C^T C = H, and L = C^-1 U sqrt(S). H is damped, as in GPTQ, by a hundredth of its mean diagonal.
+With the Hessian H = sum x x^T of the matrix's inputs the error of its outputs is minimized, ||X (E - L R)||: the same
+of C E with C^T C = H, and L = C^-1 U sqrt(S). H is damped, as in GPTQ, by a hundredth of its mean diagonal.
 
 An error of rounding is nearly white: eight components of 512 hold 6 % of its energy, so that a small rank pays off at 2
 or 3 bits, or where an error has structure. Rounding the factors themselves costs some 1e-4 of what they hold.
 
-Source: Yao et al., ZeroQuant-V2, arXiv 2303.08302, section 5, for the plain decomposition and the 8 bits.
+Source: Yao et al., ZeroQuant-V2, arXiv 2303.08302, for the plain decomposition, the even split and the 8 bits.
 """
 
 import dataclasses
@@ -62,11 +62,12 @@ def low_rank_residual(
         hessian = jnp.where(seen[..., None, None], hessian, jnp.eye(hessian.shape[-1]))
     specs = spec.residual(error.shape)
     rank = specs[1][1][-2]
-    factors = zip(low_rank_factors(error, rank, hessian), specs, strict=True)
-    left, right = (QTensor.from_codes(*rtn(f, None, s, RTNOptions(clip="none")), s) for f, (s, _) in factors)
+    factors = low_rank_factors(error, rank, hessian)
+    left, right = (_packed(factor, factor_spec) for factor, (factor_spec, _) in zip(factors, specs, strict=True))
     product = jnp.matmul(left.dequantize(), right.dequantize(), precision=HIGHEST)
     reduced = (_energy(error - product, hessian) < _energy(error, hessian))[..., None, None]
-    return tuple(dataclasses.replace(f, scales=jnp.where(reduced, f.scales, 0)) for f in (left, right))
+    left, right = (dataclasses.replace(f, scales=jnp.where(reduced, f.scales, 0)) for f in (left, right))
+    return left, right
 
 
 def low_rank_factors(
@@ -81,6 +82,11 @@ def low_rank_factors(
     whitened = root * jnp.matmul(jnp.swapaxes(vectors, -1, -2), error, precision=HIGHEST)  # C E
     left, right = _split_svd(whitened, rank)
     return jnp.matmul(vectors, left / root, precision=HIGHEST), right
+
+
+def _packed(factor: Float[Array, "... K N"], spec: QuantSpec) -> QTensor:
+    codes, scales, zeros = rtn(factor, None, spec, RTNOptions(clip="none"))
+    return QTensor.from_codes(codes, scales, zeros, spec)
 
 
 def _split_svd(matrix: Float[Array, "... K N"], rank: int) -> tuple[Array, Array]:

@@ -4,7 +4,7 @@ from lq.quantizers.adaquant import AdaQuantOptions, adaquant, adaquant_block
 from lq.quantizers.autoround import AutoRoundOptions, autoround, autoround_block
 from lq.quantizers.awq import AWQOptions, ScalingOptions, awq
 from lq.quantizers.awq_scaling import scale_block
-from lq.quantizers.baq import BAQOptions, baq
+from lq.quantizers.baq import BAQOptions, baq, baq_segments
 from lq.quantizers.flexround import FlexRoundOptions, flexround, flexround_block
 from lq.quantizers.gptq import GPTQOptions, factorize, gptq
 from lq.quantizers.hqq import HQQOptions, hqq
@@ -26,11 +26,11 @@ QUANTIZERS = Registry(
             check=GPTQOptions.resolve,
         ),
         "baq": Method(
-            function=gptq,
+            function=baq,
             options=BAQOptions,
             needs=frozenset({"hessian", "calibration"}),
             prepare=factorize,
-            segments=baq,
+            segments=baq_segments,
             check=BAQOptions.resolve,
         ),
         "rsq": Method(

@@ -80,7 +80,9 @@ class RTNOptions:
         return self.convention
 
 
-def rtn(weight: Float[Array, "... K N"], stats: InputStats | None, spec: QuantSpec, options: RTNOptions):
+def rtn(
+    weight: Float[Array, "... K N"], stats: InputStats | None, spec: QuantSpec, options: RTNOptions
+) -> tuple[Array, Array, Array | None]:
     """Round to nearest within a range chosen per group.
 
     Returns codes uint32 `[..., K, N]`, scales float32 `[..., groups, N]` and zeros of the same shape: uint32, float32

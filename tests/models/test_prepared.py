@@ -1,6 +1,7 @@
 """Parameters laid out for a device give the logits of the canonical ones, from fewer products."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -11,6 +12,7 @@ import lq
 from lq.models.decoder import Decoder
 from lq.models.generate import generate
 from lq.models.prepared import prepare, prepared_nbytes
+from lq.numerics.matmul import PlusLowRank, matmul
 from lq_kernels import PreparedMatrix
 
 TOKENS = np.arange(14)[None] % 7
@@ -60,6 +62,37 @@ def test_projections_of_different_widths_stay_apart():
     prepared = prepare(qparams)
     assert "q_proj+k_proj+v_proj" not in prepared["block_0"]["attention"]
     assert "q_proj+k_proj+v_proj" in prepared["block_1"]["attention"]
+    assert_same_logits(model, prepared, qparams)
+
+
+@pytest.mark.parametrize("fields", [{}, {"symmetric": True}, {"zero_dtype": "bfloat16"}], ids=str)
+def test_a_matrix_with_a_residual_is_laid_out_with_its_factors(fields):
+    model, qparams = packed(2)
+    plain, spec = prepare(qparams), lq.QuantSpec(bits=2, rank=8, **fields)
+    for name in ("block_0/attention/k_proj", "block_1/mlp/down_proj"):
+        model, qparams = packed(2, specs={name: spec})
+        kernel = functools.reduce(lambda tree, key: tree[key], [*name.split("/"), "kernel"], qparams)
+        assert kernel.spec == spec
+        prepared = prepare(qparams)
+        laid_out = functools.reduce(lambda tree, key: tree[key], [*name.split("/"), "kernel"], prepared)
+        assert isinstance(laid_out, PlusLowRank)
+        assert_same_logits(model, prepared, qparams)
+        want = np.asarray(model.apply({"params": plain}, TOKENS))
+        assert np.abs(want - np.asarray(model.apply({"params": prepared}, TOKENS))).max() > 1e-3, (
+            "it has a part in them"
+        )
+        x = jax.random.normal(jax.random.key(0), (3, kernel.shape[0]))
+        product = np.asarray(x) @ np.asarray(kernel.dequantize())
+        np.testing.assert_allclose(matmul(x, laid_out), product, atol=1e-5 * np.abs(product).max())
+    assert prepared_nbytes(prepare(qparams)) > prepared_nbytes(plain)
+
+
+def test_matrices_with_zero_points_of_a_dtype_are_one_product():
+    spec = lq.QuantSpec(bits=4, zero_dtype="float16")
+    names = ("q_proj", "k_proj", "v_proj")
+    model, qparams = packed(specs={f"block_0/attention/{name}": spec for name in names})
+    prepared = prepare(qparams)
+    assert "q_proj+k_proj+v_proj" in prepared["block_0"]["attention"]
     assert_same_logits(model, prepared, qparams)
 
 

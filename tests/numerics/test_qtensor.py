@@ -1,5 +1,6 @@
 """`QTensor` and `QuantSpec`: what a code means, and what it costs."""
 
+import json
 import math
 import os
 import subprocess
@@ -8,11 +9,11 @@ import textwrap
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_qtensors import dequantize_by_definition, random_qtensor
 
 from lq.errors import UserError
 from lq.numerics.matmul import lookup, matmul
@@ -25,38 +26,10 @@ SPECS = [
     for bits in range(1, 9)
     for group, symmetric, dtype in [(32, False, "bfloat16"), (64, True, "float16"), (None, False, "float32")]
 ]
-
-
-def random_qtensor(spec, shape, seed=0):
-    """A tensor, and the codes, scales and zeros it was made of."""
-    rng = np.random.default_rng(seed)
-    *lead, K, N = shape
-    groups = (*lead, spec.num_groups(K), N)
-    codes = rng.integers(0, spec.max_code + 1, shape)
-    scales = rng.uniform(0.5, 2.0, groups).astype(
-        ml_dtypes.bfloat16 if spec.scale_dtype == "bfloat16" else spec.scale_dtype
-    )
-    zeros = None if spec.symmetric else rng.integers(0, spec.max_code + 1, groups)
-    return QTensor.from_codes(
-        jnp.asarray(codes), jnp.asarray(scales), zeros if zeros is None else jnp.asarray(zeros), spec
-    ), (
-        codes,
-        scales,
-        zeros,
-    )
-
-
-def dequantize_by_definition(codes, scales, zeros, spec):
-    """(code - zero) * scale in float64, weight by weight."""
-    *lead, K, _ = codes.shape
-    g = spec.group_size or K
-    out = np.empty(codes.shape, np.float64)
-    constant = 2 ** (spec.bits - 1) if spec.bits > 1 else 0.5
-    for index in np.ndindex(*lead):
-        for k in range(K):
-            zero = constant if zeros is None else zeros[index][k // g].astype(np.float64)
-            out[index][k] = (codes[index][k].astype(np.float64) - zero) * scales[index][k // g].astype(np.float64)
-    return out
+SPECS += [
+    QuantSpec(bits=bits, group_size=group, zero_dtype=zero_dtype)
+    for bits, group, zero_dtype in [(1, 32, "float32"), (3, 64, "bfloat16"), (4, None, "float16"), (8, 32, "bfloat16")]
+]
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
@@ -67,9 +40,10 @@ def test_codes_zeros_and_values_come_back(spec, shape):
     if zeros is not None:
         np.testing.assert_array_equal(np.asarray(tensor.zero_points()), zeros)
     # A code difference of at most 9 bits times a scale of at most 24 bits: one float32 rounding, none for 16-bit
-    # scales.
-    got = np.asarray(tensor.dequantize(), np.float64)
-    np.testing.assert_allclose(got, dequantize_by_definition(codes, scales, zeros, spec), rtol=2.0**-24, atol=0)
+    # scales. Of a zero point that is no code the difference is rounded too.
+    got, roundings = np.asarray(tensor.dequantize(), np.float64), 1 if spec.zero_dtype is None else 2.001
+    want = dequantize_by_definition(codes, scales, zeros, spec)
+    np.testing.assert_allclose(got, want, rtol=roundings * 2.0**-24, atol=0)
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
@@ -86,14 +60,21 @@ def test_size_in_closed_form():
     assert QuantSpec(bits=4, group_size=128).bits_per_weight((256, 512)) == 4 + 20 / 128
     assert QuantSpec(bits=3, group_size=64, symmetric=True).bits_per_weight((256, 512)) == 3.25
     assert QuantSpec(bits=2, group_size=None, symmetric=True, scale_dtype="float32").bits_per_weight((256, 8)) == 2.125
+    # 16-bit scales and 16-bit zero points per group of 64: 32/64.
+    assert QuantSpec(bits=4, group_size=64, zero_dtype="bfloat16").bits_per_weight((256, 512)) == 4.5
 
 
 @settings(max_examples=30, deadline=None)
 @given(
-    st.integers(1, 8), st.integers(1, 300), st.integers(1, 40), st.sampled_from([32, 64, 128, 256, None]), st.booleans()
+    st.integers(1, 8),
+    st.integers(1, 300),
+    st.integers(1, 40),
+    st.sampled_from([32, 64, 128, 256, None]),
+    st.sampled_from([{}, {"symmetric": True}, {"zero_dtype": "float16"}, {"zero_dtype": "float32"}]),
+    st.sampled_from([0, 1, 5, 64]),
 )
-def test_accounting_for_any_shape(bits, K, N, group, symmetric):
-    spec = QuantSpec(bits=bits, group_size=group, symmetric=symmetric)
+def test_accounting_for_any_shape(bits, K, N, group, fields, rank):
+    spec = QuantSpec(bits=bits, group_size=group, rank=rank, **fields)
     tensor, _ = random_qtensor(spec, (K, N))
     assert tensor.nbytes * 8 == spec.size_bits((K, N))
 
@@ -122,17 +103,18 @@ def test_one_compilation_serves_equal_specs():
     assert len(traces) == 1
 
 
-def test_matmul_equals_the_dequantized_product():
-    tensor, parts = random_qtensor(QuantSpec(bits=5, group_size=32), (96, 24))
+@pytest.mark.parametrize("zero_dtype", [None, "bfloat16", "float16", "float32"])
+def test_matmul_equals_the_dequantized_product(zero_dtype):
+    tensor, parts = random_qtensor(QuantSpec(bits=5, group_size=32, zero_dtype=zero_dtype), (96, 24))
     x = np.random.default_rng(3).standard_normal((4, 96)).astype(np.float32)
     dense = dequantize_by_definition(*parts, tensor.spec)
     bound = 98 * 2.0**-24 * (np.abs(x).astype(np.float64) @ np.abs(dense))
     assert (np.abs(np.asarray(matmul(x, tensor), np.float64) - x.astype(np.float64) @ dense) <= bound).all()
 
 
-@pytest.mark.parametrize("symmetric", [False, True])
-def test_lookup_in_a_packed_table_gives_its_columns(symmetric):
-    tensor, _ = random_qtensor(QuantSpec(bits=3, group_size=32, symmetric=symmetric), (96, 50))
+@pytest.mark.parametrize("fields", [{}, {"symmetric": True}, {"zero_dtype": "bfloat16"}], ids=str)
+def test_lookup_in_a_packed_table_gives_its_columns(fields):
+    tensor, _ = random_qtensor(QuantSpec(bits=3, group_size=32, **fields), (96, 50))
     rows = jnp.asarray([[3, 49], [0, 3]])
     np.testing.assert_array_equal(np.asarray(lookup(tensor, rows)), np.asarray(tensor.dequantize()).T[np.asarray(rows)])
 
@@ -160,6 +142,11 @@ def test_zero_points_must_fit_the_spec():
             "group_size: 100; write one of 32, 64, 128, 256, or null for the whole column",
         ),
         ({"bits": 4, "scale_dtype": "int8"}, "scale_dtype: 'int8'; write one of bfloat16, float16, float32"),
+        ({"bits": 4, "zero_dtype": "int8"}, "zero_dtype: 'int8'; write one of .*, or null for codes"),
+        ({"bits": 4, "zero_dtype": ["float16"]}, "zero_dtype: .*; write one of"),
+        ({"bits": 4, "zero_dtype": "float16", "symmetric": True}, "zero_dtype: float16, but symmetric codes store no"),
+        ({"bits": 4, "rank": -1}, "rank: -1; write a whole number, 0 for no low-rank residual"),
+        ({"bits": 4, "rank": 2.0}, "rank: 2.0; write a whole number"),
     ],
 )
 def test_a_spec_that_cannot_be_stored_says_what_to_write(fields, message):
@@ -168,8 +155,12 @@ def test_a_spec_that_cannot_be_stored_says_what_to_write(fields, message):
 
 
 def test_spec_survives_json():
-    spec = QuantSpec(bits=3, group_size=None, symmetric=True, scale_dtype="float32")
-    assert QuantSpec.from_dict(spec.to_dict()) == spec
+    for fields in ({"symmetric": True, "scale_dtype": "float32"}, {"zero_dtype": "bfloat16", "rank": 8}):
+        spec = QuantSpec(bits=3, group_size=None, **fields)
+        assert QuantSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
+    assert QuantSpec.from_dict({"bits": 3, "group_size": 64}) == QuantSpec(bits=3, group_size=64), (
+        "fields may be missing"
+    )
     with pytest.raises(UserError, match="unknown field 'width'"):
         QuantSpec.from_dict({"width": 3})
 

@@ -1,13 +1,14 @@
 """AWQ: the searches against float64 NumPy written from the formulas, and what the searches promise against the fold."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from recorded import CASES, blocks_of, states
+from recorded import blocks_of, states
 from small_models import llama_config, random_params
 
 from lq.calibration.calls import calls_in_block, expert_of_rows
@@ -19,7 +20,6 @@ from lq.models.matrices import block_matrices
 from lq.numerics.qtensor import QTensor
 from lq.numerics.spec import QuantSpec
 from lq.quantizers import QUANTIZERS
-from lq.quantizers import awq_scaling as scaling
 from lq.quantizers.apply import quantize_matrix
 from lq.quantizers.awq import AWQOptions, ScalingOptions, awq, clip_search
 from lq.quantizers.awq_scaling import candidates, fake_quantize, scale_block, squared_errors
@@ -248,7 +248,10 @@ def relative_weight(w: np.ndarray) -> np.ndarray:
     return (grouped / (grouped.max(1, keepdims=True) + 1e-6)).reshape(w.shape)
 
 
-@pytest.mark.parametrize(("case", "duo"), [*((case, False) for case in CASES), ("llama", True), ("mixtral", True)])
+DIFFERENT = ["gemma2", "gpt2", "llama", "mixtral", "opt", "qwen3_moe"]  # in their lines, norms or activations
+
+
+@pytest.mark.parametrize(("case", "duo"), [*((case, False) for case in DIFFERENT), ("mixtral", True)])
 def test_the_fold_gives_what_the_search_promised(case, duo):
     """In every family and line: the loss is no more than that of plain rounding, and rounding the folded block to
     nearest changes the inspected module's output by exactly as much as the search said."""
@@ -275,17 +278,21 @@ def test_the_fold_gives_what_the_search_promised(case, duo):
 
 
 def loss_of_rounding(config, kind, params, line, h, tokens) -> float:
-    """Mean squared change of the inspected module's output when the readers are rounded as they are."""
+    """Mean squared change of the inspected module's output in a run of the block, its readers rounded as they are."""
     changed = params
     for path in line.readers:
         leaf = leaf_at(params, path)
-        codes = rtn(leaf["kernel"], None, SPEC, RTNOptions(convention="asym", clip="none"))
-        changed = with_leaf(changed, path, {**leaf, "kernel": QTensor.from_codes(*codes, SPEC).dequantize()})
-    args = calls_in_block(config, kind, params, h, context_for(tokens), {line.inspected: "__call__"})[
-        line.inspected
-    ].args
-    outputs = [np.asarray(scaling._inspect(config, kind, line, tree, args), np.float64) for tree in (changed, params)]
-    return float(np.square(outputs[0] - outputs[1]).mean())
+        packed = quantize_matrix(leaf["kernel"], None, SPEC, "rtn", RTNOptions(convention="asym", clip="none"))
+        changed = with_leaf(changed, path, {**leaf, "kernel": packed.dequantize()})
+    before, after = (np.asarray(output(config, kind, tree, line, h, tokens), np.float64) for tree in (params, changed))
+    return float(np.square(after - before).mean())
+
+
+@functools.partial(jax.jit, static_argnames=("config", "kind", "line"))
+def output(config, kind, params, line, h, tokens):
+    """Of the line's inspected module."""
+    call = calls_in_block(config, kind, params, h, context_for(tokens), {line.inspected: "__call__"})[line.inspected]
+    return call.result[0] if line.inspected == "attention" else call.result
 
 
 def test_alpha_zero_is_plain_rounding_to_the_bit():
@@ -298,7 +305,7 @@ def test_alpha_zero_is_plain_rounding_to_the_bit():
     assert all(found.alpha == (0.0,) and found.before == found.after for found in report)
     weight, options = params["mlp"]["up_proj"]["kernel"], RTNOptions(convention="asym", clip="none")
     np.testing.assert_array_equal(
-        fake_quantize(weight, SPEC, options), quantize_matrix(weight, SPEC, "rtn", options).dequantize()
+        fake_quantize(weight, SPEC, options), quantize_matrix(weight, None, SPEC, "rtn", options).dequantize()
     )
 
 
@@ -460,6 +467,16 @@ def test_a_spec_for_a_matrix_that_is_not_there_is_a_defect():
         scale_block(config, config.kinds[0], params, [], [], {"mlp/fc1": SPEC}, ScalingOptions())
 
 
+def test_a_packed_matrix_is_a_defect():
+    config = llama_config(1)
+    params = random_params(config, dtype=jnp.float32)["block_0"]
+    packed = quantize_matrix(params["mlp"]["up_proj"]["kernel"], SPEC, "rtn", RTNOptions(clip="none"))
+    params["mlp"]["up_proj"]["kernel"] = packed
+    h, tokens = states(config)
+    with pytest.raises(ValueError, match=r"^mlp/up_proj/kernel is packed; scales are folded before quantizing$"):
+        scale_block(config, config.kinds[0], params, [h], [tokens], {}, ScalingOptions())
+
+
 def test_experts_are_searched_on_their_own_rows():
     """The statistics of an expert's tensor are those of the rows that went to it."""
     config, kind, params = next(iter(blocks_of("qwen3_moe", "float32")))
@@ -474,6 +491,7 @@ def test_experts_are_searched_on_their_own_rows():
     for e in range(6):
         rows = np.abs(np.asarray(x, np.float64))[expert == e]
         assert stats.tokens[e] == 2 * len(rows)
-        np.testing.assert_allclose(stats.absolute[e], 2 * rows.sum(0), rtol=1e-5, atol=1e-9)
-        np.testing.assert_allclose(stats.peak[e], rows.max(0, initial=0.0), rtol=1e-6)
+        # One float32 forward pass compiled as a whole, the other operation by operation.
+        np.testing.assert_allclose(stats.absolute[e], 2 * rows.sum(0), rtol=1e-4)
+        np.testing.assert_allclose(stats.peak[e], rows.max(0, initial=0.0), rtol=1e-4)
     assert fold(params, line, jnp.ones(line.shape))["moe"].keys() == params["moe"].keys()

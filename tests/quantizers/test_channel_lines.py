@@ -158,7 +158,7 @@ def test_a_scale_of_another_shape_and_a_packed_matrix_are_refused():
     with pytest.raises(ValueError, match=r"a scale \(64,\) for attention/v_proj, whose line takes \(32,\)"):
         fold(params, line, jnp.ones(64))
     kernel = params["attention"]["o_proj"]["kernel"]
-    packed = quantize_matrix(kernel, QuantSpec(bits=4, group_size=32), "rtn", RTNOptions(clip="none"))
+    packed = quantize_matrix(kernel, None, QuantSpec(bits=4, group_size=32), "rtn", RTNOptions(clip="none"))
     params["attention"]["o_proj"]["kernel"] = packed
     with pytest.raises(ValueError, match="attention/o_proj is packed"):
         fold(params, line, jnp.ones(32))

@@ -184,6 +184,20 @@ def test_opt_weighs_errors_with_the_mean_square_of_the_inputs(bits):
     np.testing.assert_array_equal(dequantized(W, spec, InputStats(tokens=jnp.float32(512)), clip="opt"), even)
 
 
+def test_opt_weighs_the_errors_of_each_expert_with_its_own_inputs():
+    stack = jnp.asarray(np.stack([W[:64], W[64:128]]))
+    squares = np.random.default_rng(6).exponential(1, (2, 64)) ** 2
+    stats = InputStats(tokens=jnp.ones(2), hessian=jnp.asarray([np.diag(h) for h in squares], jnp.float32))
+    spec, options = spec_for("symf", 3), RTNOptions(clip="opt")
+    stacked = rtn(stack, stats, spec, options)
+    for i in range(2):
+        own = InputStats(tokens=jnp.float32(1), hessian=stats.hessian[i])
+        codes, scales, _ = rtn(stack[i], own, spec, options)
+        np.testing.assert_array_equal(stacked[0][i], codes)
+        np.testing.assert_array_equal(stacked[1][i], scales)
+        assert (np.asarray(rtn(stack[i], None, spec, options)[1]) != np.asarray(scales)).any()
+
+
 @pytest.mark.parametrize("bits", range(1, 9))
 @pytest.mark.parametrize("zero_dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("clip", ["none", "mse", "opt"])

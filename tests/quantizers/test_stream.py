@@ -94,7 +94,7 @@ def test_widths_of_their_own_for_runs_of_channels():
         assert 8 * leaf.nbytes == specs[path].size_bits(leaf.shape), path
     assert sum(leaf.widths) == 3 * 4 if (leaf := packed["block_0/mlp/down_proj/kernel"]) else False
     assert any(len(set(leaf.widths)) > 1 for leaf in packed.values()), "the random block has channels of unequal energy"
-    with pytest.raises(UserError, match="baq: chooses widths for runs of channels.*write mixed: true"):
+    with pytest.raises(UserError, match=r"baq: chooses widths for runs of channels.*write mixed: true"):
         stream_of("baq", config)
     with pytest.raises(UserError, match="mixed: gptq cannot choose widths for runs of channels; write method baq"):
         stream_of("gptq", config, specs=specs)
@@ -253,16 +253,16 @@ def test_filling_up():
 def test_what_is_not_finite_is_named():
     params = random_params(CONFIG)
     params["block_1"]["attention"]["o_proj"]["kernel"] = jnp.full((64, 64), jnp.nan, jnp.bfloat16)
-    with pytest.raises(UserError, match="^block_1/attention/o_proj: a weight is NaN or infinite"):
+    with pytest.raises(UserError, match=r"^block_1/attention/o_proj: a weight is NaN or infinite"):
         stream_of("gptq", params=params).params()
     params = random_params(CONFIG)
     params["block_1"]["attention_norm"]["scale"] = jnp.full((64,), jnp.inf, jnp.bfloat16)
-    with pytest.raises(UserError, match="^block_1/attention/q_proj: its calibration inputs are NaN or infinite"):
+    with pytest.raises(UserError, match=r"^block_1/attention/q_proj: its calibration inputs are NaN or infinite"):
         stream_of("gptq", params=params).params()
 
 
 def test_a_recipe_that_needs_text_asks_for_it():
-    with pytest.raises(UserError, match="gptq needs calibration text; give --calibration FILE"):
+    with pytest.raises(UserError, match=r"gptq needs calibration text; give --calibration FILE"):
         quantized_source(InMemory(CONFIG, random_params(CONFIG)), specs_of(CONFIG), recipe("gptq"))
 
 

@@ -21,11 +21,11 @@ from lq.models.loading import open_checkpoint
 from lq.models.matrices import other_weights
 from lq.models.source import InMemory
 from lq.numerics.spec import QuantSpec
-from lq.quantizers import QUANTIZERS, PlannedSource
+from lq.quantizers import PlannedSource, Recipe
 from lq.transforms import TransformedSource
 
 SPEC = QuantSpec(bits=4, group_size=32)
-RTN = QUANTIZERS.options("rtn", {})
+RTN = Recipe()
 RECORD = {"method": "rtn", "options": {}}
 EVERYWHERE = {"heads": True, "down": True}
 
@@ -34,7 +34,7 @@ def planned(case: str, method: str = "hadamard", options: dict | None = None):
     """The transformed model of a recorded checkpoint, quantized as it is read, and the plan."""
     source = TransformedSource(open_checkpoint(RECORDED / case), method, options)
     plan = adapted(uniform_plan(config_of(case), SPEC), source.config)
-    return PlannedSource(source, plan.specs, "rtn", RTN), plan
+    return PlannedSource(source, plan.specs, RTN), plan
 
 
 def write(case: str, out, options: dict | None = None, **kwargs):
