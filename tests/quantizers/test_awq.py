@@ -470,7 +470,7 @@ def test_a_spec_for_a_matrix_that_is_not_there_is_a_defect():
 def test_a_packed_matrix_is_a_defect():
     config = llama_config(1)
     params = random_params(config, dtype=jnp.float32)["block_0"]
-    packed = quantize_matrix(params["mlp"]["up_proj"]["kernel"], SPEC, "rtn", RTNOptions(clip="none"))
+    packed = quantize_matrix(params["mlp"]["up_proj"]["kernel"], None, SPEC, "rtn", RTNOptions(clip="none"))
     params["mlp"]["up_proj"]["kernel"] = packed
     h, tokens = states(config)
     with pytest.raises(ValueError, match=r"^mlp/up_proj/kernel is packed; scales are folded before quantizing$"):
