@@ -94,7 +94,7 @@ def test_a_record_tells_pipelines_apart():
 
 
 def test_bias_correction_leaves_no_mean_error():
-    """On what a matrix of the quantized model is applied to, its output is the original's on average, in every channel."""
+    """What a matrix of the quantized model gives, on what it is applied to there, is the original's on average."""
     source, plan = quantized(Pipeline.read("rtn", {"clip": "none"}, bias_correction=True))
     config = source.config
     assert plan.other_weights == other_weights(config) > other_weights(CONFIG)
