@@ -121,7 +121,10 @@ def reduce_expert_inputs(
     def add(i, stats: InputStats) -> InputStats:
         rows_of = lambda a: jax.lax.dynamic_slice_in_dim(a, i * TILE, TILE)  # noqa: E731
         tile = reduce_inputs(rows_of(padded), sums, rows_of(weight))
-        return jax.tree.map(lambda total, new: total.at[owner[i]].add(new), stats, tile)
+        total, new = (dataclasses.replace(one, peak=None) for one in (stats, tile))
+        summed = jax.tree.map(lambda total, new: total.at[owner[i]].add(new), total, new)
+        peak = None if stats.peak is None else stats.peak.at[owner[i]].max(tile.peak)
+        return dataclasses.replace(summed, peak=peak)
 
     empty = jax.eval_shape(lambda: reduce_inputs(padded[:TILE], sums, weight[:TILE]))
     zero = jax.tree.map(lambda leaf: jnp.zeros((E, *leaf.shape), leaf.dtype), empty)

@@ -4,11 +4,11 @@ import functools
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from lq.calibration.calls import calls_in_block, expert_of_rows
+from lq.calibration.calls import calls_in_block
 from lq.calibration.statistics import InputStats, reduce_inputs
+from lq.calibration.taps import reduce_expert_inputs
 from lq.models.config import BlockKind, ModelConfig
 from lq.models.context import context_for
 from lq.quantizers.channel_lines import Line, channel_lines
@@ -53,6 +53,4 @@ def _reduce(line: Line, args: tuple, needs: frozenset[str]) -> InputStats:
     x = args[0].reshape(-1, args[0].shape[-1])
     if line.experts is None:
         return reduce_inputs(x, needs)
-    expert = expert_of_rows(args[1], x.shape[0])
-    one = lambda e: reduce_inputs(x, needs, (expert == e).astype(jnp.float32))  # noqa: E731
-    return jax.lax.map(one, jnp.arange(line.experts))
+    return reduce_expert_inputs(x, args[1], needs)

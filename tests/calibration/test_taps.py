@@ -116,7 +116,7 @@ def test_experts_of_any_number_of_rows():
     rng = np.random.default_rng(0)
     counts = np.asarray([0, 1, TILE, 3, 2 * TILE + 5, 0])
     x = rng.standard_normal((counts.sum(), 8)).astype(np.float32).astype(np.float64)
-    stats = reduce_expert_inputs(jnp.asarray(x, jnp.float32), jnp.asarray(counts), ALL, rows=4)
+    stats = reduce_expert_inputs(jnp.asarray(x, jnp.float32), jnp.asarray(counts), ALL | {"peak"}, rows=4)
     np.testing.assert_array_equal(stats.tokens, counts)
     for e, rows in enumerate(np.split(x, np.cumsum(counts)[:-1])):
         # A sum of n products in float32 is off by at most n 2^-24 of the sum of their sizes.
@@ -125,6 +125,7 @@ def test_experts_of_any_number_of_rows():
         taken = rows[:: max(-(-len(rows) // 4), 1)]
         np.testing.assert_allclose(stats.sample[e, : len(taken)], taken, rtol=1e-6)
         assert not np.any(stats.sample[e, len(taken) :])
+        np.testing.assert_array_equal(stats.peak[e], np.abs(rows).max(0, initial=0.0))
 
 
 def test_batches_add_up():

@@ -41,7 +41,8 @@ def statistics(method, *lead, rows=slice(None), silent=0):
 
 def quantizer(method, spec, stats):
     """A function of the weight alone."""
-    return lambda weight: QUANTIZERS[method].function(weight, stats, spec, QUANTIZERS.options(method, {}))
+    few = {"steps": 20} if hasattr(QUANTIZERS.options(method, {}), "steps") else {}
+    return lambda weight: QUANTIZERS[method].function(weight, stats, spec, QUANTIZERS.options(method, few))
 
 
 def loss(method, spec, arrays):
