@@ -3,6 +3,7 @@
 import dataclasses
 from pathlib import Path
 
+import jax
 import pytest
 from small_models import llama_config, random_params, write_directory
 
@@ -15,6 +16,13 @@ class SmallModel:
     path: Path
     config: ModelConfig
     params: dict
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_programs_are_dropped():
+    """Every program is several memory maps, of which a process may have 65,530: a worker would run out."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

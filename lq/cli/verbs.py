@@ -205,7 +205,9 @@ def quantize(
     check_output(out, resume)
     reading = [metric] if plan is None and (bpw is not None or bytes_ is not None) else []
     if not pipeline.recipe.calibrated and not _read_text(reading):
-        arguments.refuse(context, arguments.TEXT, f"neither {pipeline.name} nor the order of blocks reads text")
+        methods = " nor ".join([pipeline.name, *reading])
+        who = f"neither {methods} reads text" if reading else f"{methods} reads no text"
+        arguments.refuse(context, arguments.TEXT, who)
     allocation = None
     if plan is not None:
         arguments.refuse(context, arguments.PLAN, "--plan decides it")
@@ -401,10 +403,12 @@ def _write(source, plan, out: Path, pipeline, windows, batch_size: int, resume: 
     from lq.checkpoint import write_quantized
     from lq.checkpoint.write import part_names
     from lq.progress import Progress
-    from lq.quantizers import described
+    from lq.quantizers import described, over_local_devices
 
     progress = Progress(quiet=quiet)
-    packed, plan = pipeline.quantized(source, plan, windows, batch_size=batch_size, note=progress.note)
+    packed, plan = pipeline.quantized(
+        source, plan, windows, batch_size=batch_size, place=over_local_devices(), note=progress.note
+    )
     record = pipeline.to_dict()
     if pipeline.recipe.calibrated:
         record["calibration"] = {"tokens": windows.fingerprint, "how": windows.how, "batch_size": batch_size}

@@ -25,7 +25,7 @@ from lq_kernels import SegmentedMatrix
 
 @flax.struct.dataclass
 class SegmentedQTensor:
-    """See the module's docstring for the invariants. Build one with `from_runs`."""
+    """See the module's docstring for the invariants. Build one with `from_segments`."""
 
     segments: tuple[QTensor, ...]
     permutation: Array
@@ -33,36 +33,35 @@ class SegmentedQTensor:
     shape: tuple[int, ...] = flax.struct.field(pytree_node=False)
 
     @classmethod
-    def from_runs(
+    def from_segments(
         cls,
-        codes: Array,
-        scales: Array,
-        zeros: Array | None,
         permutation: Array,
-        widths: Sequence[int],
+        segments: Sequence[tuple[int, Array, Array, Array | None]],
         spec: QuantSpec,
+        shape: tuple[int, ...],
     ) -> "SegmentedQTensor":
         """Packs.
 
         Args:
-          codes: integers `[K, N]` in the permuted order, within the width of their run.
-          scales: `[groups, N]`, of the permuted channels.
-          zeros: codes `[groups, N]` within the width of their run; None when `spec.symmetric`.
-          permutation: `[K]`: which input channel each row is.
-          widths: of every run of 128 channels; their mean is `spec.bits`.
+          permutation: `[K]`: which input channel each row of the segments is.
+          segments: one below the other, width, codes, scales and zeros of each as `QTensor.from_codes` takes them.
+            Together they have `spec.bits` bits a code.
           spec: a mixed spec.
+          shape: `[K, N]`.
         """
-        shape = tuple(codes.shape)
-        if not spec.mixes(shape) or sum(widths) != spec.bits * len(widths):
-            raise ValueError(f"{spec}: widths {tuple(widths)} of a matrix {shape} are not {spec.bits} on average")
-        segments = []
-        for bits, first, stop in runs_of(widths):
-            groups = slice(first // spec.group_length(shape[0]), stop // spec.group_length(shape[0]))
-            segment_zeros = None if zeros is None else zeros[groups]
-            segments.append(
-                QTensor.from_codes(codes[first:stop], scales[groups], segment_zeros, segment_spec(spec, bits))
-            )
-        return cls(tuple(segments), permutation.astype(jnp.uint16), spec, shape)
+        packed = tuple(
+            QTensor.from_codes(codes, scales, zeros, segment_spec(spec, bits))
+            for bits, codes, scales, zeros in segments
+        )
+        tensor = cls(packed, permutation.astype(jnp.uint16), spec, shape)
+        widths = tensor.widths
+        if (
+            not spec.mixes(shape)
+            or sum(widths) != spec.bits * len(widths)
+            or len(widths) * SEGMENT_CHANNELS != shape[0]
+        ):
+            raise ValueError(f"{spec}: widths {widths} of a matrix {shape} are not {spec.bits} on average")
+        return tensor
 
     @property
     def ndim(self) -> int:

@@ -18,7 +18,7 @@ from lq.quantizers.apply import quantize_matrix, quantize_part
 from lq.quantizers.planned import PlannedSource
 from lq.quantizers.recipe import Recipe
 from lq.quantizers.registry import QUANTIZERS, SCALINGS
-from lq.quantizers.stream import QuantizedStream, over_columns
+from lq.quantizers.stream import QuantizedStream, over_columns, over_local_devices
 
 
 def quantized_source(
@@ -53,10 +53,16 @@ def quantized_source(
 
 
 def described(source: ParameterSource, part: str) -> str:
-    """A part's name and, where it was measured, the mean relative output error of its matrices."""
+    """A part's name and, where it was measured, what its matrices lose: on average over them, as a share.
+
+    "output error" is the share of the outputs' energy (`lq.quantizers.errors`), "of rounding's error" that of the error
+    which learning began with.
+    """
     report = source.report if isinstance(source, QuantizedStream) else {}
-    errors = [found["error"] for path, found in report.items() if path.startswith(f"{part}/") and "error" in found]
-    return f"{part}, output error {sum(errors) / len(errors):.2%}" if errors else part
+    found = [measured for path, measured in report.items() if path.startswith(f"{part}/")]
+    names = dict.fromkeys(name for measured in found for name in measured)
+    means = {name: [m[name] for m in found if name in m] for name in names}
+    return ", ".join([part, *(f"{sum(values) / len(values):.2%} {name}" for name, values in means.items())])
 
 
 __all__ = [
@@ -67,6 +73,7 @@ __all__ = [
     "Recipe",
     "described",
     "over_columns",
+    "over_local_devices",
     "quantize_matrix",
     "quantize_part",
     "quantized_source",

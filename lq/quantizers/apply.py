@@ -57,7 +57,8 @@ def segmented_matrix(weight: Array, prepared: Any, spec: QuantSpec, recipe: Reci
     segments = recipe.quantizer.segments
     if segments is None:
         raise UserError(f"{recipe.method}: cannot choose widths for runs of channels; write baq, or leave out mixed")
-    return SegmentedQTensor.from_runs(*segments(weight.astype(jnp.float32), prepared, spec, recipe.options), spec)
+    permutation, found = segments(weight.astype(jnp.float32), prepared, spec, recipe.options)
+    return SegmentedQTensor.from_segments(permutation, found, spec, weight.shape)
 
 
 def quantize_part(params: Params, part: str, specs: Mapping[str, QuantSpec], recipe: Recipe) -> Params:

@@ -24,9 +24,10 @@ from jaxtyping import Array, Float
 from lq.calibration.statistics import HIGHEST, SAMPLE_ROWS, InputStats
 from lq.errors import UserError
 from lq.numerics.spec import QuantSpec
-from lq.quantizers.rtn import ASYMMETRIC, SYMMETRIC, RTNOptions, group_ranges, round_to_codes, rtn, split_groups
+from lq.quantizers.rtn import SYMMETRIC, RTNOptions, group_ranges, round_to_codes, rtn, split_groups
 
 NOT_CLIPPED = ("attention/q_proj", "attention/k_proj")
+WHOLE = ("asym0", "asym")  # conventions of asymmetric codes that ranges are searched in
 CHUNK = 256  # output channels whose partial products are there at once
 
 
@@ -44,7 +45,7 @@ class ScalingOptions:
 
     def rounding(self, spec: QuantSpec) -> RTNOptions:
         """How a weight of `spec` is rounded. Raises UserError when the convention contradicts the spec."""
-        kind, fitting = ("symmetric", SYMMETRIC) if spec.symmetric else ("asymmetric", ASYMMETRIC)
+        kind, fitting = ("symmetric", SYMMETRIC) if spec.symmetric else ("asymmetric", WHOLE)
         convention = self.convention or ("symr" if spec.symmetric else "asym")
         if convention not in fitting:
             raise UserError(f"awq: convention {convention!r} does not fit {kind} codes; write {' or '.join(fitting)}")

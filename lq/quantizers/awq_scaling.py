@@ -37,7 +37,7 @@ from lq.models.source import Params
 from lq.numerics.matmul import expert_matmul, matmul
 from lq.numerics.spec import QuantSpec
 from lq.quantizers.awq import ScalingOptions
-from lq.quantizers.channel_lines import Line, fold, leaf_at, with_leaf
+from lq.quantizers.channel_lines import Line, fold, in_float32, leaf_at, with_leaf
 from lq.quantizers.line_inputs import line_statistics
 from lq.quantizers.rtn import RTNOptions, rtn, split_groups
 
@@ -87,29 +87,33 @@ def scale_block(
     """
     if unknown := specs.keys() - block_matrices(config, kind).keys():
         raise ValueError(f"{name} has no matrix {sorted(unknown)[0]}")
-    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), block_params)
+    params = in_float32(block_params)
     folded, found = params, []
     for line, stats in line_statistics(config, kind, params, hidden, tokens, frozenset({"absolute"})).items():
         rounding = tuple((path, specs[path], options.rounding(specs[path])) for path in line.readers if path in specs)
         if not rounding:
             continue
         alphas, scales = candidates(line, stats, params, rounding, options)
-        batches = zip(hidden, tokens, strict=True)
-        errors = [squared_errors(config, kind, line, rounding, params, batch, h, scales) for h, batch in batches]
-        total = np.sum(np.asarray(errors, np.float64), axis=0)  # [candidates, scales]
+        total = np.zeros(())  # [candidates, 1 or experts]
+        for h, batch in zip(hidden, tokens, strict=True):
+            errors = squared_errors(config, kind, line, rounding, params, batch, h, scales)
+            total = total + np.asarray(errors, np.float64)
         if not np.isfinite(total[0]).all():
             raise UserError(
                 f"{name}/{line.inspected}: its output is NaN or infinite on the calibration text; the model is damaged"
             )
-        best = np.where(np.isfinite(total), total, np.inf).argmin(axis=0)  # the first of equals
-        each = np.arange(len(best))
-        scale = scales[best, each].reshape(line.shape)
-        folded = fold(folded, line, jnp.asarray(scale))
         elements = max(float(np.sum(stats.tokens)), 1.0) * config.hidden_size
-        chosen = tuple(alphas[i] for i in best)
-        before, after = (float(losses.sum() / elements) for losses in (total[0], total[best, each]))
-        found.append(ScaledLine(line, chosen, before, after, scale))
+        found.append(_best(line, alphas, scales, total, elements))
+        folded = fold(folded, line, jnp.asarray(found[-1].scale))
     return folded, tuple(found)
+
+
+def _best(line: Line, alphas: list[float | None], scales: np.ndarray, total: np.ndarray, elements: float) -> ScaledLine:
+    """Of each expert, or of the line, the first of the candidates with the least error."""
+    best = np.where(np.isfinite(total), total, np.inf).argmin(axis=0)
+    each = np.arange(len(best))
+    before, after = (float(errors.sum() / elements) for errors in (total[0], total[best, each]))
+    return ScaledLine(line, tuple(alphas[i] for i in best), before, after, scales[best, each].reshape(line.shape))
 
 
 def candidates(

@@ -103,6 +103,8 @@ def quantize_block(
       The parameters, what stays dense in float32; and per matrix what was measured.
     """
     report: dict[str, dict[str, float]] = {path: {} for path in specs}
+    if not specs:
+        return block.params, report
     for path in specs:
         check_weight(read_matrix(block.params, block.path(path)), block.path(path))
     if recipe.scaling is not None:
@@ -130,24 +132,25 @@ def _scaled(block: CalibratedBlock, specs, recipe: Recipe) -> CalibratedBlock:
 
 def _reconstructed(block: CalibratedBlock, specs, recipe: Recipe, targets, report) -> dict[str, Packed]:
     """All matrices found together, so that the block's output is near `targets`."""
+    reconstruct = recipe.quantizer.block
+    if reconstruct is None or targets is None:
+        raise ValueError(f"{recipe.method} reconstructs no blocks, or has no targets")
     plain = {path: dataclasses.replace(spec, rank=0) for path, spec in specs.items()}
-    found, outcome = recipe.quantizer.block(
-        BlockFunction(block.config, block.kind),
-        block.params,
-        np.concatenate(block.states),
-        np.concatenate(targets),
-        plain,
-        recipe.options,
-    )
-    for path in specs:
-        report[path]["block error"] = outcome.after / max(float(np.mean(np.square(np.concatenate(targets)))), 1e-30)
-    tensors = {path: QTensor.from_codes(*arrays, plain[path]) for path, arrays in found.items()}
-    return {
-        path: compensated(tensor, read_matrix(block.params, block.path(path)), specs[path].rank)
-        if specs[path].rank
-        else tensor
-        for path, tensor in tensors.items()
-    }
+    apply = BlockFunction(block.config, block.kind)
+    states, targets_of_all = np.concatenate(block.states), np.concatenate(targets)
+    if not (np.isfinite(states).all() and np.isfinite(targets_of_all).all()):
+        raise UserError(
+            f"{block.name}: its calibration states are NaN or infinite; the model is damaged, give an intact one"
+        )
+    found, outcome = reconstruct(apply, block.params, states, targets_of_all, plain, recipe.options)
+    tensors: dict[str, Packed] = {}
+    for path, (codes, scales, zeros) in found.items():
+        report[path]["of rounding's error"] = outcome.after / outcome.before if outcome.before else 1.0
+        tensor = QTensor.from_codes(codes, scales, zeros, plain[path])
+        if rank := specs[path].rank:
+            tensor = compensated(tensor, read_matrix(block.params, block.path(path)), rank)
+        tensors[path] = tensor
+    return tensors
 
 
 compensated = jax.jit(compensate, static_argnames="rank")
@@ -170,7 +173,7 @@ def _matrix_by_matrix(block: CalibratedBlock, specs, recipe: Recipe, report, pla
                     weight = place(read_matrix(block.params, block.path(path)))
                     tensor = quantize_leaf(weight, stats, prepared, specs[path], recipe.of_matrix(path))
                     if stats.hessian is not None:
-                        report[path]["error"] = float(output_error(weight, tensor.dequantize(), stats).mean())
+                        report[path]["output error"] = float(output_error(weight, tensor.dequantize(), stats).mean())
                     tensors[path] = tensor
                     current = with_matrix(current, block.path(path), tensor.dequantize())
     return tensors
@@ -186,11 +189,11 @@ def _prepared(block: CalibratedBlock, one: Input, stats: InputStats, recipe: Rec
         where = block.path(one.readers[0])
         damping = np.atleast_1d(np.asarray(prepared.damping))
         energy = np.atleast_2d(np.diagonal(np.asarray(stats.hessian), axis1=-2, axis2=-1))
-        asked = recipe.options.damping * energy.mean(-1, where=energy > 0)
+        share = damping * np.count_nonzero(energy, axis=-1) / np.maximum(energy.sum(-1), np.finfo(np.float32).tiny)
         if not np.isfinite(damping).all():
             note(f"{where}: {int((~np.isfinite(damping)).sum())} Hessians could not be factored; rounded to nearest")
-        elif (damping > 2 * asked).any():
-            note(f"{where}: a Hessian was not positive definite; damped {(damping / asked).max():.0f} times more")
+        elif (share > 2 * recipe.options.damping).any():
+            note(f"{where}: a Hessian was not positive definite; damped by {share.max():.2g} of its mean diagonal")
     return prepared
 
 

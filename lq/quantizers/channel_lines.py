@@ -23,6 +23,7 @@ attention and feed-forward (Gemma 2 and 3) are in no line. A block that rotates 
 import dataclasses
 import functools
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -132,6 +133,15 @@ def with_storable_gains(config: ModelConfig, kind: BlockKind, params: Params, dt
             stored = producer["scale"].astype(dtype).astype(jnp.float32) + line.norm_offset
             params = fold(params, line, jnp.where((stored > 0) & (gain > 0), gain / stored, 1.0))
     return params
+
+
+def in_float32(params: Params) -> Params:
+    """Every leaf in float32. Raises ValueError, naming it, for a packed one."""
+
+    def convert(path, leaf):
+        return jnp.asarray(_dense(leaf, jax.tree_util.keystr(path, simple=True, separator="/")), jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(convert, params, is_leaf=lambda leaf: isinstance(leaf, QTensor))
 
 
 def leaf_at(params: Params, path: str) -> Params:

@@ -37,6 +37,7 @@ def line_statistics(
     for h, batch in zip(hidden, tokens, strict=True):
         reduced = _reduced(config, kind, block_params, batch, h, needs)
         total = reduced if total is None else [a + b for a, b in zip(total, reduced, strict=True)]
+        jax.block_until_ready(total)  # one batch of states on the device
     return dict(zip(channel_lines(config, kind), total or [], strict=True))
 
 

@@ -65,7 +65,10 @@ class RoundedWeight(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Parametrization:
-    """Four pure functions on one matrix `[K, N]`. Hashable: a static argument of the jitted loop."""
+    """Four pure functions on one matrix `[K, N]`. Hashable: a static argument of the jitted loop.
+
+    The last axis of every array of theta is that of the output channels, N.
+    """
 
     init: Callable[[Array, QuantSpec, Any], tuple[Theta, Any]]  # weight -> theta, and what stays fixed
     round: Callable[[Theta, Any, Array, QuantSpec, Any], RoundedWeight]  # theta, fixed, weight -> codes
@@ -113,7 +116,7 @@ def start_range(weight: Float[Array, "K N"], spec: QuantSpec, options: LearnedOp
     return low, high, search_shrink(grouped, real, spec, RTNOptions(convention=convention(spec), clip="mse"))
 
 
-def convention(spec: QuantSpec) -> str:
+def convention(spec: QuantSpec) -> Literal["symf", "asym0"]:
     """Of `rtn`: the ranges that all learned roundings begin with. Zero is one of the values of every group."""
     return "symf" if spec.symmetric else "asym0"
 
@@ -145,7 +148,7 @@ def _straight_through_jvp(primals, tangents):
 
 
 def codes_of(level, zero, spec: QuantSpec):
-    """The codes of levels w / s, in float32: with the gradient of level + zero inside the range of codes, none beyond."""
+    """The codes of levels w / s, in float32, with the gradient of level + zero; none where they are clipped."""
     nearest = jax.lax.stop_gradient(nearest_code(level, zero, spec))
     inside = (nearest >= 0) & (nearest <= spec.max_code)
     return jnp.where(inside, straight_through(level + zero, nearest), jnp.clip(nearest, 0, spec.max_code))

@@ -39,7 +39,6 @@ TINY = 1e-30  # a start without error divides by this
 
 Kernels = dict[str, Array]  # path -> weight [..., K, N], float32
 Block = Callable[[Params, Array], Array]  # (parameters, h [B, S, D]) -> [B, S, D]
-Objective = Callable[[Kernels, Any], Array]  # (dequantized kernels, what a step draws) -> loss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +63,7 @@ class Reconstruction:
 
 
 class State(NamedTuple):
-    """What the loop carries. Trees by path."""
+    """What a block's loop carries. Trees by path."""
 
     theta: Any
     moments: Any  # of the optimizers
@@ -93,34 +92,18 @@ class Learner:
         """Codes, scales and zeros by path."""
         return self._each(export, theta, fixed, weights)
 
-    def begin(self, theta) -> State:
-        """The state before the first step."""
-        moments = {path: self.method.optimizer(spec, self.options).init(theta[path]) for path, spec in self.specs}
-        best = theta if self.options.keep == "best" else None
-        return State(theta, moments, best, jnp.full(self.options.steps, jnp.inf, jnp.float32))
+    def moments(self, theta) -> dict[str, Any]:
+        """The optimizers' state before the first step."""
+        return {path: self.method.optimizer(spec, self.options).init(theta[path]) for path, spec in self.specs}
 
-    def result(self, state: State):
-        """The theta that is kept."""
-        return state.theta if self.options.keep == "last" else state.best
-
-    def step(
-        self, t, state: State, fixed, objective: Callable[[Any], Array], expected: Float[Array, " steps"]
-    ) -> State:
-        """Step `t`: `objective` is its loss as a function of theta, `expected` the loss at the start of every step."""
-        # Gradients are those of the loss over the start's: far above the epsilon of Adam, whatever the scale of h.
-        unit = jnp.maximum(expected.mean(), TINY)
-        loss, gradient = jax.value_and_grad(lambda theta: objective(theta) / unit)(state.theta)
-        ratio = loss * unit / jnp.maximum(expected[t], TINY)
-        best = state.best
-        if self.options.keep == "best":
-            better = ratio < state.losses.min()
-            best = jax.tree.map(lambda new, old: jnp.where(better, new, old), state.theta, best)
-        theta, moments = {}, {}
+    def move(self, theta, moments, gradient, fixed) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Theta and moments after one step."""
+        moved, after = {}, {}
         for path, spec in self.specs:
-            optimizer, old = self.method.optimizer(spec, self.options), state.theta[path]
-            update, moments[path] = optimizer.update(gradient[path], state.moments[path], old)
-            theta[path] = self.method.project(optax.apply_updates(old, update), fixed[path], self.options)
-        return State(theta, moments, best, state.losses.at[t].set(ratio))
+            optimizer = self.method.optimizer(spec, self.options)
+            update, after[path] = optimizer.update(gradient[path], moments[path], theta[path])
+            moved[path] = self.method.project(optax.apply_updates(theta[path], update), fixed[path], self.options)
+        return moved, after
 
     def _each(self, function: Callable, theta, fixed, weights: Kernels) -> dict[str, Any]:
         return {
@@ -181,8 +164,10 @@ def reconstruct_block(
     for first in range(0, options.steps, CHUNK):
         last = min(first + CHUNK, options.steps)
         state = _advance(apply, learner, params, fixed, weights, state, *data, drawn, expected, first, last)
+        jax.block_until_ready(state)
         on_steps(last)
-    learned, errors = _measured(apply, learner, batch_size, params, learner.result(state), fixed, weights, *data)
+    theta = state.theta if options.keep == "last" else state.best
+    learned, errors = _measured(apply, learner, batch_size, params, theta, fixed, weights, *data)
     after, losses = float(errors.mean()), np.asarray(state.losses)
     if options.guard and not after <= before:  # NaN falls back on the start too
         return started, Reconstruction(before, before, "start", losses)
@@ -198,27 +183,38 @@ def reconstruct_matrix(
 ) -> Exported:
     """Quantizes one matrix so that its outputs on the calibration tokens are near the original's. Jittable.
 
-    Every step sees all tokens, through the second moment `stats.hessian` `[..., K, K]`. Losses are therefore exact, the
-    best step is kept whatever `keep` says, and none is better than the start where the start is returned. Raises
-    UserError without a second moment.
+    Every step sees all tokens, through the second moment `stats.hessian` `[..., K, K]`. Losses are therefore exact, and
+    a sum over output channels: of each channel the step of least loss is kept, whatever `keep` says, and none is worse
+    than at the start. Raises UserError without a second moment.
     """
     if stats is None or stats.hessian is None:
         raise UserError("learned rounding needs calibration text; give --calibration FILE, or wikitext2 or c4")
     if weight.ndim > 2:
         one = lambda w, s: reconstruct_matrix(method, w, s, spec, options)  # noqa: E731
         return jax.vmap(one)(weight, InputStats(tokens=stats.tokens, hessian=stats.hessian))
-    learner = Learner(method, (("", spec),), dataclasses.replace(options, keep="best"))
-    weights = {"": weight.astype(jnp.float32)}
+    learner, weights = Learner(method, (("", spec),), options), {"": weight.astype(jnp.float32)}
     theta, fixed = learner.start(weights)
 
-    def objective(theta) -> Array:
+    def errors(theta) -> Float[Array, " N"]:
         error = learner.kernels(theta, fixed, weights)[""] - weights[""]
-        return jnp.sum(error * jnp.matmul(stats.hessian, error, precision=HIGHEST))
+        return jnp.sum(error * jnp.matmul(stats.hessian, error, precision=HIGHEST), axis=0)
 
-    expected = jnp.full(options.steps, objective(theta))
-    step = lambda t, state: learner.step(t, state, fixed, objective, expected)  # noqa: E731
-    state = jax.lax.fori_loop(0, options.steps, step, learner.begin(theta)) if options.steps else learner.begin(theta)
-    return learner.export(state.best, fixed, weights)[""]
+    def better(best, theta, found):
+        least, kept = best
+        return jnp.minimum(found, least), jax.tree.map(lambda new, old: jnp.where(found < least, new, old), theta, kept)
+
+    def step(_, state):
+        theta, moments, best = state
+        found, pull = jax.vjp(errors, theta)
+        (gradient,) = pull(jnp.full_like(found, 1 / unit))
+        moved, moments = learner.move(theta, moments, gradient, fixed)
+        return moved, moments, better(best, theta, found)
+
+    start = errors(theta)
+    unit = jnp.maximum(start.sum(), TINY)
+    theta, _, best = jax.lax.fori_loop(0, options.steps, step, (theta, learner.moments(theta), (start, theta)))
+    _, kept = better(best, theta, errors(theta))
+    return learner.export(kept, fixed, weights)[""]
 
 
 def drawn_windows(samples: int, batch_size: int, steps: int, seed: int) -> Int[np.ndarray, "steps B"]:
@@ -248,7 +244,8 @@ def _start(learner: Learner, weights: Kernels):
 
 @functools.partial(jax.jit, static_argnames="learner")
 def _begin(learner: Learner, theta) -> State:
-    return learner.begin(theta)
+    best = theta if learner.options.keep == "best" else None
+    return State(theta, learner.moments(theta), best, jnp.full(learner.options.steps, jnp.inf, jnp.float32))
 
 
 @functools.partial(jax.jit, static_argnames=("apply", "learner", "batch_size"))
@@ -264,14 +261,20 @@ def _measured(apply: Block, learner: Learner, batch_size: int, params, theta, fi
 @functools.partial(jax.jit, static_argnames=("apply", "learner"), donate_argnames="state")
 def _advance(apply, learner, params, fixed, weights, state: State, inputs, targets, drawn, expected, first, last):
     """Steps `first` to `last`, both traced: chunks of any length are one program."""
+    # Gradients are those of the loss over the start's: far above the epsilon of Adam, whatever the scale of h.
+    unit = jnp.maximum(expected.mean(), TINY)
 
     def step(t, state: State) -> State:
-        row = drawn[t]
-
-        def objective(theta) -> Array:
+        def loss(theta) -> Array:
             kernels = learner.kernels(theta, fixed, weights)
-            return _squared_errors(apply, params, kernels, inputs[row], targets[row]).mean()
+            return _squared_errors(apply, params, kernels, inputs[drawn[t]], targets[drawn[t]]).mean() / unit
 
-        return learner.step(t, state, fixed, objective, expected)
+        value, gradient = jax.value_and_grad(loss)(state.theta)
+        ratio, best = value * unit / jnp.maximum(expected[t], TINY), state.best
+        if learner.options.keep == "best":
+            less = ratio < state.losses.min()
+            best = jax.tree.map(lambda new, old: jnp.where(less, new, old), state.theta, best)
+        theta, moments = learner.move(state.theta, state.moments, gradient, fixed)
+        return State(theta, moments, best, state.losses.at[t].set(ratio))
 
     return jax.lax.fori_loop(first, last, step, state)

@@ -3,15 +3,14 @@
     s_c = max|X_c|^a / max|W_c|^(1 - a)
 
 over the tokens X of a calibration set and all output channels of all readers W of a channel line
-(`lq.quantizers.channel_lines`). It was made for quantizing activations too: with a = 1/2 both sides get the range
-sqrt(max|X_c| max|W_c|). The paper rescales after norms; `lines="all"` goes on to the lines between two matrices.
+(`lq.quantizers.channel_lines`), a router aside. It was made for quantizing activations too: with a = 1/2 both sides get
+the range sqrt(max|X_c| max|W_c|). The paper rescales after norms; `lines="all"` goes on to the lines between matrices.
 """
 
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
@@ -20,7 +19,7 @@ from lq.errors import UserError
 from lq.models.config import BlockKind, ModelConfig
 from lq.models.source import Params
 from lq.numerics.spec import QuantSpec
-from lq.quantizers.channel_lines import Line, fold, leaf_at
+from lq.quantizers.channel_lines import Line, fold, in_float32, leaf_at
 from lq.quantizers.line_inputs import line_statistics
 
 SMALLEST = 1e-5  # of a scale, and of the largest weight of a channel
@@ -76,7 +75,7 @@ def smooth_block(
       UserError: the inputs of a matrix are not finite.
       ValueError: a packed matrix.
     """
-    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), block_params)
+    params = in_float32(block_params)
     folded, scales = params, {}
     for line, stats in line_statistics(config, kind, params, hidden, tokens, frozenset({"peak"})).items():
         if not specs.keys() & set(line.readers) or (options.lines == "norms" and not line.producer.endswith("norm")):

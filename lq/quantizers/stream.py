@@ -250,6 +250,12 @@ def as_stored(packed: Params, stored: Params) -> Params:
     return jax.tree.map(rounded, packed, stored, is_leaf=is_packed)
 
 
+def over_local_devices() -> Callable[[jax.Array], jax.Array]:
+    """`over_columns` of all devices of this process; nothing is moved where there is one."""
+    devices = np.asarray(jax.local_devices())
+    return over_columns(jax.sharding.Mesh(devices, ("columns",))) if devices.size > 1 else lambda weight: weight
+
+
 def over_columns(mesh: jax.sharding.Mesh) -> Callable[[jax.Array], jax.Array]:
     """Lays weights `[..., K, N]` out over all devices of `mesh` along N, where N is a multiple of their number.
 

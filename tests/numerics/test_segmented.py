@@ -32,7 +32,12 @@ def mixed(bits=3, group_size=64, symmetric=False, widths=(4, 4, 3, 1), seed=0):
     arrays = [jnp.asarray(a) for a in (codes, scales, zeros, permutation)]
     if symmetric:
         arrays[2] = None
-    return SegmentedQTensor.from_runs(*arrays, widths, spec), weight
+    codes, scales, zeros, permutation = arrays
+    segments = []
+    for width, first, stop in runs_of(widths):
+        groups = slice(first // group_size, stop // group_size)
+        segments.append((width, codes[first:stop], scales[groups], None if symmetric else zeros[groups]))
+    return SegmentedQTensor.from_segments(permutation, segments, spec, SHAPE), weight
 
 
 @pytest.mark.parametrize("symmetric", [False, True])

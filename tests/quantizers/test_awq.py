@@ -467,6 +467,16 @@ def test_a_spec_for_a_matrix_that_is_not_there_is_a_defect():
         scale_block(config, config.kinds[0], params, [], [], {"mlp/fc1": SPEC}, ScalingOptions())
 
 
+def test_a_packed_matrix_is_a_defect():
+    config = llama_config(1)
+    params = random_params(config, dtype=jnp.float32)["block_0"]
+    packed = quantize_matrix(params["mlp"]["up_proj"]["kernel"], None, SPEC, "rtn", RTNOptions(clip="none"))
+    params["mlp"]["up_proj"]["kernel"] = packed
+    h, tokens = states(config)
+    with pytest.raises(ValueError, match=r"^mlp/up_proj/kernel is packed; scales are folded before quantizing$"):
+        scale_block(config, config.kinds[0], params, [h], [tokens], {}, ScalingOptions())
+
+
 def test_experts_are_searched_on_their_own_rows():
     """The statistics of an expert's tensor are those of the rows that went to it."""
     config, kind, params = next(iter(blocks_of("qwen3_moe", "float32")))

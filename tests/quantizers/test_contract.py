@@ -21,18 +21,18 @@ def weight_of(*lead):
     return np.random.default_rng(0).standard_normal((*lead, K, N)).astype(np.float32)
 
 
-def statistics(method, *lead, rows=slice(None)):
+def statistics(method, *lead, rows=slice(None), silent=0):
     """What `method` needs of random correlated inputs, of their channels `rows`; None when it needs nothing.
 
     Channels from 64 on have nothing to do with those before, and all have the same energy: what is made of them does
-    not depend on whether the others are there.
+    not depend on whether the others are there. The first `silent` channels are zero.
     """
     needs = QUANTIZERS[method].needs - {"calibration"}
     if not needs:
         return None
     rng = np.random.default_rng(1)
     mixed = rng.standard_normal((*lead, 200, K)) @ (np.eye(K) + rng.standard_normal((K, K)) / 10)
-    x = jnp.asarray(np.sign(mixed) * (np.arange(200)[:, None] % 2 == (np.arange(K) >= 64)))
+    x = jnp.asarray(np.sign(mixed) * (np.arange(200)[:, None] % 2 == (np.arange(K) >= 64)) * (np.arange(K) >= silent))
     reduce = functools.partial(reduce_inputs, needs=needs)
     for _ in lead:
         reduce = jax.vmap(reduce)
@@ -42,6 +42,12 @@ def statistics(method, *lead, rows=slice(None)):
 def quantizer(method, spec, stats):
     """A function of the weight alone."""
     return lambda weight: QUANTIZERS[method].function(weight, stats, spec, QUANTIZERS.options(method, {}))
+
+
+def loss(method, spec, arrays):
+    """tr(D^T H D), in float64."""
+    error = np.asarray(QTensor.from_codes(*arrays, spec).dequantize(), np.float64) - weight_of()
+    return np.sum(error * (np.asarray(statistics(method).hessian, np.float64) @ error))
 
 
 @pytest.fixture(params=[1, 3, 8])
@@ -107,11 +113,15 @@ def test_under_jit(method, bits, symmetric):
     spec = QuantSpec(bits=bits, group_size=32, symmetric=symmetric)
     quantize = quantizer(method, spec, statistics(method))
     plain, jitted = quantize(weight_of()), jax.jit(quantize)(weight_of())
+    learns = QUANTIZERS[method].block is not None
     assert jax.tree.structure(plain) == jax.tree.structure(jitted)
     for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(jitted), strict=True):
         assert (a.shape, a.dtype) == (b.shape, b.dtype)
         # Fused arithmetic may move a weight that lies on a tie; of 960 no more than a few do.
-        assert (np.asarray(a) != np.asarray(b)).mean() <= 0.01
+        assert learns or (np.asarray(a) != np.asarray(b)).mean() <= 0.01
+    if learns:  # hundreds of steps carry a last bit far: other codes, as good
+        losses = [loss(method, spec, arrays) for arrays in (plain, jitted)]
+        assert losses[0] == pytest.approx(losses[1], rel=0.05)
 
 
 @ACCEPTED
@@ -132,10 +142,20 @@ def test_the_short_last_group_is_as_if_it_were_alone(method, symmetric):
     """Its padding has no say: with the rows before it far from zero and without them it gets the same codes."""
     spec, weight = QuantSpec(bits=3, group_size=32, symmetric=symmetric), weight_of()
     weight[64:] += 5.0
-    whole = quantizer(method, spec, statistics(method))(weight)
+    # What is learned of a group is kept or not by the error of its whole output channel: it must be this group's alone.
+    silent = 64 if QUANTIZERS[method].block else 0
+    whole = quantizer(method, spec, statistics(method, silent=silent))(weight)
     alone = quantizer(method, spec, statistics(method, rows=slice(64, None)))(weight[64:])
-    np.testing.assert_array_equal(np.asarray(whole[0])[64:], np.asarray(alone[0]))
-    np.testing.assert_array_equal(np.asarray(whole[1])[2], np.asarray(alone[1])[0])
+    codes, scales = (
+        (np.asarray(whole[0])[64:], np.asarray(alone[0])),
+        (np.asarray(whole[1])[2], np.asarray(alone[1])[0]),
+    )
+    if not silent:
+        np.testing.assert_array_equal(*codes)
+        np.testing.assert_array_equal(*scales)
+    else:  # sums over more channels round otherwise, and steps carry that on
+        assert (codes[0] != codes[1]).mean() <= 0.02
+        np.testing.assert_allclose(*scales, rtol=2.0**-6)
 
 
 @pytest.mark.parametrize(("method", "symmetric"), CASES)

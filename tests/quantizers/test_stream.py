@@ -261,6 +261,35 @@ def test_what_is_not_finite_is_named():
         stream_of("gptq", params=params).params()
 
 
+@pytest.mark.parametrize("method", CALIBRATED)
+def test_states_that_are_not_finite_are_refused(method):
+    params = random_params(CONFIG)
+    params["block_1"]["attention_norm"]["scale"] = jnp.full((64,), jnp.nan, jnp.bfloat16)
+    with pytest.raises(UserError, match=r"^block_1[^\n]*(NaN|infinite)"):
+        stream_of(method, params=params).params()
+
+
+@pytest.mark.parametrize("method", ["gptq", "autoround"])
+def test_a_block_without_specs_stays_as_it_is(method):
+    params = random_params(CONFIG)
+    specs = {path: spec for path, spec in specs_of(CONFIG).items() if not path.startswith("block_1")}
+    packed = stream_of(method, params=params, specs=specs).params()
+    assert_same(packed["block_1"], params["block_1"])
+    assert packed_leaves({"block_2": packed["block_2"]})
+
+
+def test_zero_weights_and_inputs_are_harmless():
+    """A dead block: its norm lets nothing through, and its weights are zero."""
+    params = random_params(CONFIG)
+    params["block_0"]["mlp_norm"]["scale"] = jnp.zeros((64,), jnp.bfloat16)
+    params["block_0"]["attention"]["o_proj"]["kernel"] = jnp.zeros((64, 64), jnp.bfloat16)
+    for method in CALIBRATED:
+        packed = stream_of(method, params=params).block(0)
+        # A group without a range gets one of 1e-5; what learns may use its codes.
+        assert np.abs(np.asarray(packed["attention"]["o_proj"]["kernel"].dequantize())).max() <= 1e-4
+        assert all(np.isfinite(np.asarray(leaf.dequantize())).all() for leaf in packed_leaves(packed).values())
+
+
 def test_a_recipe_that_needs_text_asks_for_it():
     with pytest.raises(UserError, match=r"gptq needs calibration text; give --calibration FILE"):
         quantized_source(InMemory(CONFIG, random_params(CONFIG)), specs_of(CONFIG), recipe("gptq"))

@@ -99,10 +99,11 @@ def test_another_rotation_is_another_write(tmp_path):
 def test_sizes_are_none_of_what_a_transform_may_change():
     assert set(CHANGEABLE) < {field.name for field in dataclasses.fields(ModelConfig)}
     changed = set()
-    for name in MODELS:
-        config = config_of(name)
+    for model in MODELS:
+        config = config_of(model)
         options = {**EVERYWHERE, "residual": not config.post_norms}
-        changed |= set(differing_fields(config, TransformedSource(InMemory(config, {}), "hadamard", options).config))
+        for name, given in (("hadamard", options), ("add_biases", {})):
+            changed |= set(differing_fields(config, TransformedSource(InMemory(config, {}), name, given).config))
     assert changed == set(CHANGEABLE)
 
 

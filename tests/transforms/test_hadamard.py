@@ -26,7 +26,7 @@ from lq.quantizers.rtn import RTNOptions
 from lq.transforms import TRANSFORMS, TransformedSource, transform
 from lq.transforms.rewrite import READS, WRITES
 
-EXACT = 1e-12  # see test_preserved.py
+EXACT = 1e-13  # see test_preserved.py
 EVERYWHERE = {"heads": True, "down": True}
 
 

@@ -1,0 +1,57 @@
+"""The shipped comparison of quantizers: its config is valid, and it measures and tabulates a small one."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from experiments.quantizers.compare import Bench, append, models, read, rows_of
+from experiments.quantizers.tables import draw, lines, table
+from lq.errors import UserError
+from lq.quantizers import QUANTIZERS
+
+CONFIG = Path(__file__).parent.parent / "experiments" / "quantizers" / "standin.yaml"
+
+
+def test_the_shipped_comparison_has_every_quantizer():
+    comparison = read(CONFIG)
+    assert {method.method for method in comparison.methods} == set(QUANTIZERS)
+    for method in comparison.methods:
+        for group_size in comparison.group_sizes:
+            for before in ([], [comparison.rotation]) if method.rotated else ([],):
+                assert method.quantization(group_size, before).pipeline.recipe.method == method.method
+    names = [name for name, *_ in models(comparison, [])]
+    assert len(names) == len(set(names))
+
+
+def test_rows_are_measured_kept_and_tabulated(small_model, text_file, tmp_path):
+    given = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))
+    given |= {"model": str(small_model.path), "bits": [3], "group_sizes": [64], "seeds": [0, 1]}
+    given["calibration"] = {"data": str(text_file), "samples": 4, "length": 32, "batch_size": 2}
+    given["evaluation"] = {"data": str(text_file), "window": 32, "windows": 4, "batch_size": 2}
+    given["methods"] = [m for m in given["methods"] if m["name"] in ("rtn absmax", "gptq")]
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(given), encoding="utf-8")
+    comparison = read(tmp_path / "small.yaml")
+    bench, file = Bench(comparison), tmp_path / "rows.jsonl"
+    for name, *what in models(comparison, []):
+        append(file, bench.measure(name, *what))
+    with file.open("a") as f:
+        f.write('{"name": "cut sh')  # by a crash
+    rows = rows_of(file)
+    assert [row.name for row in rows] == [name for name, *_ in models(comparison, [])]
+    assert len(rows) == 1 + 3 * 2, "absmax once, and rotated, gptq and gptq rotated with two seeds"
+    assert all(row.bpw == pytest.approx(3.25 if row.method == "rtn absmax" else 3.296875) for row in rows)
+    assert json.loads(file.read_text().splitlines()[0]) == dataclasses.asdict(rows[0])
+    text = table(lines(rows), 3, 64, original=rows[0].perplexity / 2)
+    assert "| rtn absmax | 3.2500 |" in text
+    assert "gptq, rotated" in text
+    draw(lines(rows), 1.0, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
+
+
+def test_a_broken_config_is_one_line(tmp_path):
+    (tmp_path / "x.yaml").write_text("title: x\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"x\.yaml: .*model Field required"):
+        read(tmp_path / "x.yaml")
