@@ -8,11 +8,12 @@ Per weight an offset V, per group the factors alpha and beta of the range's uppe
 V starts at 0 and alpha = beta = 1, so that no steps are round to nearest. Symmetric codes take their signed scale from
 the end of larger magnitude (`symf` in `lq.quantizers.rtn`). Every step moves each number by the learning rate against
 the sign of its gradient; the rate falls linearly to zero, and with 1 / steps to begin with, offsets sum to no more than
-(steps + 1) / (2 steps), half a code. Of all steps the one of least loss is kept, the last is not.
+(steps + 1) / (2 steps), half a code. The authors keep the step of least loss (`keep`).
 """
 
 import dataclasses
 import functools
+from typing import Literal
 
 import jax.numpy as jnp
 import optax
@@ -36,9 +37,11 @@ from lq.quantizers.rtn import split_groups, stored_scale
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AutoRoundOptions(LearnedOptions):
-    """The authors' presets, on windows of 2048 tokens, 8 a step: 200 steps (128 windows); best 1000 (512 windows);
-    light 50 steps at a learning rate of 0.005."""
+    """The authors' presets, with keep="best", on windows of 2048 tokens, 8 a step: 200 steps (128 windows); best 1000
+    (512 windows); light 50 steps at a learning rate of 0.005. `learning_rate` None is 1 / steps; 2 / steps from 1000
+    steps on at 3 bits and less."""
 
+    start: Literal["minmax", "mse"] = "minmax"  # as the authors; at 2 bits it ends nearer than the searched ranges
     tune_range: bool = True  # learn alpha and beta
 
 

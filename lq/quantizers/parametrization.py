@@ -33,10 +33,15 @@ Exported = tuple[Array, Array, Array | None]  # codes, scales, zeros, as every q
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LearnedOptions:
-    """What all learned roundings have in common."""
+    """What all learned roundings have in common.
+
+    The defaults are for windows of some hundreds of tokens and were chosen on blocks of the shipped model, by the error
+    on windows that were not learned from. Two windows a step are as good as eight at a quarter of the time, one is a
+    little worse. The last step is better than the one of least loss, which is that of the luckiest windows.
+    """
 
     steps: int = 200  # of the optimizer
-    batch_size: int = 8  # calibration windows per step
+    batch_size: int = 2  # calibration windows per step
     learning_rate: float | None = None  # None: the method's own
     start: Literal["minmax", "mse"] = "mse"  # the ranges begun with: the weights', or those of the clipping search
     seed: int = 0  # draws the windows of every step

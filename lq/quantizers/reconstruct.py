@@ -4,9 +4,8 @@
              X_q its input behind the quantized blocks before it, Y the original block's output on the original's input
     matrix:  minimize  tr(D^T H D) / tr(W^T H W)          D = W^ - W, H = sum x x^T over its inputs
 
-In a block's loop every step draws `batch_size` windows. Their loss says more about the windows than about the step, so
-that the step of least loss is not the best one even if every loss is divided by the start's on the same windows, as it
-is here for `keep="best"`: the learning rate falls to zero, and the last step is better (measured: `LearnedOptions`).
+In a block's loop every step draws `batch_size` windows. Their loss says more about the windows than about the step;
+where the step of least loss is asked for (`keep`), it is divided by the loss at the start on the same windows first.
 Finally the start and the result are measured on all windows, as they will be stored, and the better one is returned.
 
 Block parameters, inputs, targets and the drawn windows are arguments of the compiled functions, so that blocks of one

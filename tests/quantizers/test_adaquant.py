@@ -100,9 +100,14 @@ def test_weights_and_ranges_have_their_own_rates():
     theta, _ = initial(ADAQUANT, jnp.asarray(weight_of(64, 5)), QuantSpec(bits=3, group_size=32), options)
     optimizer = ADAQUANT.optimizer(QuantSpec(bits=3), options)
     gradient = {name: jnp.full_like(value, -7.0) for name, value in theta.items()}
-    update, _ = optimizer.update(gradient, optimizer.init(theta), theta)
+    update, _ = optimizer.update(gradient, optimizer.init(theta), theta)  # Adam moves by the rate, at first
     for name, rate in (("V", 0.02), ("range", 0.003), ("offset", 0.003)):
         np.testing.assert_allclose(np.asarray(update[name]), rate, rtol=1e-4)
+    state = optimizer.init(theta)
+    for _ in range(31):
+        update, state = optimizer.update(gradient, state, theta)
+    falls = (1 + np.cos(np.pi * 30 / 40)) / 2  # at step 30 of 40
+    np.testing.assert_allclose(np.asarray(update["V"]), 0.02 * falls, rtol=1e-4)
 
 
 def test_a_negative_rate_is_refused():
