@@ -93,17 +93,20 @@ def read(path: Path) -> Comparison:
 
 
 def models(comparison: Comparison, only: list[str]) -> Iterator[tuple[str, MethodSection, int, int, bool, int | None]]:
-    """Name, method, bits, group size, rotation and seed of every model that is measured."""
-    for method in comparison.methods:
-        if only and method.name not in only:
-            continue
-        for rotated in (False, True) if method.rotated else (False,):
+    """Name, method, bits, group size, rotation and seed of every model: one seed's whole table before the next."""
+    chosen = [method for method in comparison.methods if not only or method.name in only]
+    for i, seed in enumerate(comparison.seeds):
+        for method, group_size, rotated in itertools.product(chosen, comparison.group_sizes, (False, True)):
+            if rotated and not method.rotated:
+                continue
             calibrated = method.quantization(128, []).pipeline.recipe.calibrated
-            for group_size, bits in itertools.product(comparison.group_sizes, comparison.bits):
-                for seed in comparison.seeds if calibrated or rotated else [None]:
-                    where = f"{method.name}{', rotated' if rotated else ''}, {bits} bits, groups of {group_size}"
-                    name = where if seed is None else f"{where}, seed {seed}"
-                    yield name, method, bits, group_size, rotated, seed
+            drawn = calibrated or rotated  # otherwise nothing differs between seeds
+            if i and not drawn:
+                continue
+            for bits in comparison.bits:
+                where = f"{method.name}{', rotated' if rotated else ''}, {bits} bits, groups of {group_size}"
+                name = f"{where}, seed {seed}" if drawn else where
+                yield name, method, bits, group_size, rotated, seed if drawn else None
 
 
 class Bench:

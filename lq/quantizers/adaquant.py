@@ -51,7 +51,7 @@ class AdaQuantOptions(LearnedOptions):
 
 
 def _init(weight: Float[Array, "K N"], spec: QuantSpec, options: AdaQuantOptions):
-    low, high, shrink = start_range(weight, spec, options)
+    low, high, shrink = start_range(weight, spec, options.start or "mse")
     scale = range_scale(low, high, shrink, spec)
     theta = {"V": jnp.zeros_like(weight), "range": jnp.ones_like(scale)}
     if not spec.symmetric:

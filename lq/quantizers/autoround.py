@@ -13,7 +13,6 @@ the sign of its gradient; the rate falls linearly to zero, and with 1 / steps to
 
 import dataclasses
 import functools
-from typing import Literal
 
 import jax.numpy as jnp
 import optax
@@ -41,12 +40,13 @@ class AutoRoundOptions(LearnedOptions):
     (512 windows); light 50 steps at a learning rate of 0.005. `learning_rate` None is 1 / steps; 2 / steps from 1000
     steps on at 3 bits and less."""
 
-    start: Literal["minmax", "mse"] = "minmax"  # as the authors; at 2 bits it ends nearer than the searched ranges
     tune_range: bool = True  # learn alpha and beta
 
 
 def _init(weight: Float[Array, "K N"], spec: QuantSpec, options: AutoRoundOptions):
-    low, high, shrink = start_range(weight, spec, options)
+    # As the authors, and at 2 bits better than the searched ranges; at one bit the ends would be the only levels.
+    start = options.start or ("minmax" if spec.bits > 1 else "mse")
+    low, high, shrink = start_range(weight, spec, start)
     ends = {"alpha": jnp.ones_like(high), "beta": jnp.ones_like(low)}
     fixed = {"low": low, "high": high, "shrink": shrink}
     theta = {"V": jnp.zeros_like(weight)}

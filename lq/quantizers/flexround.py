@@ -41,7 +41,7 @@ class FlexRoundOptions(LearnedOptions):
 
 
 def _init(weight: Float[Array, "K N"], spec: QuantSpec, options: FlexRoundOptions):
-    low, high, shrink = start_range(weight, spec, options)
+    low, high, shrink = start_range(weight, spec, options.start or "mse")
     scale = stored_scale(range_scale(low, high, shrink, spec), spec)
     theta = {
         "delta1": jnp.zeros_like(scale),

@@ -43,7 +43,8 @@ class LearnedOptions:
     steps: int = 200  # of the optimizer
     batch_size: int = 2  # calibration windows per step
     learning_rate: float | None = None  # None: the method's own
-    start: Literal["minmax", "mse"] = "mse"  # the ranges begun with: the weights', or those of the clipping search
+    # The ranges begun with: the weights', or those of the clipping search; None: "mse", but for AutoRound
+    start: Literal["minmax", "mse"] | None = None
     seed: int = 0  # draws the windows of every step
     keep: Literal["last", "best"] = "last"  # the last step, or the one of least loss on the windows it drew
     guard: bool = True  # fall back on the start where its error over all calibration windows is less
@@ -111,12 +112,12 @@ def export(
     return _per_expert(one, weight.ndim)(theta, fixed, weight)
 
 
-def start_range(weight: Float[Array, "K N"], spec: QuantSpec, options: LearnedOptions):
+def start_range(weight: Float[Array, "K N"], spec: QuantSpec, start: Literal["minmax", "mse"]):
     """`(low, high, shrink)`, each `[groups, 1, N]`: the ends of a group's range and the factor it is shrunk by."""
     grouped, real = split_groups(weight, spec)
     low = jnp.minimum(jnp.min(grouped, axis=1, keepdims=True, where=real, initial=jnp.inf), 0.0)
     high = jnp.maximum(jnp.max(grouped, axis=1, keepdims=True, where=real, initial=-jnp.inf), 0.0)
-    if options.start == "minmax":
+    if start == "minmax":
         return low, high, jnp.ones_like(low)
     return low, high, search_shrink(grouped, real, spec, RTNOptions(convention=convention(spec), clip="mse"))
 
