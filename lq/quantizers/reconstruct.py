@@ -137,7 +137,7 @@ def reconstruct_block(
       specs: path of a matrix within the block -> its format; not empty.
       options: of the method.
       seed: draws the windows; `options.seed` when None.
-      on_steps: called with how many steps are done, now and then.
+      on_steps: called with how many steps are done: 0, and now and then.
 
     Returns:
       Per path codes uint32 `[..., K, N]`, scales float32 and zeros `[..., groups, N]`, as every quantizer returns them;
@@ -160,6 +160,7 @@ def reconstruct_block(
     drawn = drawn_windows(samples, batch_size, options.steps, options.seed if seed is None else seed)
     expected, drawn = errors[drawn].mean(1), jnp.asarray(drawn)
     state = _begin(learner, theta)
+    on_steps(0)
     for first in range(0, options.steps, CHUNK):
         last = min(first + CHUNK, options.steps)
         state = _advance(apply, learner, params, fixed, weights, state, *data, drawn, expected, first, last)

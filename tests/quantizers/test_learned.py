@@ -331,7 +331,7 @@ def test_blocks_of_one_kind_compile_once():
 def test_progress_is_told():
     told = []
     learn("autoround", on_steps=told.append)
-    assert told == [CHUNK, STEPS]
+    assert told == [0, CHUNK, STEPS]
 
 
 def test_states_of_sixteen_bits():
