@@ -20,6 +20,7 @@ from lq.numerics.segmented import SegmentedQTensor
 from lq.numerics.spec import QuantSpec
 from lq.quantizers.baq import (
     BAQOptions,
+    _at_one_width,
     _quantize,
     allocate_widths,
     baq_segments,
@@ -179,6 +180,27 @@ def test_loses_less_than_gptq_where_channels_differ(bits, spread, share):
     assert ours < share * theirs
 
 
+@pytest.mark.parametrize(("rank", "harmful"), [(64, False), (256, True)])
+def test_the_guard_keeps_one_width_where_the_mixture_does_harm(rank, harmful):
+    """Nearly dependent inputs: what is made up for in a channel of little energy leaves its range, and is cut off."""
+    rng = np.random.default_rng(0)
+    inputs = rng.standard_normal((4096, rank)) @ rng.standard_normal((rank, K)) / np.sqrt(rank)
+    inputs += 0.03 * rng.standard_normal((4096, K))
+    weight, spec = rng.standard_normal((K, N)).astype(np.float32), mixed(2)
+    errors, widths = {}, {}
+    for guard in (False, True):
+        segments = baq_segments(weight, hessian_stats(inputs), spec, BAQOptions(guard=guard))
+        tensor = SegmentedQTensor.from_segments(*segments, spec, (K, N))
+        errors[guard] = output_error_float64(weight, np.asarray(tensor.dequantize(), float), inputs)
+        widths[guard] = tensor.widths
+    assert len(set(widths[False])) > 1
+    if harmful:
+        assert set(widths[True]) == {2}
+        assert errors[False] > 1.2 * errors[True]
+    else:
+        assert widths[True] == widths[False]
+
+
 def test_is_gptq_where_all_widths_are_equal():
     weight, _, stats = layer()
     permutation, ((bits, codes, scales, zeros),) = baq_segments(weight, stats, mixed(), BAQOptions(low=3, high=3))
@@ -195,7 +217,7 @@ def test_compiles_once_whatever_the_widths():
     for spread in (0.2, 0.8, 1.4):
         found = whole(*baq_segments(*layer(spread)[::2], mixed(), BAQOptions()))[4]
         assert (len(set(found)) > 1) == (spread > 0.2)
-    assert channel_losses._cache_size() == 1
+    assert _at_one_width._cache_size() == 1
     assert _quantize._cache_size() == 1
 
 
