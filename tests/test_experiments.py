@@ -12,6 +12,8 @@ from experiments.quantizers.tables import draw, lines, table
 from lq.errors import UserError
 from lq.quantizers import QUANTIZERS
 
+pytestmark = pytest.mark.once
+
 CONFIG = Path(__file__).parent.parent / "experiments" / "quantizers" / "standin.yaml"
 
 

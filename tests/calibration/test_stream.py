@@ -87,6 +87,7 @@ def test_windows_beyond_the_context_are_refused_whatever_the_positions(changes):
         next(stream(source, np.ones((1, 9), np.int32)))
 
 
+@pytest.mark.once
 def test_peak_memory_does_not_grow_with_the_number_of_blocks(tmp_path):
     """Twelve blocks more of the same width do not show: keeping them would cost twelve blocks.
 

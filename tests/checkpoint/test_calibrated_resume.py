@@ -19,6 +19,8 @@ from lq.numerics.segmented import is_packed
 from lq.numerics.spec import QuantSpec
 from lq.pipeline import Pipeline
 
+pytestmark = pytest.mark.once
+
 WINDOWS = Windows(np.random.default_rng(0).integers(0, 4096, (4, 32), np.int32), "random", "random tokens")
 FEW = {"steps": 3, "batch_size": 2}
 

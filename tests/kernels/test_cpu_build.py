@@ -55,6 +55,7 @@ def test_a_wheel_without_a_working_compiler_is_pure(monkeypatch, tmp_path, comma
     assert data == {"force_include": {}}
 
 
+@pytest.mark.once
 @needs_compiler
 def test_a_wheel_with_a_compiler_is_for_this_platform_and_any_python(tmp_path):
     data = {"force_include": {}}

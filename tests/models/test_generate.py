@@ -41,6 +41,7 @@ def test_greedy_equals_repeated_full_passes(llama):
     assert generate(decoder, params, PROMPTS, max_new_tokens=6) == expected
 
 
+@pytest.mark.once
 def test_batch_equals_one_by_one(model):
     together = generate(*model, PROMPTS, max_new_tokens=12)
     assert together == [generate(*model, [prompt], max_new_tokens=12)[0] for prompt in PROMPTS]

@@ -49,6 +49,7 @@ def tuned(run, params, function, inputs, outputs):
     return autoround_block(function, params, inputs, outputs, dict.fromkeys(LAYERS, spec), options)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("run", ["sign_round_b2_g32_asym", "sign_round_b2_g32_sym"])
 def test_tunes_a_block_exactly_as_the_original_does(run):
     """All fifty losses agree to a few units in the last place of float32, all codes are equal.
@@ -77,6 +78,7 @@ def test_tunes_a_block_exactly_as_the_original_does(run):
             np.testing.assert_array_equal(np.asarray(zeros).T, RECORDED[f"{run}_{name}_zeros"])
 
 
+@pytest.mark.once
 def test_tunes_a_block_as_well_as_the_original_where_a_tie_parts_them():
     """At 4 bits both ends of the group above are ties. From two starts that differ in it, losses end 8 % apart."""
     run = "sign_round_b4_g32_asym"

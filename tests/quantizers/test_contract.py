@@ -145,6 +145,7 @@ def test_under_jit(method, symmetric):
         assert losses[0] == pytest.approx(losses[1], rel=0.05)
 
 
+@pytest.mark.once
 @ACCEPTED
 def test_a_stack_is_quantized_matrix_by_matrix(method, symmetric):
     spec, stack = QuantSpec(bits=3, group_size=32, symmetric=symmetric), weight_of(2)
@@ -158,6 +159,7 @@ def test_a_stack_is_quantized_matrix_by_matrix(method, symmetric):
         assert_alike(method, jax.tree.map(lambda array: array[i], stacked), of_one)  # noqa: B023
 
 
+@pytest.mark.once
 @ACCEPTED
 def test_the_short_last_group_is_as_if_it_were_alone(method, symmetric):
     """Its padding has no say: with the rows before it far from zero and without them it gets the same codes."""

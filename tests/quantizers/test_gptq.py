@@ -102,6 +102,7 @@ def results():
     return {name: (v, run(v.weight, hessian_stats(v.inputs), v.spec, v.options)) for name, v in variants.items()}
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", VARIANTS)
 def test_equals_the_original_implementation(name, results):
     variant, (codes, scales, zeros) = results[name]

@@ -25,6 +25,8 @@ from lq.quantizers.parametrization import codes_of, export, fake_quant, initial
 from lq.quantizers.reconstruct import CHUNK, BlockFunction, drawn_windows, reconstruct_block
 from lq.quantizers.rtn import RTNOptions, rtn
 
+pytestmark = pytest.mark.once
+
 METHODS = {"autoround": AUTOROUND, "flexround": FLEXROUND, "adaquant": ADAQUANT}
 each_method = pytest.mark.parametrize("method", METHODS)
 each_kind = pytest.mark.parametrize("symmetric", [False, True], ids=["asymmetric", "symmetric"])
@@ -32,6 +34,9 @@ each_kind = pytest.mark.parametrize("symmetric", [False, True], ids=["asymmetric
 
 def options_of(method, **given):
     return QUANTIZERS.options(method, given)
+
+
+START = {"autoround": "minmax", "flexround": "mse", "adaquant": "mse"}  # when not given, above one bit
 
 
 def rounded(weight, spec, start):
@@ -147,7 +152,7 @@ def test_learning_never_ends_worse_than_it_began(method):
 def test_inputs_that_are_zero_throughout_leave_round_to_nearest(method):
     weight, spec = jnp.asarray(weight_of(96, 8)), QuantSpec(bits=3, group_size=32)
     found = QUANTIZERS[method].function(weight, stats_of(np.zeros((9, 96))), spec, options_of(method, steps=5))
-    assert_same(found, rounded(weight, spec, options_of(method).start))
+    assert_same(found, rounded(weight, spec, START[method]))
 
 
 @each_method
@@ -237,8 +242,7 @@ def test_a_block_is_reconstructed(method):
     assert how.after < how.before / 2
     params = block()[0]
     start = {
-        path: rounded(params[path.split("/")[0]][path.split("/")[1]]["kernel"], SPEC, options_of(method).start)
-        for path in found
+        path: rounded(params[path.split("/")[0]][path.split("/")[1]]["kernel"], SPEC, START[method]) for path in found
     }
     assert how.before == pytest.approx(squared_error(CONFIG, start, specs_of()), rel=1e-4)
 
@@ -369,7 +373,7 @@ def test_windows_are_drawn_in_shuffled_passes():
         ({"batch_size": 0}, "batch_size: 0; write 1 or more"),
         ({"seed": -2}, "seed: -2; write 0 or more"),
         ({"learning_rate": 0.0}, "learning_rate: 0.0; write a number above 0, or null for the method's own"),
-        ({"start": "rtn"}, "quantizer autoround: option start: 'rtn' is not one of minmax, mse"),
+        ({"start": "rtn"}, "quantizer autoround: option start: 'rtn' is not one of minmax, mse or null"),
         ({"unit": "layer"}, "quantizer autoround: option unit: 'layer' is not one of block, matrix"),
     ],
 )
