@@ -49,7 +49,7 @@ def test_rows_are_measured_kept_and_tabulated(small_model, text_file, tmp_path):
     text = table(lines(rows), 3, 64, original=rows[0].perplexity / 2)
     assert "| rtn absmax | 3.2500 |" in text
     assert "gptq, rotated" in text
-    draw(lines(rows), 1.0, tmp_path / "picture.png")
+    draw(lines(rows), tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 10_000
 
 

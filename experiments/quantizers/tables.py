@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import mean
 
 from experiments.quantizers.compare import Measured, rows_of
-from lq.runs.figures.style import MUTED, cycled, matplotlib_figure
+from lq.runs.figures.style import cycled, matplotlib_figure
 
 ABSMAX = "rtn absmax"  # what the others are measured against
 
@@ -37,6 +37,10 @@ class Line:
     def perplexity(self) -> float:
         return mean(row.perplexity for row in self.rows)
 
+    @property
+    def kl(self) -> float:
+        return mean(row.kl for row in self.rows)
+
     def spread(self) -> tuple[float, float]:
         """Least and greatest perplexity over the seeds."""
         values = [row.perplexity for row in self.rows]
@@ -48,7 +52,8 @@ def lines(rows: list[Measured]) -> list[Line]:
     found = defaultdict(list)
     for row in rows:
         found[row.method, row.rotated, row.bits, row.group_size].append(row)
-    return [Line(*key, rows=tuple(same)) for key, same in found.items()]
+    order = list(dict.fromkeys(row.method for row in rows))
+    return [Line(*key, rows=tuple(found[key])) for key in sorted(found, key=lambda key: order.index(key[0]))]
 
 
 def table(found: list[Line], bits: int, group_size: int, original: float) -> str:
@@ -66,7 +71,7 @@ def table(found: list[Line], bits: int, group_size: int, original: float) -> str
             f"{line.perplexity:.3f}",
             f"{low:.3f} to {high:.3f}" if len(line.rows) > 1 else "",
             share,
-            f"{mean(row.kl for row in line.rows):.4f}",
+            f"{line.kl:.4f}",
             f"{100 * mean(row.top1 for row in line.rows):.1f} %",
             f"{mean(row.quantize_seconds for row in line.rows):.0f}",
         ]
@@ -74,27 +79,23 @@ def table(found: list[Line], bits: int, group_size: int, original: float) -> str
     return "\n".join(out)
 
 
-def draw(found: list[Line], original: float, out: Path) -> None:
-    """The rise of perplexity against bits per weight; rotated dashed and hollow."""
+def draw(found: list[Line], out: Path) -> None:
+    """KL divergence to the original against bits per weight, as it is and rotated."""
     with matplotlib_figure() as figure_class:
-        figure = figure_class(figsize=(7.2, 4.6))
-        axes = figure.subplots()
+        figure = figure_class(figsize=(9.6, 4.6))
+        panels = figure.subplots(1, 2, sharex=True, sharey=True)
         methods = list(dict.fromkeys(line.method for line in found))
-        for index, method in enumerate(methods):
-            for rotated in (False, True):
-                mine = [line for line in found if line.method == method and line.rotated == rotated]
-                mine.sort(key=lambda line: line.bpw)
-                if not mine:
-                    continue
-                look = dataclasses.replace(cycled(index), reversed=rotated).line
-                rise = [line.perplexity - original for line in mine]
-                label = None if rotated else method
-                axes.plot([line.bpw for line in mine], rise, label=label, lw=1.0, **look)
-        axes.set_yscale("log")
-        axes.set_xlabel("bits per weight")
-        axes.set_ylabel(f"perplexity above the original's {original:.2f}")
-        axes.legend(ncols=2)
-        axes.annotate("dashed: rotated", (0.99, 0.02), xycoords="axes fraction", ha="right", color=MUTED)
+        for axes, rotated in zip(panels, (False, True), strict=True):
+            for index, method in enumerate(methods):
+                mine = sorted((x for x in found if (x.method, x.rotated) == (method, rotated)), key=lambda x: x.bpw)
+                if mine:
+                    axes.plot([x.bpw for x in mine], [x.kl for x in mine], label=method, lw=1.0, **cycled(index).line)
+            axes.set_title("rotated" if rotated else "not rotated")
+            axes.set_xlabel("bits per weight")
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:g}")
+        panels[0].set_ylabel("KL divergence to the original")
+        panels[1].legend(*panels[0].get_legend_handles_labels(), ncols=2)
         figure.savefig(out, dpi=160, facecolor="white")
 
 
@@ -108,7 +109,7 @@ def main() -> None:
     for bits, group_size in sorted({(line.bits, line.group_size) for line in found}):
         print(f"\n{bits} bits, groups of {group_size}:\n\n{table(found, bits, group_size, arguments.original)}")
     if arguments.picture is not None:
-        draw(found, arguments.original, arguments.picture)
+        draw(found, arguments.picture)
 
 
 if __name__ == "__main__":
