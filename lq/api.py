@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from lq import importance
@@ -35,7 +36,9 @@ from lq.models.loading import Checkpoint, load_tokenizer, open_checkpoint
 from lq.models.matrices import model_shapes
 from lq.models.prepared import prepare
 from lq.models.source import InMemory, Params
+from lq.numerics.segmented import is_packed
 from lq.pipeline import Pipeline
+from lq.quantizers import SCALINGS
 from lq.transforms import transform as transform_params
 
 __all__ = [
@@ -136,10 +139,14 @@ def quantize(
       batch_size: calibration windows per device step.
 
     Raises:
-      UserError: a plan for matrices of other shapes, an unknown method or option, missing calibration, weights that are
-        not finite.
+      UserError: a plan for matrices of other shapes, an unknown method, scaling or option, missing calibration, packed
+        parameters, weights that are not finite.
     """
     _check_fits(plan, model)
+    if any(is_packed(leaf) for leaf in jax.tree.leaves(params, is_leaf=is_packed)):
+        raise UserError("params: packed already; give the original model's")
+    if scaling is not None and scaling not in SCALINGS:
+        raise UserError(f"scaling: {scaling!r} is not one of {', '.join(SCALINGS)}; other transforms: lq.transform")
     pipeline = Pipeline.read(method, options, [scaling] if scaling else [])
     return pipeline.quantized(InMemory(model.config, params), plan, calibration, batch_size=batch_size)[0].params()
 

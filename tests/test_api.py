@@ -33,6 +33,19 @@ def test_packed_parameters_have_no_zd_but_a_lim():
     assert set(lim.values) == {"block_0", "block_1"}
 
 
+def test_packed_parameters_are_not_quantized_again():
+    model, plan = Decoder(CONFIG), lq.uniform_plan(CONFIG, SPEC)
+    packed = lq.quantize(model, random_params(CONFIG), plan)
+    with pytest.raises(UserError, match=r"^params: packed already; give the original model's$"):
+        lq.quantize(model, packed, plan)
+
+
+def test_a_transform_of_the_model_is_no_scaling():
+    """Its parameters would belong to another model than the one they are returned for."""
+    with pytest.raises(UserError, match=r"^scaling: 'hadamard' is not one of awq, smoothquant; .*lq\.transform$"):
+        lq.quantize(Decoder(CONFIG), random_params(CONFIG), lq.uniform_plan(CONFIG, SPEC), scaling="hadamard")
+
+
 def test_weights_that_are_not_finite_are_refused_by_name():
     params = random_params(CONFIG)
     kernel = params["block_1"]["mlp"]["up_proj"]["kernel"]

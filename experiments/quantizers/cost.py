@@ -1,7 +1,7 @@
 """Seconds and memory of quantizing one block, by method and stage, and what that makes for the whole model.
 
     python -m experiments.quantizers.cost
-    python -m experiments.quantizers.cost --methods gptq,rtn --scale 4 --tokens 8192 --json cost.json
+    python -m experiments.quantizers.cost --methods gptq,rtn --samples 4 --length 2048 --json cost.json
 
 Weights are random and so are the inputs, correlated and of uneven energy: what is measured does not depend on them. The
 stages are those of `lq quantize`; for a quantizer that works matrix by matrix:
@@ -15,8 +15,9 @@ and for one that reconstructs the block:
     measure      the errors of the start and of the result on all windows, and the codes of both
     steps        of the optimizer, two windows each (its default), in bfloat16 on an accelerator and float32 on a CPU
 
-Running the model on the calibration tokens is not among them; it costs every method the same. The first run compiles,
-the second does not. Each method runs in a process of its own, so that its peak memory is its own.
+Running the block on the calibration tokens is not among them (GPTQ does it for each of its four inputs, RTN and HQQ
+never), nor are AWQ's search for scales, RSQ's weights of tokens and BAQ's widths. The first run compiles, the second
+does not. Each method runs in a process of its own, so that its peak memory is its own.
 
 Defaults: 128 windows of 2048 tokens and 200 steps on an accelerator; on a CPU two windows of 512 and 2 steps, each
 counted as a hundred where the whole is estimated.

@@ -46,7 +46,7 @@ class AdaQuantOptions(LearnedOptions):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.range_learning_rate < 0:
+        if not 0 <= self.range_learning_rate < float("inf"):
             raise UserError(f"range_learning_rate: {self.range_learning_rate}; write a number from 0")
 
 

@@ -55,7 +55,7 @@ class LearnedOptions:
         for name, least in (("steps", 0), ("batch_size", 1), ("seed", 0)):
             if getattr(self, name) < least:
                 raise UserError(f"{name}: {getattr(self, name)}; write {least} or more")
-        if self.learning_rate is not None and self.learning_rate <= 0:
+        if self.learning_rate is not None and not 0 < self.learning_rate < float("inf"):
             raise UserError(
                 f"learning_rate: {self.learning_rate}; write a number above 0, or null for the method's own"
             )
