@@ -1,13 +1,14 @@
 """Writing a quantized checkpoint part by part, resumable after every shard."""
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import math
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from flax.traverse_util import flatten_dict
 
 from lq.allocation.plan import DENSE_BITS, Plan
 from lq.atomic import leftovers, write_file, write_text
-from lq.checkpoint.layout import FORMAT, leaf_path, shard_name, shard_records, to_tensors
+from lq.checkpoint.layout import FORMAT, leaf_path, shard_name, to_tensors
+from lq.checkpoint.record import WriteRecord, differences, identity_of
 from lq.checkpoint.states import PATTERN, restore_states, save_states
 from lq.checkpoint.transformed import CHANGEABLE, differing_fields, to_json
 from lq.errors import UserError
@@ -69,33 +71,31 @@ def write_quantized(
     """
     out, description = Path(out), Path(description)
     transformed = _check_model(source.config, plan, description)
-    identity = _identity(plan, quantizer, transformed)
-    recorded, states = _claim(out, identity, resume)
+    record = _claim(out, identity_of(plan, quantizer, transformed), resume)
     shapes = abstract_params(source.config)
-    done = {part: recorded[part] for part in part_names(source) if part in recorded}
-    with _taken_back_if_refused(out, part_names(source), identity, done):
+    with _taken_back_if_refused(out, part_names(source), record) as earlier:
         out.mkdir(parents=True, exist_ok=True)
-        killed = [file for pattern in (*COPIED, shard_name("*"), PATTERN) for file in leftovers(out, pattern)]
-        for file in [*killed, *out.glob(SAFETENSORS_OWN)]:
-            file.unlink()
+        _remove_leftovers(out)
+        states = record.states
         if isinstance(source, QuantizedStream) and states and _whole(out / states["file"], states):
             restore_states(out, states["file"], source)
-        _record(out, identity, done, states)
+        record.write(out)
         for part in part_names(source):
             file = out / shard_name(part)
-            if part not in done or not _whole(file, done[part]):
+            if part not in record.shards or not _whole(file, record.shards[part]):
                 _write_part(source, part, file, _planned_bytes(part, shapes[part], plan))
-                done[part] = _recorded(file)
+                record.shards[part] = _recorded(file)
                 if isinstance(source, QuantizedStream) and part.startswith("block_"):
-                    states = {"file": save_states(out, source)}
-                    states |= _recorded(out / states["file"])
-                _record(out, identity, done, states)
-                _remove_states(out, but=states)
+                    kept = save_states(out, source)
+                    record.states = {"file": kept, **_recorded(out / kept)}
+                record.write(out)
+                _remove_states(out, but=[earlier.states, record.states])
             if on_part:
                 on_part(part)
         _remove_states(out)
         _copy_description(description, out)
-        manifest = {"format": FORMAT, "quantizer": quantizer, "plan": plan.to_dict(), "shards": done}
+        shards = {part: record.shards[part] for part in part_names(source)}
+        manifest = {"format": FORMAT, "quantizer": quantizer, "plan": plan.to_dict(), "shards": shards}
         manifest |= {"transformed": transformed} if transformed else {}
         write_text(out / MANIFEST, json.dumps(manifest, separators=(",", ":")))
         (out / PROGRESS).unlink()
@@ -123,13 +123,8 @@ def sha256(file: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def _identity(plan: Plan, quantizer: dict, transformed: dict) -> str:
-    text = json.dumps([plan.to_dict(), quantizer, *([transformed] if transformed else [])], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _claim(out: Path, identity: str | None, resume: bool) -> tuple[dict[str, dict], dict[str, Any] | None]:
-    """What `out` records of shards and states of this very write, or of whichever write where `identity` is None.
+def _claim(out: Path, identity: dict[str, Any] | None, resume: bool) -> WriteRecord:
+    """What `out` records of this very write, or of any where `identity` is None; a new record where nothing was begun.
 
     Changes nothing; raises UserError when it is not ours to write.
     """
@@ -142,22 +137,15 @@ def _claim(out: Path, identity: str | None, resume: bool) -> tuple[dict[str, dic
             raise UserError(f"{out}: not empty, and no checkpoint of lq; give a new directory")
         if files and not resume:
             raise UserError(f"{out}: a write that was interrupted as it began; add --resume to go on, or remove it")
-        return {}, None
-    try:
-        record = json.loads((out / PROGRESS).read_text(encoding="utf-8"))
-        same, shards = record["identity"] == (identity or record["identity"]), shard_records(record["shards"])
-        states = record.get("states")
-        if states is not None:
-            shard_records({"states": states})
-            states = {**states, "file": Path(states["file"]).name}
-    except (KeyError, TypeError, IndexError, ValueError):  # ValueError: what json and decoding raise too
-        raise UserError(f"{out / PROGRESS}: damaged; remove {out} and start again") from None
-    if not same:
-        raise UserError(f"{out}: an interrupted write of another plan or model; give another --out or remove it")
+        return WriteRecord(identity or {})
+    record = WriteRecord.read(out)
+    if identity is not None and record.identity != identity:
+        differing = differences(record.identity, identity)
+        raise UserError(f"{out}: an interrupted write of another {differing}; give another --out or remove it")
     if not resume:
         which = "" if identity is None else " of this plan"
         raise UserError(f"{out}: an interrupted write{which}; add --resume to go on with it, or give another --out")
-    return shards, states
+    return record
 
 
 def _check_place(out: Path) -> None:
@@ -187,38 +175,44 @@ def _check_model(config: ModelConfig, plan: Plan, description: Path) -> dict[str
 
 
 @contextlib.contextmanager
-def _taken_back_if_refused(out: Path, parts: list[str], identity: str, done: Mapping[str, dict]):
+def _taken_back_if_refused(out: Path, parts: list[str], record: WriteRecord):
     """On UserError removes the files and directories made inside it, and goes back to the record of an earlier write.
 
-    `done` is what that one recorded, and grows inside; a damaged shard of it that was replaced stays replaced.
+    Gives that record, the states of which are to be kept until then; a damaged shard of it that was replaced stays so.
     """
-    resumed, earlier = (out / PROGRESS).exists(), list(done)
+    resumed, earlier = (out / PROGRESS).exists(), record.copy()
     files = [file for file in (out / PROGRESS, *(out / shard_name(part) for part in parts)) if not file.exists()]
     directories = [place for place in (out, *out.parents) if not place.exists()]
     try:
-        yield
+        yield earlier
     except UserError:
         for file in files:
             file.unlink(missing_ok=True)
+        _remove_states(out, but=[earlier.states])
         if resumed:
-            _record(out, identity, {part: done[part] for part in earlier})
+            replaced = {part: record.shards[part] for part in earlier.shards}
+            dataclasses.replace(earlier, shards=replaced).write(out)
         with contextlib.suppress(OSError):  # someone else has put something there
             for place in directories:
                 place.rmdir()
         raise
 
 
-def _record(out: Path, identity: str, done: Mapping[str, dict], states: Mapping[str, Any] | None = None) -> None:
-    write_text(out / PROGRESS, json.dumps({"identity": identity, "shards": done, "states": states}))
+def _remove_leftovers(out: Path) -> None:
+    """Removes the temporary files of a killed process."""
+    found = {file for pattern in (*COPIED, shard_name("*")) for file in leftovers(out, pattern)}  # states among them
+    for file in found | set(out.glob(SAFETENSORS_OWN)):
+        file.unlink()
 
 
 def _recorded(file: Path) -> dict[str, Any]:
     return {"bytes": file.stat().st_size, "sha256": sha256(file)}
 
 
-def _remove_states(out: Path, but: Mapping[str, Any] | None = None) -> None:
+def _remove_states(out: Path, but: Iterable[Mapping[str, Any] | None] = ()) -> None:
+    kept = {states["file"] for states in but if states is not None}
     for file in out.glob(PATTERN):
-        if but is None or file.name != but["file"]:
+        if file.name not in kept:
             file.unlink()
 
 

@@ -9,12 +9,15 @@ import time
 import jax
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from lq.allocation import uniform_plan
 from lq.calibration.data import Windows
 from lq.checkpoint import open_quantized, write_quantized
 from lq.checkpoint import write as writing
+from lq.errors import UserError
 from lq.models.loading import open_checkpoint
+from lq.models.source import InMemory
 from lq.numerics.segmented import is_packed
 from lq.numerics.spec import QuantSpec
 from lq.pipeline import Pipeline
@@ -25,11 +28,12 @@ WINDOWS = Windows(np.random.default_rng(0).integers(0, 4096, (4, 32), np.int32),
 FEW = {"steps": 3, "batch_size": 2}
 
 
-def write(path, out, method, **kwargs):
+def write(path, out, method, params=None, **kwargs):
     source = open_checkpoint(path)
     pipeline = Pipeline.read(method, {} if method == "gptq" else FEW)
     plan = uniform_plan(source.config, QuantSpec(bits=3, group_size=32))
-    packed, plan = pipeline.quantized(source, plan, WINDOWS, batch_size=2)
+    original = source if params is None else InMemory(source.config, params)
+    packed, plan = pipeline.quantized(original, plan, WINDOWS, batch_size=2)
     record = pipeline.to_dict() | {"calibration": WINDOWS.fingerprint}
     write_quantized(packed, plan, out, quantizer=record, description=source.path, **kwargs)
 
@@ -71,6 +75,32 @@ def _counted(function, made: list, kill_at: int | None):
         return function(path, *args)
 
     return write
+
+
+def test_a_refusal_takes_back_its_states_too(small_model, tmp_path):
+    """Of a new write nothing is left; one that went on with another is back where it began, and can be gone on with."""
+    leaves = flatten_dict(small_model.params, sep="/")
+    up = leaves["block_2/mlp/up_proj/kernel"]
+    damaged = unflatten_dict({**leaves, "block_2/mlp/up_proj/kernel": up.at[0, 0].set(np.nan)}, sep="/")
+
+    def killed(part):
+        if part == "block_0":
+            raise KeyboardInterrupt
+
+    with pytest.raises(UserError, match="block_2/mlp/up_proj: a weight is NaN"):
+        write(small_model.path, tmp_path / "q", "gptq", damaged)
+    assert not (tmp_path / "q").exists()
+    with pytest.raises(KeyboardInterrupt):
+        write(small_model.path, tmp_path / "q", "gptq", on_part=killed)
+    before, made = contents(tmp_path / "q"), []
+    assert {"block_0.safetensors", "states-1.safetensors"} < set(before)
+    with pytest.raises(UserError, match="block_2/mlp/up_proj: a weight is NaN"):
+        write(small_model.path, tmp_path / "q", "gptq", damaged, resume=True, on_part=made.append)
+    assert made == ["embed", "block_0", "block_1"]
+    assert contents(tmp_path / "q") == before
+    write(small_model.path, tmp_path / "whole", "gptq")
+    write(small_model.path, tmp_path / "q", "gptq", resume=True)
+    assert contents(tmp_path / "q") == contents(tmp_path / "whole")
 
 
 def command(model, text, out) -> list[str]:

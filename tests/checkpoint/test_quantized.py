@@ -138,7 +138,7 @@ def test_an_interrupted_write_resumes_to_the_same_bytes(source, written, tmp_pat
         open_quantized(out)
     with pytest.raises(UserError, match="add --resume"):
         write(source, plan, out)
-    with pytest.raises(UserError, match="an interrupted write of another plan or model"):
+    with pytest.raises(UserError, match="an interrupted write of another plan; give another --out or remove it$"):
         write(source, plan_for(source, seed=5), out, resume=True)
     made = []
     before = {f.name: f.stat().st_mtime_ns for f in out.glob("*.safetensors")}
@@ -161,6 +161,15 @@ def interrupted(source, written, tmp_path):
     return tmp_path / "q"
 
 
+def test_what_differs_from_the_interrupted_write_is_named(source, written, interrupted):
+    before = contents(interrupted)
+    packed = PlannedSource(source, written[1].specs, RECIPE)
+    other = {**RECORD, "options": {"clip": "none"}}
+    with pytest.raises(UserError, match=r"another quantizer\.options\.clip \(nothing there, none here\); give"):
+        write_quantized(packed, written[1], interrupted, quantizer=other, description=source.path, resume=True)
+    assert contents(interrupted) == before
+
+
 def test_a_shard_damaged_between_writes_is_written_again(source, written, interrupted):
     out, plan = interrupted, written[1]
     shard = out / "block_0.safetensors"
@@ -169,7 +178,10 @@ def test_a_shard_damaged_between_writes_is_written_again(source, written, interr
     assert contents(out) == contents(written[0])
 
 
-LEFTOVERS = [".embed.safetensors.abc", ".lq.json.abc", ".shards.json.abc", ".tokenizer.json.abc"]
+LEFTOVERS = [
+    f".{name}.abc"
+    for name in ("embed.safetensors", "states-2.safetensors", *("lq.json", "shards.json", "tokenizer.json"))
+]
 
 
 def test_what_a_killed_process_left_is_removed_once_it_is_known_to_be_ours(source, written, interrupted):
