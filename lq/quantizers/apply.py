@@ -19,7 +19,7 @@ from lq.models.source import Params
 from lq.numerics.qtensor import QTensor
 from lq.numerics.segmented import Packed, SegmentedQTensor, is_packed
 from lq.numerics.spec import QuantSpec
-from lq.quantizers.low_rank import compensate
+from lq.quantizers.low_rank import with_residual
 from lq.quantizers.recipe import Recipe
 from lq.quantizers.registry import QUANTIZERS
 
@@ -41,7 +41,7 @@ def quantize_matrix(
     plain = dataclasses.replace(spec, rank=0)
     codes, scales, zeros = QUANTIZERS[method].function(weight.astype(jnp.float32), stats, plain, options)
     tensor = QTensor.from_codes(codes, scales, zeros, plain)
-    return compensate(tensor, weight, spec.rank, hessian) if spec.rank else tensor
+    return with_residual(tensor, weight, spec.rank, hessian) if spec.rank else tensor
 
 
 def quantize_leaf(weight: Array, stats: InputStats | None, prepared: Any, spec: QuantSpec, recipe: Recipe) -> Packed:

@@ -31,7 +31,7 @@ from lq.calibration.statistics import HIGHEST, InputStats
 from lq.errors import UserError
 from lq.numerics.segmented import runs_of, segment_spec
 from lq.numerics.spec import SEGMENT_CHANNELS, QuantSpec
-from lq.quantizers.gptq import GPTQFactor, GPTQOptions, compensate, energy, factorize, gptq, live
+from lq.quantizers.gptq import GPTQFactor, GPTQOptions, energy, factorize, gptq, live, sweep_matrix
 from lq.quantizers.rtn import find_ranges, stored_zeros
 from lq.quantizers.sweep import Grid, fixed_grid, sweep
 
@@ -95,7 +95,7 @@ def baq_segments(weight: Float[Array, "K N"], stats: InputStats | GPTQFactor, sp
         raise ValueError(f"{spec} does not mix a matrix {weight.shape}")
     options.resolve(spec)
     factor = stats if isinstance(stats, GPTQFactor) else factorize(stats, options)
-    losses, error = _at_one_width(weight, factor, spec, options)
+    losses, error = channel_losses(weight, factor, spec, options)
     losses = np.asarray(losses, np.float64)
     permutation = np.argsort(-losses, kind="stable").astype(np.int32)
     by_run = losses[permutation].reshape(-1, SEGMENT_CHANNELS).sum(1)
@@ -109,24 +109,21 @@ def baq_segments(weight: Float[Array, "K N"], stats: InputStats | GPTQFactor, sp
     return jnp.asarray(permutation), _segments(codes, scales, zeros, widths, spec)
 
 
+@functools.partial(jax.jit, static_argnames=("spec", "options"))
 def channel_losses(
     weight: Float[Array, "K N"], factor: GPTQFactor, spec: QuantSpec, options: GPTQOptions
-) -> Float[Array, " K"]:
-    """What each input channel contributes to half the output error of GPTQ at the uniform width `spec.bits`, float32.
+) -> tuple[Float[Array, " K"], Float[Array, ""]]:
+    """What each input channel contributes to half the output error of GPTQ at one width, `spec.bits`; and that error.
 
-    L_k = sum over n of (R^T D)_kn^2 / 2; their sum is tr(D^T (H + damping) D) / 2.
+    L_k = sum over n of (R^T D)_kn^2 / 2, float32; their sum is tr(D^T (H + damping) D) / 2. The error, tr(D^T H D) / 2,
+    is without the damping.
     """
-    return _at_one_width(weight, factor, spec, options)[0]
-
-
-@functools.partial(jax.jit, static_argnames=("spec", "options"))
-def _at_one_width(weight, factor: GPTQFactor, spec: QuantSpec, options: GPTQOptions):
-    difference, _, _ = compensate(weight, factor, spec, options)
+    difference, _, _ = sweep_matrix(weight, factor, spec, options)
     return _losses(difference, factor)
 
 
 def _losses(difference: Float[Array, "K N"], factor: GPTQFactor) -> tuple[Float[Array, " K"], Float[Array, ""]]:
-    """Those of `channel_losses`, and tr(D^T H D) / 2, without the damping."""
+    """As `channel_losses`, of any D."""
     contributions = jnp.matmul(factor.upper.T, difference[factor.order], precision=HIGHEST)
     losses = jnp.zeros(len(difference)).at[factor.order].set(jnp.sum(contributions**2, axis=1) / 2)
     damping = jnp.where(factor.finite, factor.damping, 0.0)

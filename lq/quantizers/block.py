@@ -32,7 +32,7 @@ from lq.quantizers.channel_lines import with_storable_gains
 from lq.quantizers.errors import output_error
 from lq.quantizers.experts import fill_in
 from lq.quantizers.gptq import GPTQFactor
-from lq.quantizers.low_rank import compensate
+from lq.quantizers.low_rank import with_residual
 from lq.quantizers.recipe import Recipe
 from lq.quantizers.reconstruct import BlockFunction
 from lq.quantizers.registry import SCALINGS
@@ -148,12 +148,9 @@ def _reconstructed(block: CalibratedBlock, specs, recipe: Recipe, targets, repor
         report[path]["of rounding's error"] = outcome.after / outcome.before if outcome.before else 1.0
         tensor = QTensor.from_codes(codes, scales, zeros, plain[path])
         if rank := specs[path].rank:
-            tensor = compensated(tensor, read_matrix(block.params, block.path(path)), rank)
+            tensor = with_residual(tensor, read_matrix(block.params, block.path(path)), rank)
         tensors[path] = tensor
     return tensors
-
-
-compensated = jax.jit(compensate, static_argnames="rank")
 
 
 def _matrix_by_matrix(block: CalibratedBlock, specs, recipe: Recipe, report, place, note: Note) -> dict[str, Packed]:

@@ -83,12 +83,6 @@ class GPTQFactor:
         return jnp.isfinite(self.damping)
 
 
-@jax.jit
-def finite(stats: InputStats) -> Bool[Array, ""]:
-    """Whether the second moment is free of NaN and infinity; to be asked before `factorize`."""
-    return jnp.isfinite(_hessian(stats)).all()
-
-
 def factorize(stats: InputStats, options: GPTQOptions) -> GPTQFactor:
     """The Cholesky factor of the damped, ordered `stats.hessian` `[..., K, K]`, float32. Pure and jittable.
 
@@ -165,7 +159,7 @@ def gptq(weight: Float[Array, "... K N"], stats: InputStats | GPTQFactor, spec: 
     factor = stats if isinstance(stats, GPTQFactor) else factorize(stats, options)
     if weight.ndim > 2:
         return jax.lax.map(lambda pair: gptq(pair[0], pair[1], spec, options), (weight, factor))
-    difference, scale, zero = compensate(weight, factor, spec, options)
+    difference, scale, zero = sweep_matrix(weight, factor, spec, options)
     # W - D is what the codes stand for, but for rounding: its nearest codes are they.
     grouped, _ = split_groups(live(weight, factor) - difference, spec)
     codes = round_to_codes(grouped, scale[:, None], zero[:, None], spec)
@@ -173,7 +167,7 @@ def gptq(weight: Float[Array, "... K N"], stats: InputStats | GPTQFactor, spec: 
     return codes, scale, stored_zeros(zero, spec)
 
 
-def compensate(weight: Float[Array, "K N"], factor: GPTQFactor, spec: QuantSpec, options: GPTQOptions):
+def sweep_matrix(weight: Float[Array, "K N"], factor: GPTQFactor, spec: QuantSpec, options: GPTQOptions):
     """The sweep of `gptq`: D = W - Q `[K, N]`, of `live` weights, and scale and zero `[groups, N]`; all float32."""
     K, groups = len(weight), spec.num_groups(len(weight))
     weight = live(weight, factor)

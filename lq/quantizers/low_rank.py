@@ -15,6 +15,7 @@ Source: Yao et al., ZeroQuant-V2, arXiv 2303.08302, for the plain decomposition,
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -28,10 +29,11 @@ DAMPING = 0.01  # of the mean diagonal of H
 HIGHEST = jax.lax.Precision.HIGHEST
 
 
-def compensate(
+@functools.partial(jax.jit, static_argnames="rank")
+def with_residual(
     base: QTensor, weight: Float[Array, "... K N"], rank: int, hessian: Float[Array, "... K K"] | None = None
 ) -> QTensor:
-    """`base`, which has no residual, with the one of `rank` that brings it closest to `weight`. Pure and jittable."""
+    """`base`, which has no residual, with the one of `rank` that brings it closest to `weight`. Pure."""
     spec = dataclasses.replace(base.spec, rank=rank)
     residual = low_rank_residual(weight.astype(jnp.float32) - base.dequantize(), spec, hessian)
     return dataclasses.replace(base, spec=spec, residual=residual)

@@ -155,7 +155,7 @@ def _straight_through_jvp(primals, tangents):
 
 def codes_of(level, zero, spec: QuantSpec):
     """The codes of levels w / s, in float32, with the gradient of level + zero; none where they are clipped."""
-    nearest = jax.lax.stop_gradient(nearest_code(level, zero, spec))
+    nearest = jax.lax.stop_gradient(nearest_code(level, zero, spec.max_code))
     inside = (nearest >= 0) & (nearest <= spec.max_code)
     return jnp.where(inside, straight_through(level + zero, nearest), jnp.clip(nearest, 0, spec.max_code))
 

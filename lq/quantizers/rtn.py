@@ -155,15 +155,19 @@ def group_ranges(grouped, real, shrink, spec: QuantSpec, convention: str):
 
 def round_to_codes(grouped, scale, zero, spec: QuantSpec):
     """clip(round(x / s + z)), as floats. With a whole z this is round(x / s) + z, at one symmetric bit the sign."""
-    return jnp.clip(nearest_code(grouped / scale, zero, spec), 0, spec.max_code)
+    return jnp.clip(nearest_code(grouped / scale, zero, spec.max_code), 0, spec.max_code)
 
 
-def nearest_code(level, zero, spec: QuantSpec):
-    """round(level + z), not clipped, for the level x / s."""
-    if spec.symmetric and spec.bits == 1:
-        return jnp.floor(level) + 1.0
+def nearest_code(level, zero, top):
+    """round(level + z), not clipped, for the level x / s, where codes go from 0 to `top`: a number, or one per channel.
+
+    Two codes about 0 are the sign, and 0 counts as positive.
+    """
     whole = jnp.floor(zero)  # apart, so that a tie goes to the even multiple of s whether or not z is stored as a code
-    return jnp.round(level + (zero - whole)) + whole
+    nearest = jnp.round(level + (zero - whole)) + whole
+    if isinstance(top, int) and top > 1:
+        return nearest
+    return jnp.where((zero == 0.5) & (top == 1), jnp.floor(level) + 1.0, nearest)
 
 
 def round_zeros(zero, spec: QuantSpec):

@@ -22,6 +22,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from lq.quantizers.rtn import nearest_code
+
 HIGHEST = jax.lax.Precision.HIGHEST
 TILE = 8  # channels in one unrolled piece of program, which compiles to one kernel
 CHUNK = 8  # blocks of finished channels that one product sums over
@@ -35,9 +37,8 @@ class Grid(NamedTuple):
     top: Float[Array, "C 1"]
 
     def code(self, x: Array) -> Array:
-        """clip(round(x / s + z), 0, top), a float. The whole part of z apart: ties go to the even multiple of s."""
-        whole = jnp.floor(self.zero)
-        return jnp.clip(jnp.round(x / self.scale + (self.zero - whole)) + whole, 0.0, self.top)
+        """clip(round(x / s + z), 0, top), a float."""
+        return jnp.clip(nearest_code(x / self.scale, self.zero, self.top), 0.0, self.top)
 
     def nearest(self, x: Array) -> Array:
         """What the code of x stands for."""

@@ -138,7 +138,7 @@ def test_an_interrupted_write_resumes_to_the_same_bytes(source, written, tmp_pat
         open_quantized(out)
     with pytest.raises(UserError, match="add --resume"):
         write(source, plan, out)
-    with pytest.raises(UserError, match="an interrupted write of another plan; give another --out or remove it$"):
+    with pytest.raises(UserError, match=r"an interrupted write of another plan; give another --out or remove it$"):
         write(source, plan_for(source, seed=5), out, resume=True)
     made = []
     before = {f.name: f.stat().st_mtime_ns for f in out.glob("*.safetensors")}

@@ -20,7 +20,6 @@ from lq.numerics.segmented import SegmentedQTensor
 from lq.numerics.spec import QuantSpec
 from lq.quantizers.baq import (
     BAQOptions,
-    _at_one_width,
     _quantize,
     allocate_widths,
     baq_segments,
@@ -131,10 +130,11 @@ def test_losses_are_what_the_channels_of_gptq_contribute(act_order):
     upper = np.linalg.cholesky(np.linalg.inv(damped[np.ix_(order, order)])).T
     expected = np.empty(K)
     expected[order] = np.square(np.linalg.solve(upper.T, difference[order])).sum(1) / 2
-    got = np.asarray(channel_losses(weight, factor, spec, options))
+    got, error = map(np.asarray, channel_losses(weight, factor, spec, options))
     # A sum of K products in float32, of a factor good to 1e-5 of its largest, squared; small losses are differences.
     np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-5 * expected.max())
     assert got.sum() == pytest.approx(np.trace(difference.T @ damped @ difference) / 2, rel=1e-4)
+    assert error == pytest.approx(np.trace(difference.T @ np.asarray(stats.hessian, float) @ difference) / 2, rel=1e-4)
 
 
 # Codes
@@ -218,7 +218,7 @@ def test_compiles_once_whatever_the_widths():
     for spread in (0.2, 0.8, 1.4):
         found = whole(*baq_segments(*layer(spread)[::2], mixed(), BAQOptions()))[4]
         assert (len(set(found)) > 1) == (spread > 0.2)
-    assert _at_one_width._cache_size() == 1
+    assert channel_losses._cache_size() == 1
     assert _quantize._cache_size() == 1
 
 

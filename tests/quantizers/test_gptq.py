@@ -25,7 +25,7 @@ from lq.calibration.statistics import InputStats
 from lq.errors import UserError
 from lq.numerics.spec import QuantSpec
 from lq.quantizers.apply import quantize_matrix
-from lq.quantizers.gptq import GPTQFactor, GPTQOptions, factorize, finite, gptq
+from lq.quantizers.gptq import GPTQFactor, GPTQOptions, factorize, gptq
 from lq.quantizers.rtn import RTNOptions, rtn
 
 FIXTURES = Path(__file__).parent.parent / "fixtures" / "quantizers"
@@ -218,6 +218,7 @@ def test_two_channels_by_hand():
 )
 def test_is_round_to_nearest_where_inputs_are_uncorrelated(bits, symmetric, group_size, act_order):
     weight = random_weight(200, 12)
+    weight[::7] = 0.0  # between the two codes of one symmetric bit
     energy = np.exp(np.random.default_rng(3).standard_normal(200)).astype(np.float32)
     stats = InputStats(tokens=jnp.float32(1), hessian=jnp.diag(jnp.asarray(energy)))
     spec = QuantSpec(bits=bits, group_size=group_size, symmetric=symmetric)
@@ -343,9 +344,7 @@ def test_no_damping_is_raised_too_where_it_must_be():
 @pytest.mark.parametrize("where", [(3, 3), (3, 90)])
 def test_a_moment_that_is_not_finite_is_told(value, where):
     weight, _, stats = layer()
-    assert bool(finite(stats))
     broken = stats.replace(hessian=stats.hessian.at[where].set(value).at[where[::-1]].set(value))
-    assert not bool(finite(broken))
     factor = factorize(broken, GPTQOptions())
     assert not bool(factor.finite)
     assert np.isinf(factor.damping)

@@ -11,7 +11,7 @@ from lq.numerics.matmul import matmul
 from lq.numerics.qtensor import QTensor
 from lq.numerics.spec import QuantSpec
 from lq.quantizers.apply import quantize_matrix
-from lq.quantizers.low_rank import compensate, low_rank_factors, low_rank_residual
+from lq.quantizers.low_rank import low_rank_factors, low_rank_residual, with_residual
 from lq.quantizers.rtn import RTNOptions
 
 K, N = 96, 64
@@ -155,7 +155,7 @@ def test_a_quantized_matrix_has_the_residual_of_its_spec(fields, lead):
 def test_under_jit_and_eval_shape():
     weight = jnp.asarray(np.random.default_rng(2).standard_normal((K, N)), jnp.float32)
     base = quantize_matrix(weight, None, QuantSpec(bits=2, group_size=32), "rtn", RTNOptions())
-    run = functools.partial(compensate, rank=4)
+    run = functools.partial(with_residual, rank=4)
     plain, jitted, abstract = run(base, weight), jax.jit(run)(base, weight), jax.eval_shape(run, base, weight)
     assert jax.tree.structure(plain) == jax.tree.structure(jitted) == jax.tree.structure(abstract)
     for a, b, c in zip(*map(jax.tree.leaves, (plain, jitted, abstract)), strict=True):
