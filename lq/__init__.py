@@ -12,6 +12,7 @@ __all__ = [
     "Pin",
     "QuantSpec",
     "UserError",
+    "Windows",
     "allocate",
     "calibration_windows",
     "evaluate",
@@ -33,6 +34,7 @@ _LAZY |= {
     "generate": "lq.models.generate",
     "Pin": "lq.allocation.allocate",
     "QuantSpec": "lq.numerics.spec",
+    "Windows": "lq.calibration.data",
 }
 
 

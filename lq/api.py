@@ -35,10 +35,11 @@ from lq.models.decoder import Decoder
 from lq.models.loading import Checkpoint, load_tokenizer, open_checkpoint
 from lq.models.matrices import model_shapes
 from lq.models.prepared import prepare
-from lq.models.source import InMemory, Params
+from lq.models.source import InMemory, Params, part_names
 from lq.numerics.segmented import is_packed
 from lq.pipeline import Pipeline
-from lq.quantizers import SCALINGS
+from lq.progress import Progress
+from lq.quantizers import SCALINGS, Recipe, described, quantized_source
 from lq.transforms import transform as transform_params
 
 __all__ = [
@@ -97,6 +98,7 @@ def evaluation_windows(
 
 def score(model: Decoder, params: Params, calibration: Windows | None = None, *, metric: str, **options) -> Scores:
     """Scores every block; `options` are the metric's, see `lq list importance`."""
+    _check_windows(calibration, "calibration")
     return importance.score(InMemory(model.config, params), metric, calibration, options)
 
 
@@ -124,31 +126,44 @@ def quantize(
     plan: Plan,
     *,
     method: str = "rtn",
-    options: Mapping[str, object] | None = None,
+    options: Mapping[str, Any] | None = None,
     calibration: Windows | None = None,
-    scaling: str | None = None,
+    scaling: str | Mapping[str, Any] | None = None,
+    bias_correction: bool = False,
     batch_size: int = 8,
+    quiet: bool = False,
 ) -> Params:
     """The parameters with every matrix of the plan packed; what stays dense is in 16 bits. `params` is left alone.
 
     Args:
       model, params, plan: the original, transformed or not (`lq.transform`), and what each matrix becomes.
       method, options: the quantizer, see `lq list quantizers`.
-      calibration: text, for methods that need it.
-      scaling: "awq" or "smoothquant", channel scales folded into every block before it is quantized.
+      calibration: text; methods that need none do not look at it.
+      scaling: "awq" or "smoothquant", channel scales folded into every block before it is quantized; with options as
+        `{"name": "awq", "scale_grid": 10}`.
+      bias_correction: undo the mean error of every matrix; takes a model with biases, `lq.transform(model, params,
+        "add_biases")`.
       batch_size: calibration windows per device step.
+      quiet: shows neither progress nor notes on standard error.
 
     Raises:
-      UserError: a plan for matrices of other shapes, an unknown method, scaling or option, missing calibration, packed
-        parameters, weights that are not finite.
+      UserError: a plan for matrices of other shapes, an unknown method, scaling or option, what cannot be combined,
+        missing calibration, packed parameters, weights that are not finite.
     """
     _check_fits(plan, model)
+    _check_windows(calibration, "calibration")
     if any(is_packed(leaf) for leaf in jax.tree.leaves(params, is_leaf=is_packed)):
         raise UserError("params: packed already; give the original model's")
-    if scaling is not None and scaling not in SCALINGS:
-        raise UserError(f"scaling: {scaling!r} is not one of {', '.join(SCALINGS)}; other transforms: lq.transform")
-    pipeline = Pipeline.read(method, options, [scaling] if scaling else [])
-    return pipeline.quantized(InMemory(model.config, params), plan, calibration, batch_size=batch_size)[0].params()
+    recipe, progress = _recipe(method, options, scaling, bias_correction), Progress(quiet=quiet)
+    source = quantized_source(
+        InMemory(model.config, params), plan.specs, recipe, calibration, batch_size=batch_size, note=progress.note
+    )
+    parts, packed = part_names(source), {}
+    with progress.stage(f"quantize ({recipe.name})", len(parts)) as step:
+        for part in parts:
+            packed[part] = source.part(part)
+            step(described(source, part))
+    return packed
 
 
 def evaluate(
@@ -164,12 +179,14 @@ def evaluate(
     Raises:
       UserError: windows longer than the model's context, or a reference made over others or in other batches.
     """
+    _check_windows(windows, "evaluation")
     source = InMemory(model.config, params)
     return evaluate_source(source, windows, reference=reference, batch_size=batch_size, dtype=_dtype(model))
 
 
 def make_reference(model: Decoder, params: Params, windows: Windows, *, batch_size: int = 8) -> Reference:
     """What `evaluate` needs of the original: its last hidden states over the same windows, in the same batches."""
+    _check_windows(windows, "evaluation")
     return reference_of(InMemory(model.config, params), windows, batch_size=batch_size, dtype=_dtype(model))
 
 
@@ -180,8 +197,12 @@ def save(
     plan: Plan,
     *,
     original: str | Path,
-    method: str = "rtn",
-    options: Mapping[str, object] | None = None,
+    method: str,
+    options: Mapping[str, Any] | None = None,
+    calibration: Windows | None = None,
+    scaling: str | Mapping[str, Any] | None = None,
+    bias_correction: bool = False,
+    batch_size: int = 8,
 ) -> None:
     """Writes quantized parameters as a checkpoint `lq.load` and every command read.
 
@@ -189,16 +210,33 @@ def save(
       out: a new directory.
       model, qparams, plan: what `quantize` took and gave.
       original: directory or hub name the model came from; config and tokenizer are copied from there.
-      method, options: the quantizer that was used, for the record.
+      method and the others: as `quantize` was given them, for the record.
 
     Raises:
       UserError: `out` is not empty, the plan is for matrices of other shapes, `qparams` are not packed by it or hold
-        dense leaves of more than 16 bits, or `original` is another model or itself quantized.
+        dense leaves of more than 16 bits, an unknown method or option, or `original` is another model or itself
+        quantized.
     """
     check_output(out)
+    _check_windows(calibration, "calibration")
+    record = Pipeline(recipe=_recipe(method, options, scaling, bias_correction)).record(calibration, batch_size)
     description = open_checkpoint(resolve_model(str(original))).path
-    quantizer = {"method": method, "options": dict(options or {})}
-    write_quantized(InMemory(model.config, qparams), plan, Path(out), quantizer=quantizer, description=description)
+    write_quantized(InMemory(model.config, qparams), plan, Path(out), quantizer=record, description=description)
+
+
+def _recipe(method: str, options, scaling, bias_correction: bool) -> Recipe:
+    name = scaling.get("name") if isinstance(scaling, Mapping) else scaling
+    if name is not None and name not in SCALINGS:
+        raise UserError(f"scaling: {name!r} is not one of {', '.join(SCALINGS)}; other transforms: lq.transform")
+    return Pipeline.read(method, options, [scaling] if scaling else [], bias_correction).recipe
+
+
+def _check_windows(windows: object, name: str) -> None:
+    if windows is not None and not isinstance(windows, Windows):
+        raise UserError(
+            f"{name}: {type(windows).__name__} is not what lq.{name}_windows returns; of tokens of your own make "
+            "lq.Windows(tokens, source, how)"
+        )
 
 
 def _dtype(model: Decoder):

@@ -113,9 +113,16 @@ class Pipeline:
         self.recipe.check(changed, plan.specs)
 
     def to_dict(self) -> dict:
-        """As JSON: what makes a write the same one, and what a checkpoint says of how it was made."""
+        """As JSON: what makes a write the same one."""
         transforms = [{"name": name, **dataclasses.asdict(options)} for name, options in self.transforms]
         return {**({"transforms": transforms} if transforms else {}), **self.recipe.to_dict()}
+
+    def record(self, windows: Windows | None, batch_size: int) -> dict:
+        """What a checkpoint says of how it was made: `to_dict`, and the text where it was calibrated."""
+        found = self.to_dict()
+        if self.recipe.calibrated and windows is not None:
+            found["calibration"] = {"tokens": windows.fingerprint, "how": windows.how, "batch_size": batch_size}
+        return found
 
 
 def _named(given: str | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

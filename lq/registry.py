@@ -23,6 +23,8 @@ class Method:
     block: Callable | None = None  # for all matrices of a block together, see `lq.quantizers.reconstruct`
     segments: Callable | None = None  # codes of a mixed spec, see `lq.quantizers.baq`
     token_weights: Callable | None = None  # how much every calibration token counts, see `lq.quantizers.rsq`
+    # Whether zero points are chosen that are no codes, from the options and the spec; see `Recipe.check`.
+    fractional: Callable = lambda options, spec: False
     check: Callable | None = None  # raises UserError when options do not fit what they are used with, before any work
 
     @property

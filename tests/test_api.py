@@ -1,6 +1,11 @@
 """The library's front: what it refuses before it computes."""
 
+import json
+import re
+
+import numpy as np
 import pytest
+from random_models import config_of
 from small_models import llama_config, random_params
 
 import lq
@@ -18,7 +23,7 @@ def test_a_plan_for_other_shapes_is_refused_and_nothing_is_written(tmp_path):
     with pytest.raises(UserError, match="plan: made for another model"):
         lq.quantize(Decoder(CONFIG), random_params(CONFIG), plan)
     with pytest.raises(UserError, match="plan: made for another model"):
-        lq.save(tmp_path / "q", Decoder(CONFIG), random_params(CONFIG), plan, original="standin")
+        lq.save(tmp_path / "q", Decoder(CONFIG), random_params(CONFIG), plan, original="standin", method="rtn")
     assert not (tmp_path / "q").exists()
 
 
@@ -46,6 +51,76 @@ def test_a_transform_of_the_model_is_no_scaling():
         lq.quantize(Decoder(CONFIG), random_params(CONFIG), lq.uniform_plan(CONFIG, SPEC), scaling="hadamard")
 
 
+NOT_TOKENS = {"none": np.zeros((0, 8), np.int32), "flat": np.zeros(8, int), "real": np.zeros((2, 8)), "list": [[1, 2]]}
+
+
+@pytest.mark.parametrize("tokens", NOT_TOKENS.values(), ids=NOT_TOKENS)
+def test_windows_without_tokens_are_refused(tokens):
+    line = r"^windows: tokens \[.*\] of .*; give whole numbers \[windows, length\], at least one$"
+    with pytest.raises(UserError, match=line):
+        lq.Windows(tokens, "mine", "by hand")
+
+
+def test_tokens_alone_are_no_windows():
+    model, params, plan = Decoder(CONFIG), random_params(CONFIG), lq.uniform_plan(CONFIG, SPEC)
+    tokens = np.zeros((2, 8), np.int32)
+    line = r"^calibration: ndarray is not what lq\.calibration_windows returns; of tokens of your own make lq\.Windows"
+    with pytest.raises(UserError, match=line):
+        lq.quantize(model, params, plan, method="gptq", calibration=tokens)
+    with pytest.raises(UserError, match=line):
+        lq.score(model, params, tokens, metric="lim")
+    with pytest.raises(UserError, match=r"^evaluation: ndarray is not what lq\.evaluation_windows returns"):
+        lq.evaluate(model, params, tokens)
+
+
+@pytest.fixture(scope="module")
+def windows():
+    return lq.Windows(np.random.default_rng(0).integers(0, 90, (2, 16), np.int32), "random", "random")
+
+
+def test_progress_and_notes_are_shown_unless_quiet(windows, capsys):
+    config = config_of("mixtral")
+    model, params, plan = Decoder(config), random_params(config), lq.uniform_plan(config, SPEC)
+    lq.quantize(model, params, plan, method="gptq", calibration=windows, quiet=True)
+    assert capsys.readouterr() == ("", "")
+    lq.quantize(model, params, plan, method="gptq", calibration=windows)
+    out, err = capsys.readouterr()
+    assert out == ""
+    lines = err.splitlines()
+    assert any(re.search(r"experts saw fewer tokens than the \d+ channels", line) for line in lines)
+    assert re.fullmatch(r"quantize \(gptq\) 2/4, \d+:\d\d left, .* GiB: block_0, .*% output error", shown(lines)[1])
+    assert len(shown(lines)) == config.num_blocks + 2
+
+
+def shown(lines):
+    return [line for line in lines if line.startswith("quantize")]
+
+
+def test_biases_are_corrected_of_a_model_that_has_some(windows):
+    model, params = Decoder(CONFIG), random_params(CONFIG)
+    plan = lq.uniform_plan(CONFIG, SPEC)
+    correct = {"calibration": windows, "bias_correction": True, "quiet": True}
+    with pytest.raises(UserError, match=r"^bias_correction: .* add them with the transform add_biases"):
+        lq.quantize(model, params, plan, **correct)
+    model, params = lq.transform(model, params, "add_biases")
+    plan = lq.uniform_plan(model.config, SPEC)
+    packed = lq.quantize(model, params, plan, **correct)
+    assert np.abs(packed["block_0"]["mlp"]["up_proj"]["bias"]).max() > 0
+
+
+def test_a_checkpoint_says_how_it_was_made(windows, small_model, tmp_path):
+    """The same as one that the command writes."""
+    model, plan = Decoder(small_model.config), lq.uniform_plan(small_model.config, SPEC)
+    how = {"method": "gptq", "options": {"damping": 0.02}, "calibration": windows, "scaling": {"name": "awq"}}
+    packed = lq.quantize(model, small_model.params, plan, quiet=True, **how)
+    lq.save(tmp_path / "q", model, packed, plan, original=small_model.path, **how)
+    record = json.loads((tmp_path / "q" / "lq.json").read_text())["quantizer"]
+    assert record["method"] == "gptq"
+    assert record["options"]["damping"] == 0.02
+    assert record["scaling"] == "awq"
+    assert record["calibration"] == {"tokens": windows.fingerprint, "how": "random", "batch_size": 8}
+
+
 def test_weights_that_are_not_finite_are_refused_by_name():
     params = random_params(CONFIG)
     kernel = params["block_1"]["mlp"]["up_proj"]["kernel"]
@@ -60,7 +135,7 @@ def test_a_checkpoint_described_by_another_model_is_refused_and_nothing_is_writt
     model, plan = Decoder(CONFIG), lq.uniform_plan(CONFIG, SPEC)
     packed = lq.quantize(model, random_params(CONFIG), plan)
     with pytest.raises(UserError, match="config"):
-        lq.save(tmp_path / "q", model, packed, plan, original="standin")
+        lq.save(tmp_path / "q", model, packed, plan, original="standin", method="rtn")
     assert not (tmp_path / "q").exists()
 
 

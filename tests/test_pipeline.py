@@ -64,6 +64,31 @@ def test_what_cannot_be_is_refused_with_the_reason(given, message):
     [
         ("hqq", {"symmetric": True}, "hqq: optimizes zero points, and symmetric codes have none"),
         ("gptq", {"mixed": True}, "mixed: gptq cannot choose widths for runs of channels; write method baq"),
+        (
+            "hqq",
+            {},
+            "hqq: its zero points are no codes, and rounded to codes they lose all it gains; write a",
+        ),
+        (
+            "autoround",
+            {"zero_dtype": "bfloat16"},
+            "zero_dtype: autoround chooses zero points that are codes, for which",
+        ),
+        (
+            "flexround",
+            {"zero_dtype": "float16"},
+            "zero_dtype: flexround chooses zero points that are codes, for which",
+        ),
+        (
+            "awq",
+            {"zero_dtype": "bfloat16"},
+            "zero_dtype: awq chooses zero points that are codes, for which",
+        ),
+        (
+            "baq",
+            {"mixed": True},
+            "baq: no matrix of this model has runs of channels to choose widths for; that",
+        ),
         ("baq", {}, "baq: chooses widths for runs of channels, for which these specs have no room; write mixed"),
     ],
 )
@@ -71,6 +96,23 @@ def test_methods_and_specs_that_do_not_go_together(method, spec, message):
     plan = uniform_plan(CONFIG, dataclasses.replace(SPEC, **spec))
     with pytest.raises(UserError, match=f"^{message}"):
         Pipeline.read(method).check(CONFIG, plan)
+
+
+def test_options_of_a_scaling_are_checked_before_any_work():
+    symmetric = uniform_plan(CONFIG, dataclasses.replace(SPEC, symmetric=True))
+    pipeline = Pipeline.read("gptq", transforms=[{"name": "awq", "convention": "asym"}])
+    pipeline.check(CONFIG, uniform_plan(CONFIG, SPEC))
+    with pytest.raises(UserError, match=r"^awq: convention 'asym' does not fit symmetric codes; write symu or symr"):
+        pipeline.check(CONFIG, symmetric)
+
+
+def test_matrices_that_keep_one_width_are_named():
+    """Only the down projection has more than 128 input channels, in runs of 128."""
+    config, notes = dataclasses.replace(llama_config(1), intermediate_size=256), []
+    plan = uniform_plan(config, dataclasses.replace(SPEC, mixed=True))
+    Pipeline.read("baq").quantized(InMemory(config, {}), plan, WINDOWS, note=notes.append)
+    assert len(notes) == 1
+    assert notes[0].startswith("mixed: 6 of 7 matrices keep one width (block_0/attention/")
 
 
 def test_names():

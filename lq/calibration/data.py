@@ -23,7 +23,7 @@ CORPORA = ("wikitext2", "c4")
 
 @dataclasses.dataclass(frozen=True)
 class Windows:
-    """Token windows `[count, length]` int32 and where they came from."""
+    """Token windows `[count, length]` int32 and where they came from. Raises UserError for tokens that are none."""
 
     tokens: np.ndarray
     source: str  # file name or corpus
@@ -31,6 +31,11 @@ class Windows:
     stride: int | None = None  # tokens from one window to the next; None when they do not overlap
 
     def __post_init__(self):
+        shape, dtype = getattr(self.tokens, "shape", ()), getattr(self.tokens, "dtype", None)
+        if len(shape) != 2 or 0 in shape or np.dtype(dtype).kind not in "iu":
+            raise UserError(
+                f"windows: tokens {list(shape)} of {dtype}; give whole numbers [windows, length], at least one"
+            )
         stride_of(self.tokens.shape[1], self.stride)
 
     @property

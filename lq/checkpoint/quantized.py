@@ -20,13 +20,13 @@ from lq.checkpoint.layout import (
     shard_records,
 )
 from lq.checkpoint.transformed import from_json
-from lq.checkpoint.write import part_names, sha256
+from lq.checkpoint.write import sha256
 from lq.errors import UserError
 from lq.models.config import ModelConfig
 from lq.models.decoder import abstract_params
 from lq.models.loading import MANIFEST, PROGRESS, read_config
 from lq.models.matrices import model_shapes, other_weights
-from lq.models.source import ParameterSource, Params
+from lq.models.source import ParameterSource, Params, part_names
 
 
 def open_quantized(path: str | Path) -> "QuantizedCheckpoint":

@@ -27,7 +27,7 @@ from lq.models.config import ModelConfig
 from lq.models.decoder import abstract_params
 from lq.models.loading import MANIFEST, PROGRESS, read_config
 from lq.models.matrices import model_shapes, other_weights
-from lq.models.source import ParameterSource, Params
+from lq.models.source import ParameterSource, Params, part_names
 from lq.quantizers.stream import QuantizedStream
 
 # What is copied from the original's directory: everything that describes it, no weights.
@@ -111,11 +111,6 @@ def check_output(out: str | Path, resume: bool = False) -> None:
         needed to go on.
     """
     _claim(Path(out), None, resume)
-
-
-def part_names(source: ParameterSource) -> list[str]:
-    """The parts a model is written in, in order."""
-    return ["embed", *(f"block_{i}" for i in range(source.config.num_blocks)), "head"]
 
 
 def sha256(file: Path) -> str:

@@ -401,7 +401,7 @@ def _read_plan(path: Path, source, model: str):
 
 def _write(source, plan, out: Path, pipeline, windows, batch_size: int, resume: bool, quiet: bool) -> None:
     from lq.checkpoint import write_quantized
-    from lq.checkpoint.write import part_names
+    from lq.models.source import part_names
     from lq.progress import Progress
     from lq.quantizers import described, over_local_devices
 
@@ -409,15 +409,12 @@ def _write(source, plan, out: Path, pipeline, windows, batch_size: int, resume: 
     packed, plan = pipeline.quantized(
         source, plan, windows, batch_size=batch_size, place=over_local_devices(), note=progress.note
     )
-    record = pipeline.to_dict()
-    if pipeline.recipe.calibrated:
-        record["calibration"] = {"tokens": windows.fingerprint, "how": windows.how, "batch_size": batch_size}
     with progress.stage(f"quantize ({pipeline.name})", len(part_names(source))) as step:
         write_quantized(
             packed,
             plan,
             out,
-            quantizer=record,
+            quantizer=pipeline.record(windows, batch_size),
             description=source.path,
             resume=resume,
             on_part=lambda part: step(described(packed, part)),

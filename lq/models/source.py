@@ -52,6 +52,11 @@ class ParameterSource(Protocol):
         return {"embed": self.embed(dtype), **blocks, "head": self.head(dtype)}
 
 
+def part_names(source: ParameterSource) -> list[str]:
+    """The parts of a model, in the order in which they are computed."""
+    return ["embed", *(f"block_{i}" for i in range(source.config.num_blocks)), "head"]
+
+
 class InMemory(ParameterSource):
     """Parameters that are already there, dense or packed."""
 

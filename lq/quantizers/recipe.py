@@ -15,9 +15,12 @@ from typing import Any
 
 from lq.errors import UserError
 from lq.models.config import ModelConfig
+from lq.models.matrices import model_shapes
 from lq.numerics.spec import QuantSpec
 from lq.quantizers.registry import QUANTIZERS, SCALINGS
 from lq.registry import Method
+
+MIXABLE = "2 to 7 bits and more than 128 input channels, a multiple of 128, in one matrix (see QuantSpec.mixes)"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,23 +90,62 @@ class Recipe:
         return self.quantizer.block is not None and getattr(self.options, "unit", "block") == "block"
 
     def check(self, config: ModelConfig, specs: Mapping[str, QuantSpec]) -> None:
-        """Raises UserError, with the reason, for what cannot be combined."""
+        """Raises UserError, with the reason, for what cannot be combined, or would cost bytes and gain nothing."""
         for spec in sorted(set(specs.values()), key=str):
             if self.quantizer.check is not None:
                 self.quantizer.check(self.options, spec)
+            if self.scaling is not None and SCALINGS[self.scaling].check is not None:
+                SCALINGS[self.scaling].check(self.scaling_options, spec)
+            if not spec.symmetric:
+                self._check_zeros(spec)
             if spec.mixed and self.quantizer.segments is None:
                 able = " or ".join(name for name, method in QUANTIZERS.items() if method.segments is not None)
                 raise UserError(f"mixed: {self.method} cannot choose widths for runs of channels; write method {able}")
-        if self.quantizer.segments is not None and specs and not any(spec.mixed for spec in specs.values()):
-            raise UserError(
-                f"{self.method}: chooses widths for runs of channels, for which these specs have no room; write mixed: "
-                "true (--mixed), or the method gptq"
-            )
+        if self.quantizer.segments is not None and specs:
+            self._check_mixed(config, specs)
         if self.bias_correction and not (config.qkv_bias and config.attention_out_bias and config.mlp_bias):
             raise UserError(
                 f"bias_correction: the matrices of this {config.family} model have no biases to correct; "
                 "add them with the transform add_biases, or leave bias_correction out"
             )
+
+    def _check_zeros(self, spec: QuantSpec) -> None:
+        fractional = self.quantizer.fractional(self.options, spec)
+        if fractional and spec.zero_dtype is None:
+            raise UserError(
+                f"{self.method}: its zero points are no codes, and rounded to codes they lose all it gains; "
+                "write a zero_dtype (--zero-dtype bfloat16), or the method rtn"
+            )
+        if spec.zero_dtype is not None and not fractional:
+            raise UserError(
+                f"zero_dtype: {self.method} chooses zero points that are codes, for which {spec.zero_dtype} is wasted; "
+                "leave it out"
+            )
+
+    def _check_mixed(self, config: ModelConfig, specs: Mapping[str, QuantSpec]) -> None:
+        if not any(spec.mixed for spec in specs.values()):
+            raise UserError(
+                f"{self.method}: chooses widths for runs of channels, for which these specs have no room; write mixed: "
+                "true (--mixed), or the method gptq"
+            )
+        if not (set(specs) - set(self.unmixed(config, specs))):
+            raise UserError(
+                f"{self.method}: no matrix of this model has runs of channels to choose widths for; that takes "
+                f"{MIXABLE}; write the method gptq"
+            )
+
+    def unmixed(self, config: ModelConfig, specs: Mapping[str, QuantSpec]) -> list[str]:
+        """The matrices that keep one width where widths for runs of their channels were asked for."""
+        shapes = model_shapes(config)
+        return [path for path, spec in specs.items() if spec.mixed and not spec.mixes(shapes[path])]
+
+    def notes(self, config: ModelConfig, specs: Mapping[str, QuantSpec]) -> list[str]:
+        """Lines for the user on what will not be done as asked."""
+        unmixed = self.unmixed(config, specs)
+        if not unmixed:
+            return []
+        few = ", ".join(unmixed[:2]) + (" ..." if len(unmixed) > 2 else "")
+        return [f"mixed: {len(unmixed)} of {len(specs)} matrices keep one width ({few}); several take {MIXABLE}"]
 
     def to_dict(self) -> dict:
         """As JSON; what makes a write the same one."""

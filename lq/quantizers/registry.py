@@ -16,14 +16,15 @@ from lq.registry import Method, Registry
 QUANTIZERS = Registry(
     "quantizer",
     {
-        "rtn": Method(function=rtn, options=RTNOptions, check=RTNOptions.resolve),
-        "hqq": Method(function=hqq, options=HQQOptions, check=HQQOptions.check),
+        "rtn": Method(function=rtn, options=RTNOptions, check=RTNOptions.resolve, fractional=RTNOptions.fractional),
+        "hqq": Method(function=hqq, options=HQQOptions, check=HQQOptions.check, fractional=lambda options, spec: True),
         "gptq": Method(
             function=gptq,
             options=GPTQOptions,
             needs=frozenset({"hessian", "calibration"}),
             prepare=factorize,
             check=GPTQOptions.resolve,
+            fractional=GPTQOptions.fractional,
         ),
         "baq": Method(
             function=baq,
@@ -32,6 +33,7 @@ QUANTIZERS = Registry(
             prepare=factorize,
             segments=baq_segments,
             check=BAQOptions.resolve,
+            fractional=BAQOptions.fractional,
         ),
         "rsq": Method(
             function=rsq,
@@ -40,6 +42,7 @@ QUANTIZERS = Registry(
             prepare=factorize,
             token_weights=token_importance,
             check=RSQOptions.resolve,
+            fractional=RSQOptions.fractional,
         ),
         "awq": Method(
             function=awq,
@@ -65,6 +68,7 @@ QUANTIZERS = Registry(
             options=AdaQuantOptions,
             needs=frozenset({"hessian", "calibration"}),
             block=adaquant_block,
+            fractional=lambda options, spec: spec.zero_dtype is not None,
         ),
     },
 )

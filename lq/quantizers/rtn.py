@@ -79,6 +79,10 @@ class RTNOptions:
             )
         return self.convention
 
+    def fractional(self, spec: QuantSpec) -> bool:
+        """Whether zero points are chosen that are no codes."""
+        return self.resolve(spec) == FRACTIONAL
+
 
 def rtn(
     weight: Float[Array, "... K N"], stats: InputStats | None, spec: QuantSpec, options: RTNOptions

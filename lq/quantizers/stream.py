@@ -81,6 +81,8 @@ class QuantizedStream(ParameterSource):
         note: Note = lambda line: None,
     ):
         recipe.check(source.config, specs)
+        for line in recipe.notes(source.config, specs):
+            note(line)
         self.config = source.config
         self.report: dict[str, dict[str, float]] = {}
         self._source, self._specs, self._recipe = source, specs, recipe

@@ -32,7 +32,7 @@ def test_the_size_is_that_of_the_stored_dtype(tmp_path, text_file, dtype, itemsi
 def test_what_is_counted_is_that_of_the_plan(small_model, text_file, tmp_path, count, words):
     model, params, _ = lq.load(small_model.path)
     plan = lq.allocate(lq.score(model, params, metric="zd"), bits=[4], embedding_bits=8, count=count)
-    lq.save(tmp_path / "q", model, lq.quantize(model, params, plan), plan, original=small_model.path)
+    lq.save(tmp_path / "q", model, lq.quantize(model, params, plan), plan, original=small_model.path, method="rtn")
     facts = evaluate_one(str(tmp_path / "q"), str(text_file), original=None, **SETTINGS)
     assert facts["counted in bits per weight"] == words
     assert facts["bits per weight"] == plan.bpw

@@ -59,7 +59,7 @@ def test_the_front_writes_and_opens_it_too(tmp_path):
     model, params = lq.transform(Decoder(original.config), original.params(), "hadamard", seed=3, down=True)
     plan = lq.uniform_plan(model.config, SPEC)
     packed = lq.quantize(model, params, plan)
-    lq.save(tmp_path / "q", model, packed, plan, original=RECORDED / "opt")
+    lq.save(tmp_path / "q", model, packed, plan, original=RECORDED / "opt", method="rtn")
     opened = lq.open_model(tmp_path / "q")
     assert opened.config == model.config
     got = Decoder(opened.config).apply({"params": opened.params()}, TOKENS)
