@@ -1,6 +1,7 @@
 """Text from the command line, read into the library's types. A mistake names the option it was made in."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import typer
 
@@ -88,22 +89,14 @@ def pins(items: Sequence[str] | None) -> list[Pin]:
     return read
 
 
-def spec(
-    group_size: str, symmetric: bool, scale_dtype: str, zero_dtype: str | None, rank: int, mixed: bool
-) -> QuantSpec:
-    """The spec all matrices share but for their width."""
-    size = None if group_size == "column" else whole_number(group_size)
-    if group_size != "column" and size not in GROUP_SIZES:
-        raise UserError(f"--group-size {group_size}: write {', '.join(map(str, GROUP_SIZES))} or column")
-    return QuantSpec(
-        bits=8,
-        group_size=size,
-        symmetric=symmetric,
-        scale_dtype=scale_dtype,
-        zero_dtype=zero_dtype,
-        rank=rank,
-        mixed=mixed,
-    )
+def spec(given: Mapping[str, Any]) -> QuantSpec:
+    """The spec all matrices share but for their width, from the options of that name."""
+    text = given["group_size"]
+    size = None if text == "column" else whole_number(text)
+    if text != "column" and size not in GROUP_SIZES:
+        raise UserError(f"--group-size {text}: write {', '.join(map(str, GROUP_SIZES))} or column")
+    same = ("symmetric", "scale_dtype", "zero_dtype", "rank", "mixed")
+    return QuantSpec(bits=8, group_size=size, **{name: given[name] for name in same})
 
 
 def counted(text: str) -> Count:
@@ -113,37 +106,23 @@ def counted(text: str) -> Count:
 
 
 class Allocation:
-    """The options of `lq allocate` and `lq quantize` that decide a plan, read once and applied to any scores."""
+    """The options of `lq allocate` and `lq quantize` that decide a plan, read once and applied to any scores.
 
-    def __init__(
-        self,
-        *,
-        bpw,
-        nbytes,
-        bits,
-        method,
-        group_size,
-        symmetric,
-        scale_dtype,
-        zero_dtype,
-        rank,
-        mixed,
-        pin,
-        embedding_bits,
-        head_bits,
-        count,
-    ):
-        self.spec = spec(group_size, symmetric, scale_dtype, zero_dtype, rank, mixed)
+    `given` has the values of all options by the names of the verb's parameters, as `typer.Context.params` does.
+    """
+
+    def __init__(self, given: Mapping[str, Any], method: str):
+        self.spec = spec(given)
         self._arguments = {
-            "bpw": bpw,
-            "nbytes": nbytes,
-            "bits": widths(bits),
+            "bpw": given["bpw"],
+            "nbytes": given["bytes_"],
+            "bits": widths(given["bits"]),
             "spec": self.spec,
             "method": method,
-            "pins": pins(pin),
-            "embedding_bits": embedding_bits,
-            "head_bits": head_bits,
-            "count": counted(count),
+            "pins": pins(given["pin"]),
+            "embedding_bits": given["embedding_bits"],
+            "head_bits": given["head_bits"],
+            "count": counted(given["count"]),
         }
 
     def plan(self, scores: Scores) -> Plan:

@@ -109,6 +109,7 @@ def score(
 
 @command
 def allocate(
+    context: typer.Context,
     scores: Annotated[Path, typer.Argument(help="A file made by lq score.", show_default=False)],
     bpw: Bpw = None,
     bytes_: Bytes = None,
@@ -132,22 +133,7 @@ def allocate(
     from lq.importance import Scores
     from lq.importance import reverse as reversed_scores
 
-    allocation = Allocation(
-        bpw=bpw,
-        nbytes=bytes_,
-        bits=bits,
-        method=method,
-        group_size=group_size,
-        symmetric=symmetric,
-        scale_dtype=scale_dtype,
-        zero_dtype=zero_dtype,
-        rank=rank,
-        mixed=mixed,
-        pin=pin,
-        embedding_bits=embedding_bits,
-        head_bits=head_bits,
-        count=count,
-    )
+    allocation = Allocation(context.params, method)
     read = Scores.read(scores)
     plan = allocation.plan(reversed_scores(read) if reverse else read)
     plan.write(out)
@@ -214,22 +200,7 @@ def quantize(
         source = open_checkpoint(resolve_model(model))
         chosen = _read_plan(plan, source, model)
     else:
-        allocation = arguments.Allocation(
-            bpw=bpw,
-            nbytes=bytes_,
-            bits=bits,
-            method=allocator,
-            group_size=group_size,
-            symmetric=symmetric,
-            scale_dtype=scale_dtype,
-            zero_dtype=zero_dtype,
-            rank=rank,
-            mixed=mixed,
-            pin=pin,
-            embedding_bits=embedding_bits,
-            head_bits=head_bits,
-            count=count,
-        )
+        allocation = arguments.Allocation(context.params, allocator)
         source = open_checkpoint(resolve_model(model))
         chosen = allocation.plan(score_source(source, "parameter_count"))  # a budget out of reach is so in any order
         if not reading:

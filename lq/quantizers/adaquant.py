@@ -14,13 +14,13 @@ are still those of a random walk, and a block's error is more than twice as larg
 import dataclasses
 import functools
 from collections.abc import Hashable
+from typing import ClassVar
 
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
 from lq.calibration.statistics import InputStats
-from lq.errors import UserError
 from lq.numerics.spec import QuantSpec
 from lq.quantizers.parametrization import (
     LearnedOptions,
@@ -42,12 +42,14 @@ LEAST_RANGE = 1e-2  # of the range at the start: it is never driven through zero
 class AdaQuantOptions(LearnedOptions):
     """`learning_rate` is that of the weights, in scales per step; None is 0.01."""
 
+    method: ClassVar[str] = "adaquant"
+
     range_learning_rate: float = 1e-3  # of ranges and offsets, in ranges per step
 
     def __post_init__(self):
         super().__post_init__()
         if not 0 <= self.range_learning_rate < float("inf"):
-            raise UserError(f"range_learning_rate: {self.range_learning_rate}; write a number from 0")
+            self._refuse("range_learning_rate", "a number from 0")
 
 
 def _init(weight: Float[Array, "K N"], spec: QuantSpec, options: AdaQuantOptions):

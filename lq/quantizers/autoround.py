@@ -13,6 +13,7 @@ the sign of its gradient; the rate falls linearly to zero, and with 1 / steps to
 
 import dataclasses
 import functools
+from typing import ClassVar
 
 import jax.numpy as jnp
 import optax
@@ -39,6 +40,8 @@ class AutoRoundOptions(LearnedOptions):
     """The authors' presets, with keep="best", on windows of 2048 tokens, 8 a step: 200 steps (128 windows); best 1000
     (512 windows); light 50 steps at a learning rate of 0.005. `learning_rate` None is 1 / steps; 2 / steps from 1000
     steps on at 3 bits and less."""
+
+    method: ClassVar[str] = "autoround"
 
     tune_range: bool = True  # learn alpha and beta
 

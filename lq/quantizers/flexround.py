@@ -11,6 +11,7 @@ stored. The authors' symmetric codes begin with the scale `symu` of `lq.quantize
 
 import dataclasses
 import functools
+from typing import ClassVar
 
 import jax.numpy as jnp
 import optax
@@ -38,6 +39,8 @@ LARGEST_DELTA = 3.0  # a factor of 20 either way; beyond it exp would soon overf
 class FlexRoundOptions(LearnedOptions):
     """`learning_rate` None is 0.01, for some hundreds of steps. The authors' setting for language models is 5000 steps
     of 2 windows of 2048 tokens at 0.003 for 4 bits and 0.0025 for 3, from the ranges `minmax`."""
+
+    method: ClassVar[str] = "flexround"
 
 
 def _init(weight: Float[Array, "K N"], spec: QuantSpec, options: FlexRoundOptions):

@@ -8,7 +8,7 @@ scale is rounded to its stored dtype in here, so that training sees the scale th
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +40,8 @@ class LearnedOptions:
     little worse. The last step is better than the one of least loss, which is that of the luckiest windows.
     """
 
+    method: ClassVar[str]  # whose options these are
+
     steps: int = 200  # of the optimizer
     batch_size: int = 2  # calibration windows per step
     learning_rate: float | None = None  # None: the method's own
@@ -54,11 +56,12 @@ class LearnedOptions:
     def __post_init__(self):
         for name, least in (("steps", 0), ("batch_size", 1), ("seed", 0)):
             if getattr(self, name) < least:
-                raise UserError(f"{name}: {getattr(self, name)}; write {least} or more")
+                self._refuse(name, f"{least} or more")
         if self.learning_rate is not None and not 0 < self.learning_rate < float("inf"):
-            raise UserError(
-                f"learning_rate: {self.learning_rate}; write a number above 0, or null for the method's own"
-            )
+            self._refuse("learning_rate", "a number above 0, or null for the method's own")
+
+    def _refuse(self, option: str, instead: str):
+        raise UserError(f"{self.method}: option {option}: {getattr(self, option)}; write {instead}")
 
 
 class RoundedWeight(NamedTuple):

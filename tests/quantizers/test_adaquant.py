@@ -111,5 +111,5 @@ def test_weights_and_ranges_have_their_own_rates():
 
 
 def test_a_negative_rate_is_refused():
-    with pytest.raises(UserError, match=r"^range_learning_rate: -1; write a number from 0$"):
+    with pytest.raises(UserError, match=r"^adaquant: option range_learning_rate: -1; write a number from 0$"):
         AdaQuantOptions(range_learning_rate=-1)

@@ -369,14 +369,17 @@ def test_windows_are_drawn_in_shuffled_passes():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"steps": -1}, "steps: -1; write 0 or more"),
-        ({"batch_size": 0}, "batch_size: 0; write 1 or more"),
-        ({"seed": -2}, "seed: -2; write 0 or more"),
+        ({"steps": -1}, "autoround: option steps: -1; write 0 or more"),
+        ({"batch_size": 0}, "autoround: option batch_size: 0; write 1 or more"),
+        ({"seed": -2}, "autoround: option seed: -2; write 0 or more"),
         (
             {"learning_rate": float("nan")},
-            "learning_rate: nan; write a number above 0, or null for the method's own",
+            "autoround: option learning_rate: nan; write a number above 0, or null for the method's own",
         ),
-        ({"learning_rate": 0.0}, "learning_rate: 0.0; write a number above 0, or null for the method's own"),
+        (
+            {"learning_rate": 0.0},
+            "autoround: option learning_rate: 0.0; write a number above 0, or null for the method's own",
+        ),
         ({"start": "rtn"}, "quantizer autoround: option start: 'rtn' is not one of minmax, mse or null"),
         ({"unit": "layer"}, "quantizer autoround: option unit: 'layer' is not one of block, matrix"),
     ],
