@@ -1,7 +1,17 @@
 """Fixtures for all tests."""
 
+import atexit
 import dataclasses
+import os
+import shutil
+import tempfile
 from pathlib import Path
+
+# Before jax is imported, and once for all workers and the commands they start: a program is compiled once a session.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="lq-programs-")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 import jax
 import pytest
