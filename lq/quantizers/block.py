@@ -110,7 +110,7 @@ def quantize_block(
     if recipe.scaling is not None:
         block = _scaled(block, specs, recipe)
     if recipe.reconstructs_blocks:
-        tensors = _reconstructed(block, specs, recipe, targets, report)
+        tensors = _reconstructed(block, specs, recipe, targets, report, place)
     else:
         tensors = _matrix_by_matrix(block, specs, recipe, report, place, note)
     params = block.params
@@ -130,7 +130,7 @@ def _scaled(block: CalibratedBlock, specs, recipe: Recipe) -> CalibratedBlock:
     return dataclasses.replace(block, params=params)
 
 
-def _reconstructed(block: CalibratedBlock, specs, recipe: Recipe, targets, report) -> dict[str, Packed]:
+def _reconstructed(block: CalibratedBlock, specs, recipe: Recipe, targets, report, place) -> dict[str, Packed]:
     """All matrices found together, so that the block's output is near `targets`."""
     reconstruct = recipe.quantizer.block
     if reconstruct is None or targets is None:
@@ -142,7 +142,7 @@ def _reconstructed(block: CalibratedBlock, specs, recipe: Recipe, targets, repor
         raise UserError(
             f"{block.name}: its calibration states are NaN or infinite; the model is damaged, give an intact one"
         )
-    found, outcome = reconstruct(apply, block.params, states, targets_of_all, plain, recipe.options)
+    found, outcome = reconstruct(apply, block.params, states, targets_of_all, plain, recipe.options, place=place)
     tensors: dict[str, Packed] = {}
     for path, (codes, scales, zeros) in found.items():
         report[path]["of rounding's error"] = outcome.after / outcome.before if outcome.before else 1.0

@@ -121,6 +121,7 @@ def reconstruct_block(
     options: LearnedOptions,
     seed: int | None = None,
     on_steps: Callable[[int], None] = lambda done: None,
+    place: Callable[[Array], Array] = lambda weight: weight,
 ) -> tuple[dict[str, Exported], Reconstruction]:
     """Quantizes matrices of a block so that its output is near a target.
 
@@ -138,6 +139,7 @@ def reconstruct_block(
       options: of the method.
       seed: draws the windows; `options.seed` when None.
       on_steps: called with how many steps are done: 0, and now and then.
+      place: lays a weight out over devices. What is kept per weight follows it; the block is computed from the parts.
 
     Returns:
       Per path codes uint32 `[..., K, N]`, scales float32 and zeros `[..., groups, N]`, as every quantizer returns them;
@@ -147,7 +149,7 @@ def reconstruct_block(
         raise ValueError(f"inputs {inputs.shape} and targets {targets.shape} of a block with {len(specs)} matrices")
     learner = Learner(method, tuple(specs.items()), _of_the_program(options))
     flat = flatten_dict(params, sep="/")
-    weights = {path: jnp.asarray(flat[f"{path}/kernel"], jnp.float32) for path in specs}
+    weights = {path: place(jnp.asarray(flat[f"{path}/kernel"], jnp.float32)) for path in specs}
     samples, batch_size = len(inputs), min(options.batch_size, len(inputs))
     data = (jnp.asarray(inputs), jnp.asarray(targets))
 

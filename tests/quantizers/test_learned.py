@@ -2,6 +2,9 @@
 
 import dataclasses
 import functools
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -355,6 +358,13 @@ def test_inputs_without_their_targets_are_refused():
 
 
 # Windows and options
+
+
+def test_columns_over_eight_devices():
+    script = Path(__file__).parent / "sharded_learned.py"
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.strip() == "ok"
 
 
 def test_windows_are_drawn_in_shuffled_passes():
