@@ -1,7 +1,7 @@
 """The layout of a quantized checkpoint, shared by its writer and its reader.
 
-    lq.json                 manifest: format, plan, quantizer, shards with their size and SHA-256; of a transformed
-                            model, the fields of its config that are not as in config.json
+    lq.json                 manifest: format, plan, quantizer, shards with their size, SHA-256 and measured errors; of a
+                            transformed model, the fields of its config that are not as in config.json
     embed.safetensors, block_0.safetensors, ..., head.safetensors
     config.json, tokenizer files ...                              copied from the original
 
@@ -163,7 +163,8 @@ def expected_tensors(shapes: dict[str, tuple[int, ...]], specs: dict[str, tuple[
 
 
 def shard_records(value: Any) -> dict[str, dict]:
-    """What a manifest or `shards.json` says of each shard, `{"bytes": int, "sha256": str}` by part.
+    """What a manifest or `shards.json` says of each shard by part: `{"bytes": int, "sha256": str}`, and perhaps
+    `"measured"`, the errors of its matrices by path.
 
     Raises ValueError when it is anything else.
     """
@@ -173,6 +174,9 @@ def shard_records(value: Any) -> dict[str, dict]:
         fields = record if isinstance(record, dict) else {}
         if type(fields.get("bytes")) is not int or not isinstance(fields.get("sha256"), str):
             raise ValueError(f"shards: {part}: no bytes and sha256")
+        measured = fields.get("measured", {})
+        if not isinstance(measured, dict) or not all(isinstance(errors, dict) for errors in measured.values()):
+            raise ValueError(f"shards: {part}: measured is no object of objects")
     return value
 
 

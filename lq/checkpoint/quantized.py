@@ -66,6 +66,11 @@ class QuantizedCheckpoint(ParameterSource):
         """Bytes of the shards on disk, headers included."""
         return sum((self.path / shard_name(part)).stat().st_size for part in part_names(self))
 
+    @property
+    def measured(self) -> dict[str, dict[str, float]]:
+        """What quantizing has shown of every matrix, by path; see `lq.quantizers.described`. Empty where it was not."""
+        return {path: errors for shard in self._shards.values() for path, errors in shard.get("measured", {}).items()}
+
     def part(self, name: str, dtype=None) -> Params:
         """Raises UserError when the shard is not the one that was written."""
         file = self.path / shard_name(name)

@@ -84,7 +84,7 @@ def write_quantized(
             file = out / shard_name(part)
             if part not in record.shards or not _whole(file, record.shards[part]):
                 _write_part(source, part, file, _planned_bytes(part, shapes[part], plan))
-                record.shards[part] = _recorded(file)
+                record.shards[part] = _recorded(file) | _measured(source, part)
                 if isinstance(source, QuantizedStream) and part.startswith("block_"):
                     kept = save_states(out, source)
                     record.states = {"file": kept, **_recorded(out / kept)}
@@ -202,6 +202,13 @@ def _remove_leftovers(out: Path) -> None:
 
 def _recorded(file: Path) -> dict[str, Any]:
     return {"bytes": file.stat().st_size, "sha256": sha256(file)}
+
+
+def _measured(source: ParameterSource, part: str) -> dict[str, Any]:
+    """What quantizing the part has shown of its matrices, where it was measured."""
+    report = source.report if isinstance(source, QuantizedStream) else {}
+    found = {path: errors for path, errors in report.items() if errors and path.startswith(f"{part}/")}
+    return {"measured": found} if found else {}
 
 
 def _remove_states(out: Path, but: Iterable[Mapping[str, Any] | None] = ()) -> None:

@@ -47,6 +47,11 @@ def test_killed_at_any_file(small_model, tmp_path, monkeypatch, method):
     """At each file that a write makes in turn: shards, states, the record of both, the manifest."""
     write(small_model.path, tmp_path / "whole", method)
     whole, made = contents(tmp_path / "whole"), []
+    checkpoint = open_quantized(tmp_path / "whole")
+    measured = checkpoint.measured
+    name = "output error" if method == "gptq" else "of rounding's error"
+    assert measured.keys() == checkpoint.plan.specs.keys()
+    assert all(0 < errors[name] <= 1 for errors in measured.values())
     assert not any(name.startswith(("states", "shards")) for name in whole)
     for name in ("write_file", "write_text"):
         monkeypatch.setattr(writing, name, _counted(getattr(writing, name), made, None))
