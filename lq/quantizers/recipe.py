@@ -91,11 +91,13 @@ class Recipe:
 
     def check(self, config: ModelConfig, specs: Mapping[str, QuantSpec]) -> None:
         """Raises UserError, with the reason, for what cannot be combined, or would cost bytes and gain nothing."""
+        checks = [(self.quantizer.check, self.options)]
+        if self.scaling is not None:
+            checks.append((SCALINGS[self.scaling].check, self.scaling_options))
         for spec in sorted(set(specs.values()), key=str):
-            if self.quantizer.check is not None:
-                self.quantizer.check(self.options, spec)
-            if self.scaling is not None and SCALINGS[self.scaling].check is not None:
-                SCALINGS[self.scaling].check(self.scaling_options, spec)
+            for check, options in checks:
+                if check is not None:
+                    check(options, spec)
             if not spec.symmetric:
                 self._check_zeros(spec)
             if spec.mixed and self.quantizer.segments is None:
