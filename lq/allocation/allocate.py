@@ -6,15 +6,32 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from numbers import Integral, Real
 
+import numpy as np
+
+from lq.allocation.costs import Costs, check_costs, expected_costs
+from lq.allocation.knapsack import knapsack
+from lq.allocation.milp import integer_program
 from lq.allocation.plan import Count, Plan, check_count
-from lq.allocation.rank import RankOptions, rank
+from lq.allocation.problem import NoOptions, Problem
+from lq.allocation.rank import rank
+from lq.allocation.relaxation import greedy, lagrangian
 from lq.errors import UserError
 from lq.importance.scores import Scores
 from lq.models.matrices import block_of
 from lq.numerics.spec import QuantSpec
 from lq.registry import Method, Registry
 
-ALLOCATORS = Registry("allocator", {"rank": Method(function=rank, options=RankOptions)})
+# Functions (problem, options) -> the option of every unit.
+ALLOCATORS = Registry(
+    "allocator",
+    {
+        "rank": Method(function=rank, options=NoOptions),
+        "greedy": Method(function=greedy, options=NoOptions),
+        "lagrangian": Method(function=lagrangian, options=NoOptions),
+        "knapsack": Method(function=knapsack, options=NoOptions),
+        "milp": Method(function=integer_program, options=NoOptions),
+    },
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,6 +61,7 @@ def allocate(
     spec: QuantSpec | None = None,
     method: str = "rank",
     options: Mapping[str, object] | None = None,
+    costs: Costs = "place",
     pins: Sequence[Pin] = (),
     embedding_bits: int = 16,
     head_bits: int = 16,
@@ -62,6 +80,7 @@ def allocate(
         None.
       method: a name in `ALLOCATORS`.
       options: fields of the allocator's options.
+      costs: what a unit is taken to lose, by its place in the order or by its score; see `lq.allocation.costs`.
       pins: rules, the first that matches a matrix decides; those that match none, and those that earlier ones leave
         nothing to decide, are listed in the plan's provenance (`unused_pins`, `shadowed_pins`).
       embedding_bits, head_bits: width of the embedding and of an untied head; 16 leaves them dense.
@@ -73,6 +92,9 @@ def allocate(
     """
     _check_types(bpw, nbytes, bits, spec, pins)
     check_count(count)
+    check_costs(costs)
+    if method == "rank" and costs != "place":
+        raise UserError(f"costs: {costs}, but rank goes by the place alone; write greedy, lagrangian, knapsack or milp")
     spec = spec or QuantSpec(bits=4)
     shapes = scores.shapes
     widths = sorted(set(bits))
@@ -101,12 +123,13 @@ def allocate(
         budget = _budget_bits(bpw, nbytes, total)
         _check_reachable(budget, fixed_bits, sizes, widths, total, nbytes is not None)
 
-    chosen = ALLOCATORS[method].function(
-        [u for u in scores.ranking() if u in sizes],
-        sizes,
-        budget - fixed_bits,
-        ALLOCATORS.options(method, options or {}),
-    )
+    ordered = [u for u in scores.ranking() if u in sizes]  # of equals the more important is raised first
+    weights = [sum(math.prod(shapes[p]) for p in free[u]) for u in ordered]
+    cost = expected_costs(scores, ordered, weights, widths, costs)
+    size = np.array([[sizes[u][b] for b in widths] for u in ordered], np.int64).reshape(-1, len(widths))
+    solver, chosen_options = ALLOCATORS[method].function, ALLOCATORS.options(method, options or {})
+    choice = solver(Problem(cost=cost, size=size, budget=budget - fixed_bits), chosen_options)
+    chosen = {u: widths[option] for u, option in zip(ordered, choice, strict=True)}
     specs = {p: candidates[chosen[u]] for u, paths in free.items() for p in paths}
     specs |= {p: s for p, s in fixed.items() if s is not None}
     provenance = {
@@ -114,13 +137,13 @@ def allocate(
         "metric_options": scores.options,
         "calibration": scores.calibration,
         "allocator": method,
+        **({} if method == "rank" else {"costs": costs}),
         "target": {"bytes": nbytes} if nbytes is not None else {"bpw": bpw},
         "bits": widths,
         **_idle_pins(shapes, pins, deciding),
     }
-    ordered = {p: specs[p] for p in shapes if p in specs}
     return Plan(
-        specs=ordered,
+        specs={p: specs[p] for p in shapes if p in specs},
         shapes=shapes,
         other_weights=scores.other_weights,
         count=count,

@@ -12,28 +12,29 @@ beats in both are kept. No unit of size is assumed: sizes may have no common div
 
 import numpy as np
 
-from lq.allocation.problem import Choice, Problem
+from lq.allocation.problem import DEFAULT, Choice, NoOptions, Problem
 from lq.allocation.relaxation import greedy, relax
 
 SLACK = 1e-9  # of the costs at hand: what rounding may take from the bound
 
 
-def knapsack(problem: Problem) -> Choice:
-    """The choice of least cost within the budget; the smaller of two of equal cost."""
+def knapsack(problem: Problem, options: NoOptions = DEFAULT) -> Choice:
+    """The least cost there is, exactly: dynamic programming over Pareto states."""
+    del options
     relaxed, best = relax(problem), greedy(problem)
     gap = problem.total_cost(best) - relaxed.bound + SLACK * np.abs(problem.costs_of(best)).sum()
     priced = problem.cost + relaxed.price * problem.size
     reduced = priced - priced.min(1, keepdims=True)
     left = [np.flatnonzero(row <= gap) for row in reduced]
     # What the units still to come take at least: a state that leaves less than that leads nowhere.
-    least = np.array([problem.size[unit, options].min() for unit, options in enumerate(left)])
+    least = np.array([problem.size[unit, open_to].min() for unit, open_to in enumerate(left)])
     room = problem.budget - (np.cumsum(least[::-1])[::-1] - least)
 
     size, cost, spent = np.zeros(1, np.int64), np.zeros(1), np.zeros(1)
     trail = []
-    for unit, options in enumerate(left):
+    for unit, open_to in enumerate(left):
         sizes, costs, gaps = (
-            (state[:, None] + table[unit, options]).ravel()
+            (state[:, None] + table[unit, open_to]).ravel()
             for state, table in ((size, problem.size), (cost, problem.cost), (spent, reduced))
         )
         alive = np.flatnonzero((gaps <= gap) & (sizes <= room[unit]))
@@ -42,7 +43,7 @@ def knapsack(problem: Problem) -> Choice:
         before = np.minimum.accumulate(np.concatenate([[np.inf], costs[order][:-1]]))
         kept = order[costs[order] < before]
         size, cost, spent = sizes[kept], costs[kept], gaps[kept]
-        trail.append((kept // len(options), options[kept % len(options)]))
+        trail.append((kept // len(open_to), open_to[kept % len(open_to)]))
     return _traced_back(trail, int(np.argmin(cost)))
 
 
@@ -52,4 +53,4 @@ def _traced_back(trail: list[tuple[np.ndarray, np.ndarray]], state: int) -> Choi
     for before, option in reversed(trail):
         found.append(option[state])
         state = before[state]
-    return np.array(found[::-1])
+    return np.array(found[::-1], int)

@@ -10,32 +10,35 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array, kron
 
-from lq.allocation.problem import Choice, Problem
+from lq.allocation.problem import DEFAULT, Choice, NoOptions, Problem
 
 TOLERANCE = 1e-6  # of HiGHS
 TIME_LIMIT = 60.0  # seconds
 
 
-def integer_program(problem: Problem) -> Choice:
-    """The choice of least cost within the budget. Raises RuntimeError when HiGHS finds none within a minute."""
-    units, options = problem.cost.shape
+def integer_program(problem: Problem, options: NoOptions = DEFAULT) -> Choice:
+    """The least cost there is, as an integer linear program. Raises RuntimeError when HiGHS finds none in a minute."""
+    del options
+    units, widths = problem.cost.shape
+    if units == 0:  # HiGHS wants variables
+        return problem.smallest()
     offered = problem.offered
     cost = np.where(offered, problem.cost, 0.0)
     cost = cost - np.where(offered, cost, np.inf).min(1, keepdims=True)  # only differences within a unit matter
     size, room = _scaled_sizes(problem)
     found = milp(
         np.where(offered, cost, 0.0).ravel() / max(cost[offered].max(), np.finfo(float).tiny),
-        integrality=np.ones(units * options),
+        integrality=np.ones(units * widths),
         bounds=Bounds(0, offered.ravel().astype(float)),
         constraints=[
-            LinearConstraint(kron(csr_array(np.eye(units)), np.ones((1, options))), 1, 1),
+            LinearConstraint(kron(csr_array(np.eye(units)), np.ones((1, widths))), 1, 1),
             LinearConstraint(size.reshape(1, -1), -np.inf, room),
         ],
         options={"mip_rel_gap": 0.0, "time_limit": TIME_LIMIT},
     )
     if found.x is None:
         raise RuntimeError(f"HiGHS: {found.message}")
-    return np.argmax(found.x.reshape(units, options), axis=1)
+    return np.argmax(found.x.reshape(units, widths), axis=1)
 
 
 def _scaled_sizes(problem: Problem) -> tuple[np.ndarray, float]:

@@ -13,6 +13,13 @@ from jaxtyping import Float, Int
 
 from lq.errors import UserError
 
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NoOptions:
+    """For a solver without choices."""
+
+
+DEFAULT = NoOptions()
 Choice = Int[np.ndarray, " units"]  # the option of every unit
 
 

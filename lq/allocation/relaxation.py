@@ -9,7 +9,7 @@ every unit has the option that minimizes cost + price * size.
 import itertools
 from typing import NamedTuple
 
-from lq.allocation.problem import Choice, Problem
+from lq.allocation.problem import DEFAULT, Choice, NoOptions, Problem
 
 
 class Relaxed(NamedTuple):
@@ -33,13 +33,18 @@ def relax(problem: Problem) -> Relaxed:
     return Relaxed(choice, 0.0, problem.total_cost(choice))
 
 
-def lagrangian(problem: Problem) -> Choice:
-    """Every unit minimizes cost + price * size, at the least price the budget allows; then what is left is spent."""
+def lagrangian(problem: Problem, options: NoOptions = DEFAULT) -> Choice:
+    """One price of a bit for all units, the least that the budget allows; then what is left is spent.
+
+    Every unit minimizes cost + price * size.
+    """
+    del options
     return problem.filled(relax(problem).choice)
 
 
-def greedy(problem: Problem) -> Choice:
-    """The hull step of greatest saving per bit first; those that do not fit are passed over."""
+def greedy(problem: Problem, options: NoOptions = DEFAULT) -> Choice:
+    """The step of greatest saving per bit first, along the hulls; those that do not fit are passed over."""
+    del options
     choice = problem.smallest()
     left, stuck = problem.budget - problem.total_size(choice), set()
     for _, size, unit, option in _hull_steps(problem):

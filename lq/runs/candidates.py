@@ -93,6 +93,7 @@ def _plan(x: Experiment, scores: Scores, spec: QuantSpec, bits: Sequence[int], b
         bits=bits,
         spec=spec,
         method=a.method,
+        costs=a.costs,
         pins=[Pin(pattern=pin.match, bits=pin.bits) for pin in a.pins],
         embedding_bits=a.embedding_bits,
         head_bits=a.head_bits,

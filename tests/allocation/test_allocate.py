@@ -84,6 +84,33 @@ def test_the_budget_is_met_within_one_step_and_never_exceeded(order, bits, fract
     assert ranked == sorted(ranked, reverse=True), "a more important block never gets fewer bits"
 
 
+@pytest.mark.parametrize("method", ["greedy", "lagrangian", "knapsack", "milp"])
+def test_a_loss_is_worth_bits_by_its_size_where_it_goes_by_value(method):
+    """Of equal blocks every bit is worth four times less than the one before: 64 is worth three bits more than 1."""
+    losses = scores_of([64.0] * 5 + [1.0] * 5)
+    by_value = allocate(losses, bpw=3.0, bits=range(1, 9), method=method, costs="value")
+    assert by_value.bpw <= 3.0
+    high, low = widths(by_value)[:5], widths(by_value)[5:]
+    assert min(high) - max(low) >= 2, "what is left over raises one or the other by a bit"
+    assert max(high) - min(low) <= 4
+    by_place = allocate(losses, bpw=3.0, bits=range(1, 9), method=method)
+    assert by_place.provenance["costs"] == "place"
+    stretched = scores_of(np.exp(list(losses.values.values())))
+    assert allocate(stretched, bpw=3.0, bits=range(1, 9), method=method).specs == by_place.specs
+
+
+def test_costs_that_are_none_are_refused():
+    for values, line in (
+        ({"costs": "value", "method": "rank"}, "costs: value, but rank goes by the place alone; write greedy"),
+        ({"costs": "size"}, "costs: 'size'; write place or value"),
+    ):
+        with pytest.raises(UserError, match=f"^{line}"):
+            allocate(SCORES, bpw=3.0, **values)
+    negative = scores_of([-0.5] + [1.0] * (L - 1))
+    with pytest.raises(UserError, match=r"^costs: value, but .* of block_0 is -0\.5, which is no loss; write place$"):
+        allocate(negative, bpw=3.0, method="knapsack", costs="value")
+
+
 def test_only_the_order_of_scores_matters():
     stretched = scores_of(np.exp(list(SCORES.values.values())))
     for target in (2.4, 3.0, 3.7):

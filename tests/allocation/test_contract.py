@@ -1,62 +1,62 @@
-"""What every allocator must give, whichever it is: one offered width to each unit, within the budget."""
+"""What every allocator must give, whichever it is: one offered option to each unit, within the budget."""
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lq.allocation import ALLOCATORS
+from lq.allocation.problem import Problem
 
-# Unit -> width -> bits: sizes grow with the width, units differ in size and need not offer the same widths.
+# Widths, and of each unit its weights, what it has beside them, and how much it loses.
 WIDTHS = st.sets(st.integers(1, 8), min_size=1, max_size=4)
-UNITS = st.lists(st.tuples(WIDTHS, st.integers(1, 1000), st.integers(0, 500)), min_size=1, max_size=8)
+UNITS = st.lists(st.tuples(st.integers(1, 1000), st.integers(0, 500), st.floats(0.01, 100)), min_size=1, max_size=8)
 
 
-def sizes_of(units):
-    return {f"unit_{i}": {b: b * n + extra for b in sorted(w)} for i, (w, n, extra) in enumerate(units)}
+def problem_of(units, widths, budget) -> Problem:
+    """Sizes grow with the width, and costs fall: four times with every bit."""
+    bits = np.array(sorted(widths))
+    size = np.array([bits * weights + extra for weights, extra, _ in units], np.int64)
+    least, most = size[:, 0].sum(), size[:, -1].sum()
+    cost = np.array([loss * 4.0**-bits for _, _, loss in units])
+    return Problem(cost=cost, size=size, budget=int(budget(least, most)))
 
 
-def allocated(method, ranking, sizes, budget):
-    chosen = ALLOCATORS[method].function(ranking, sizes, budget, ALLOCATORS.options(method, {}))
-    assert set(chosen) == set(sizes), "every unit, and no other"
-    for unit, width in chosen.items():
-        assert width in sizes[unit]
-    return chosen, sum(sizes[unit][width] for unit, width in chosen.items())
+def allocated(method, problem: Problem):
+    choice = ALLOCATORS[method].function(problem, ALLOCATORS.options(method, {}))
+    assert choice.shape == problem.cost.shape[:1], "every unit, and no other"
+    assert ((choice >= 0) & (choice < problem.cost.shape[1])).all()
+    return choice
 
 
 @pytest.mark.parametrize("method", ALLOCATORS)
 @settings(max_examples=60, deadline=None)
-@given(data=st.data())
-def test_every_unit_gets_one_of_its_widths_and_the_budget_holds(method, data):
-    sizes = sizes_of(data.draw(UNITS))
-    ranking = data.draw(st.permutations(sorted(sizes)))
-    least, most = (sum(end(s.values()) for s in sizes.values()) for end in (min, max))
-    budget = data.draw(st.integers(least, most))
-    chosen, spent = allocated(method, ranking, sizes, budget)
-    assert spent <= budget
-    again, _ = allocated(method, ranking, sizes, budget)
-    assert again == chosen
+@given(units=UNITS, widths=WIDTHS, share=st.floats(0, 1))
+def test_every_unit_gets_one_of_its_options_and_the_budget_holds(method, units, widths, share):
+    problem = problem_of(units, widths, lambda least, most: least + share * (most - least))
+    choice = allocated(method, problem)
+    assert problem.total_size(choice) <= problem.budget
+    np.testing.assert_array_equal(allocated(method, problem), choice)
 
 
 @pytest.mark.parametrize("method", ALLOCATORS)
 @settings(max_examples=40, deadline=None)
-@given(units=UNITS, beyond=st.integers(0, 100))
-def test_the_smallest_and_the_largest_budget(method, units, beyond):
-    sizes = sizes_of(units)
-    least, most = (sum(end(s.values()) for s in sizes.values()) for end in (min, max))
-    lowest, _ = allocated(method, sorted(sizes), sizes, least)
-    assert lowest == {unit: min(s) for unit, s in sizes.items()}
-    highest, _ = allocated(method, sorted(sizes), sizes, most + beyond)
-    assert highest == {unit: max(s) for unit, s in sizes.items()}
+@given(units=UNITS, widths=WIDTHS, beyond=st.integers(0, 100))
+def test_the_smallest_and_the_largest_budget(method, units, widths, beyond):
+    assert (allocated(method, problem_of(units, widths, lambda least, _: least)) == 0).all()
+    highest = allocated(method, problem_of(units, widths, lambda _, most: most + beyond))
+    assert (highest == len(widths) - 1).all()
 
 
 @pytest.mark.parametrize("method", ALLOCATORS)
-def test_the_more_important_of_two_equals_is_raised(method):
-    sizes = {unit: {2: 200, 4: 400} for unit in ("a", "b")}
-    for ranking in (["a", "b"], ["b", "a"]):
-        chosen, _ = allocated(method, ranking, sizes, 600)
-        assert chosen == {ranking[0]: 4, ranking[1]: 2}
+def test_the_one_that_loses_more_is_raised(method):
+    size = np.array([[200, 400]] * 2)
+    for cost, expected in (([[2.0, 1.0], [1.0, 0.5]], [1, 0]), ([[1.0, 0.5], [2.0, 1.0]], [0, 1])):
+        problem = Problem(cost=np.array(cost), size=size, budget=600)
+        np.testing.assert_array_equal(allocated(method, problem), expected)
 
 
 @pytest.mark.parametrize("method", ALLOCATORS)
 def test_nothing_to_decide(method):
-    assert allocated(method, [], {}, 0) == ({}, 0)
+    problem = Problem(cost=np.zeros((0, 2)), size=np.zeros((0, 2), int), budget=0)
+    assert allocated(method, problem).shape == (0,)
