@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from numbers import Integral, Real
 
@@ -17,6 +18,7 @@ from lq.allocation.rank import rank
 from lq.allocation.relaxation import greedy, lagrangian
 from lq.errors import UserError
 from lq.importance.scores import Scores
+from lq.importance.units import members
 from lq.models.matrices import block_of
 from lq.numerics.spec import QuantSpec
 from lq.registry import Method, Registry
@@ -170,18 +172,16 @@ def _check_types(bpw, nbytes, bits, spec, pins) -> None:
 
 
 def _units(scores: Scores, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[str]]:
-    """Unit -> its matrices. A unit is a block, or a matrix path. Scores must cover every block matrix once."""
-    units: dict[str, list[str]] = {unit: [] for unit in scores.values}
-    for path in shapes:
-        index = block_of(path)
-        if index is None:
-            continue
-        unit = path if path in units else f"block_{index}"
-        if unit not in units:
-            raise UserError(f"scores {scores.metric}: no value for {path}; score this very model with `lq score`")
-        units[unit].append(path)
-    for unit, paths in units.items():
-        if not paths:
+    """Unit -> its matrices. Scores must cover every block matrix once."""
+    paths = [path for path in shapes if block_of(path) is not None]
+    units = {unit: members(unit, paths) for unit in scores.values}
+    owners = Counter(path for found in units.values() for path in found)
+    for path in paths:
+        if owners[path] != 1:
+            found = "no value" if not owners[path] else "more than one unit"
+            raise UserError(f"scores {scores.metric}: {found} for {path}; score this very model with `lq score`")
+    for unit, found in units.items():
+        if not found:
             raise UserError(
                 f"scores {scores.metric}: unit {unit} is not in this model; score this very model with `lq score`"
             )

@@ -25,6 +25,7 @@ class InputStats:
     hessian: Float[Array, "... K K"] | None = None  # sum of x x^T
     total: Float[Array, "... K"] | None = None  # sum of x
     absolute: Float[Array, "... K"] | None = None  # sum of |x|
+    square: Float[Array, "... K"] | None = None  # sum of x^2: the diagonal of the hessian
     peak: Float[Array, "... K"] | None = None  # largest |x| of the tokens of positive weight, 0 where there is none
     sample: Float[Array, "... S K"] | None = None  # some of the x themselves, evenly spaced
 
@@ -46,6 +47,11 @@ class InputStats:
     def mean_absolute(self) -> Float[Array, "... K"]:
         """Mean of |x|; 0 without tokens. Raises ValueError when `absolute` was not collected."""
         return self._per_token(self.absolute, "absolute")
+
+    @property
+    def mean_square(self) -> Float[Array, "... K"]:
+        """Mean of x^2; 0 without tokens. Raises ValueError when `square` was not collected."""
+        return self._per_token(self.square, "square")
 
     def _per_token(self, summed: Array | None, name: str) -> Array:
         if summed is None:
@@ -72,6 +78,7 @@ def reduce_inputs(
         hessian=jnp.matmul(weighted.T, x, precision=HIGHEST) if "hessian" in needs else None,
         total=weighted.sum(0) if "total" in needs else None,
         absolute=jnp.abs(weighted).sum(0) if "absolute" in needs else None,
+        square=(weighted * x).sum(0) if "square" in needs else None,
         peak=jnp.max(jnp.abs(x), axis=0, initial=0.0, where=counted) if "peak" in needs else None,
         sample=x[:: max(-(-x.shape[0] // rows), 1)] if "sample" in needs else None,
     )

@@ -102,9 +102,9 @@ def score(
     for name, scores in results.items():
         scores.write(out / f"{name}.json")
     write_scores_figure(results, out / "scores.png")
-    print_table(
-        ["block", *results], [[unit, *(f"{s.values[unit]:.6g}" for s in results.values())] for unit in _units(results)]
-    )
+    shown = lambda found, unit: f"{found.values[unit]:.6g}" if unit in found.values else ""  # noqa: E731
+    units = dict.fromkeys(unit for found in results.values() for unit in found.values)
+    print_table(["unit", *results], [[unit, *(shown(found, unit) for found in results.values())] for unit in units])
     print(f"wrote {', '.join(str(out / f'{name}.json') for name in results)} and {out / 'scores.png'}")
 
 
@@ -408,7 +408,3 @@ def _describe_plan(plan) -> None:
         print(f"pin {pattern!r} matches no matrix", file=sys.stderr)
     for pattern in plan.provenance.get("shadowed_pins", []):
         print(f"pin {pattern!r} matches only matrices that an earlier pin decides", file=sys.stderr)
-
-
-def _units(results) -> list[str]:
-    return list(next(iter(results.values())).values)

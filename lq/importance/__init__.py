@@ -6,8 +6,11 @@ from collections.abc import Mapping
 from lq.calibration.data import Windows
 from lq.errors import UserError
 from lq.importance.controls import NoOptions, RandomOptions, first_last, parameter_count, random, reverse
+from lq.importance.kurtosis import KurtosisOptions, kurtosis
 from lq.importance.lim import LIMOptions, lim
+from lq.importance.owl import OWLOptions, owl
 from lq.importance.scores import Scores
+from lq.importance.similarity import InfluenceOptions, StreamOptions, angular, block_influence, contribution
 from lq.importance.zd import ZDOptions, zd
 from lq.models.fingerprint import fingerprint
 from lq.models.matrices import model_shapes, other_weights
@@ -19,6 +22,11 @@ METRICS = Registry(
     {
         "lim": Method(function=lim, options=LIMOptions, needs=frozenset({"calibration"})),
         "zd": Method(function=zd, options=ZDOptions),
+        "block_influence": Method(function=block_influence, options=InfluenceOptions, needs=frozenset({"calibration"})),
+        "angular": Method(function=angular, options=StreamOptions, needs=frozenset({"calibration"})),
+        "contribution": Method(function=contribution, options=StreamOptions, needs=frozenset({"calibration"})),
+        "owl": Method(function=owl, options=OWLOptions, needs=frozenset({"calibration"})),
+        "kurtosis": Method(function=kurtosis, options=KurtosisOptions),
         "first_last": Method(function=first_last, options=NoOptions),
         "parameter_count": Method(function=parameter_count, options=NoOptions),
         "random": Method(function=random, options=RandomOptions),

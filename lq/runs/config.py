@@ -264,6 +264,10 @@ class MoveSection(Section):
     def _check(self):
         if self.low >= self.high:
             raise ValueError(f"low ({self.low}) must be below high ({self.high})")
+        for order in self.orders:
+            unit = getattr(METRICS.options(order.metric, order.options), "unit", "block")
+            if unit != "block":
+                raise ValueError(f"{order.metric} orders units {unit}, and the sweep moves blocks; write unit: block")
         return self
 
 

@@ -13,6 +13,7 @@ from lq.calibration.data import Windows
 from lq.errors import UserError
 from lq.importance import METRICS, Scores, reverse, score
 from lq.importance.lim import cosines
+from lq.importance.units import units_of
 from lq.importance.zd import ZDOptions, fraction_beyond
 from lq.models.context import context_for
 from lq.models.decoder import apply_block, embed
@@ -143,10 +144,11 @@ def test_zd_ranks_a_heavy_tailed_block_first(source, planted):
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_contract(source, metric):
-    """Every metric: one finite number per block in order, the same twice, canonical JSON, unknown options refused."""
+    """Every metric: one finite number per unit in order, the same twice, unknown options refused."""
     first, second = (score(source, metric, windows()) for _ in range(2))
     assert first == second
-    assert list(first.values) == [f"block_{i}" for i in range(BLOCKS)]
+    unit = getattr(METRICS.options(metric, {}), "unit", "block")
+    assert list(first.values) == list(units_of(source.config, unit))
     assert all(isinstance(value, float) for value in first.values.values())
     assert (first.calibration is not None) == ("calibration" in METRICS[metric].needs)
     with pytest.raises(UserError, match=f"metric {metric}: unknown option 'nonsense'"):

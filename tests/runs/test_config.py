@@ -79,6 +79,10 @@ GOOD = "model: standin\noutput: out\n"
         (GOOD + "quantization: {options: {convention: symf}}\n", "quantization: rtn: convention 'symf' does not fit"),
         (GOOD + "allocation: {method: rink}\n", "allocation.method: unknown allocator 'rink'; known: rank"),
         (GOOD + "allocation: {orders: [zd, limm]}\n", "allocation.orders.1.metric: unknown metric 'limm'; known: lim"),
+        (
+            GOOD + "moves: {orders: [kurtosis]}\n",
+            "moves: kurtosis orders units matrix, and the sweep moves blocks; write unit: block",
+        ),
         (GOOD + "moves: {orders: [{metric: xd}]}\n", "moves.orders.0.metric: unknown metric 'xd'; known: lim"),
         (
             GOOD + "allocation: {orders: [{metric: zd, options: {side: two}}]}\n",

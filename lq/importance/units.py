@@ -1,0 +1,47 @@
+"""Units: what gets one score and one width. A unit's name says which matrices it is made of.
+
+block    block_3                                      all matrices of a block
+part     block_3/attention, block_3/mlp               its attention, its feed-forward network
+group    block_3/attention/q_proj+k_proj+v_proj       matrices that read the same input; servers fuse them
+matrix   block_3/attention/q_proj
+"""
+
+from collections.abc import Iterable
+from typing import Literal
+
+from lq.calibration.taps import block_inputs
+from lq.models.config import ModelConfig
+from lq.models.matrices import matrices
+
+Unit = Literal["block", "part", "group", "matrix"]
+
+
+def units_of(config: ModelConfig, unit: Unit) -> dict[str, list[str]]:
+    """The units of a model and the matrices of each, by path, first block first."""
+    found: dict[str, list[str]] = {}
+    for path in matrices(config):
+        found.setdefault(_name(config, path, unit), []).append(path)
+    return found
+
+
+def members(unit: str, paths: Iterable[str]) -> list[str]:
+    """Those of `paths` that the unit of this name is made of."""
+    *where, names = unit.split("/")
+    wanted = tuple("/".join([*where, name]) for name in names.split("+"))
+    return [path for path in paths if path in wanted or path.startswith(tuple(f"{name}/" for name in wanted))]
+
+
+def _name(config: ModelConfig, path: str, unit: Unit) -> str:
+    """Of the unit that a matrix belongs to."""
+    block, part, _ = path.split("/", 2)
+    if unit == "block":
+        return block
+    if unit == "part":
+        return f"{block}/{part}"
+    if unit == "matrix":
+        return path
+    within = path.removeprefix(f"{block}/")
+    kind = config.kinds[int(block.removeprefix("block_"))]
+    readers = next(one.readers for one in block_inputs(config, kind) if within in one.readers)
+    where = within.rpartition("/")[0]
+    return f"{block}/{where}/{'+'.join(reader.rpartition('/')[2] for reader in readers)}"
