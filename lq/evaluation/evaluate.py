@@ -54,7 +54,7 @@ class Reference:
 def make_reference(source: ParameterSource, windows: Windows, *, batch_size: int = 8, dtype=jnp.float32) -> Reference:
     """Runs the original once; pass the result to every `evaluate` over the same windows."""
     hidden = _last_hidden(source, windows.tokens, batch_size, dtype)
-    return Reference(hidden, _head_params(source), source.config, windows.fingerprint)
+    return Reference(hidden, head_params_of(source), source.config, windows.fingerprint)
 
 
 def evaluate(
@@ -89,13 +89,13 @@ def evaluate(
                 f"{source.config.vocab_size}; give the original the model was made of"
             )
     hidden = _last_hidden(source, tokens, batch_size, dtype)
-    head_params = _head_params(source)
+    head_params = head_params_of(source)
     totals = np.zeros(3)
     pairs = zip(batches(tokens, batch_size), batches(scored, batch_size), strict=True)
     for i, (batch, mask) in enumerate(pairs):
         original = None if reference is None else (reference.head_params, reference.hidden[i])
         original_config = None if reference is None else reference.config
-        sums = _judge(source.config, original_config, head_params, batch, mask, hidden[i], original)
+        sums = window_sums(source.config, original_config, head_params, batch, mask, hidden[i], original)
         totals += np.sum(np.asarray(sums, np.float64), axis=0)
     count = int(scored.sum())
     nll, kl, top1 = (totals / count).tolist()
@@ -126,13 +126,13 @@ def _last_hidden(source: ParameterSource, tokens: np.ndarray, batch_size: int, d
     return embed_batches(source, tokens, batch_size, dtype) if hidden is None else hidden
 
 
-def _head_params(source: ParameterSource) -> dict:
+def head_params_of(source: ParameterSource) -> dict:
     tied = {"embed": source.embed()} if source.config.tie_embeddings else {}
     return {"head": source.head(), **tied}
 
 
 @functools.partial(jax.jit, static_argnames=("config", "original_config"))
-def _judge(config: ModelConfig, original_config: ModelConfig | None, head_params, tokens, mask, hidden, original):
+def window_sums(config: ModelConfig, original_config: ModelConfig | None, head_params, tokens, mask, hidden, original):
     """Per window: sums of negative log-likelihood, of KL and of agreement over the scored positions. `[B, 3]` float32.
 
     One window after another: logits of a whole batch would be the largest array of the run.

@@ -1,0 +1,149 @@
+"""Every option of every matrix on the device, and what any choice among them loses, without compiling again.
+
+The widths of a plan decide the shapes of packed weights, so that each plan is a program of its own. Here the weights of
+every option are held as they are dequantized, stacked, and a choice is a vector of indices: an argument. One program
+for each kind of block serves all plans. The last option is the original.
+
+    candidates = Candidates.of(original, [int2, int3, int4])       # models that were quantized uniformly
+    judge = Judge(candidates, windows)
+    judge.kl({"block_0/mlp/up_proj": 1, ...})                      # per window; what is left out stays the original
+
+Memory is that of the model as many times as there are options, and once more.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import Array, Float, Int
+
+from lq.calibration.data import Windows
+from lq.calibration.stream import batches, embed_batches
+from lq.errors import UserError
+from lq.evaluation.evaluate import head_params_of, scored_targets, window_sums
+from lq.models.config import BlockKind, ModelConfig
+from lq.models.context import context_for
+from lq.models.decoder import apply_block
+from lq.models.matrices import matrices
+from lq.models.source import ParameterSource, Params
+from lq.numerics.segmented import is_packed
+
+Choice = Mapping[str, int]  # matrix path -> option
+
+
+class Candidates:
+    """The block matrices of a model under every option. Made by `Candidates.of`."""
+
+    def __init__(self, original: ParameterSource, rest: list[Params], stacks: list[dict[str, Array]], options: int):
+        self.original, self.config = original, original.config
+        self.rest, self.stacks = rest, stacks  # per block: what is in no matrix, and the options of every matrix
+        self.options = options  # the last is the original
+
+    @classmethod
+    def of(cls, original: ParameterSource, quantized: Sequence[ParameterSource], dtype=jnp.float32) -> "Candidates":
+        """From models with the same matrices quantized, each its own way.
+
+        Args:
+          original: dense.
+          quantized: one model for each option, in order.
+          dtype: of the weights that are held.
+
+        Raises:
+          UserError: models that differ in more than their matrices, as after scaling channels.
+        """
+        rest, stacks = [], []
+        for index in range(original.config.num_blocks):
+            models = [_split(source.block(index)) for source in (*quantized, original)]
+            for option, (other, _) in enumerate(models[:-1]):
+                if not _alike(other, models[0][0]):
+                    raise UserError(
+                        f"candidates: options 0 and {option} differ in what is no matrix of block_{index}; leave out "
+                        "what scales channels or corrects biases"
+                    )
+            rest.append(models[0][0])
+            stacks.append({path: jnp.stack([m[1][path].astype(dtype) for m in models]) for path in models[0][1]})
+        return cls(original, rest, stacks, len(quantized) + 1)
+
+    def indices(self, choice: Choice) -> list[dict[str, Int[np.ndarray, ""]]]:
+        """Per block the option of each matrix, by path within the block; the original where `choice` has none."""
+        unknown = [path for path in choice if path not in matrices(self.config)]
+        if unknown or any(not 0 <= option < self.options for option in choice.values()):
+            raise ValueError(f"choice: {unknown or choice} of {self.options} options")
+        found = []
+        for index, stack in enumerate(self.stacks):
+            chosen = {path: choice.get(f"block_{index}/{path}", self.options - 1) for path in stack}
+            found.append({path: np.int32(option) for path, option in chosen.items()})
+        return found
+
+
+class Judge:
+    """KL divergence to the original of any choice, on given windows.
+
+    `passes` counts what it has cost: forward passes of all windows through all blocks, parts of one as shares; the
+    original's own, for reference, is the first.
+    """
+
+    def __init__(self, candidates: Candidates, windows: Windows, *, batch_size: int = 8):
+        self.candidates, self.windows = candidates, windows
+        self._rows = batches(windows.tokens, batch_size)
+        self._masks = batches(scored_targets(windows), batch_size)
+        self._embedded = embed_batches(candidates.original, windows.tokens, batch_size)
+        self._head = head_params_of(candidates.original)
+        self.passes = 0.0
+        self._reference = self.states(self._embedded, 0, {})
+
+    def kl(self, choice: Choice, first: int | None = None) -> Float[np.ndarray, " windows"]:
+        """Mean KL per scored token of every window, nats, float64; of the `first` batches where given."""
+        return self.kl_from(self._embedded[:first], 0, choice)
+
+    def kl_from(self, states: Sequence[np.ndarray], block: int, choice: Choice) -> Float[np.ndarray, " windows"]:
+        """The same from the hidden states at the input of `block`, one array a batch, as `states` gives them."""
+        config, last, found = self.candidates.config, self.states(states, block, choice), []
+        for tokens, mask, h, original in zip(self._rows, self._masks, last, self._reference, strict=False):
+            sums = window_sums(config, config, self._head, tokens, mask, h, (self._head, original))
+            found.append(np.asarray(sums, np.float64)[:, 1] / mask.sum(1))
+        return np.concatenate(found)
+
+    def states(
+        self, states: Sequence[np.ndarray], block: int, choice: Choice, until: int | None = None
+    ) -> list[np.ndarray]:
+        """Hidden states behind the blocks from `block` to before `until` (all when None), from those at its input."""
+        config, found = self.candidates.config, [jnp.asarray(h) for h in states]
+        indices = self.candidates.indices(choice)
+        until = config.num_blocks if until is None else until
+        for index in range(block, until):
+            rest, stack, kind = self.candidates.rest[index], self.candidates.stacks[index], config.kinds[index]
+            for i, h in enumerate(found):
+                found[i] = _chosen_block(config, kind, rest, stack, indices[index], self._rows[i], h)
+        tokens = sum(self._rows[i].size for i in range(len(found)))
+        self.passes += tokens / self.windows.tokens.size * (until - block) / config.num_blocks
+        return found
+
+
+@functools.partial(jax.jit, static_argnames=("config", "kind"))
+def _chosen_block(config: ModelConfig, kind: BlockKind, rest: Params, stack: dict[str, Array], indices, tokens, h):
+    """A block with the options at `indices`, which are traced."""
+    chosen = {path: jax.lax.dynamic_index_in_dim(stack[path], indices[path], keepdims=False) for path in stack}
+    flat = flatten_dict(rest, sep="/") | {f"{path}/kernel": kernel for path, kernel in chosen.items()}
+    return apply_block(config, kind, unflatten_dict(flat, sep="/"), h, context_for(tokens))
+
+
+def _split(block: Params) -> tuple[dict[str, Any], dict[str, Array]]:
+    """What is in no matrix, as a tree in float32, and the matrices dequantized, by path."""
+    flat = flatten_dict(block, sep="/", is_leaf=lambda _, leaf: is_packed(leaf))
+    kernels = {path.removesuffix("/kernel"): leaf for path, leaf in flat.items() if path.endswith("/kernel")}
+    matrices = {path: leaf for path, leaf in kernels.items() if not path.endswith("router")}
+    rest = {path: leaf for path, leaf in flat.items() if path.removesuffix("/kernel") not in matrices}
+    dense = {path: leaf.dequantize() if is_packed(leaf) else leaf for path, leaf in matrices.items()}
+    return unflatten_dict({path: jnp.asarray(leaf, jnp.float32) for path, leaf in rest.items()}, sep="/"), dense
+
+
+def _alike(a: Params, b: Params) -> bool:
+    flat = [flatten_dict(tree, sep="/") for tree in (a, b)]
+    return flat[0].keys() == flat[1].keys() and all(
+        np.array_equal(np.asarray(flat[0][path]), np.asarray(flat[1][path])) for path in flat[0]
+    )
