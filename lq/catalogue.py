@@ -38,4 +38,9 @@ def _methods(registry: Registry) -> list[list[str]]:
 
 
 def _options(cls: type) -> str:
-    return ", ".join(f"{f.name}={f.default}" for f in dataclasses.fields(cls))
+    return ", ".join(f"{field.name}={_default(field)}" for field in dataclasses.fields(cls))
+
+
+def _default(field: dataclasses.Field):
+    made = field.default_factory
+    return field.default if made is dataclasses.MISSING else made()

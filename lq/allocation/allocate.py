@@ -9,7 +9,7 @@ from numbers import Integral, Real
 
 import numpy as np
 
-from lq.allocation.costs import Costs, check_costs, expected_costs
+from lq.allocation.costs import Costs, costs_for, expected_costs
 from lq.allocation.knapsack import knapsack
 from lq.allocation.milp import integer_program
 from lq.allocation.plan import Count, Plan, check_count
@@ -63,7 +63,7 @@ def allocate(
     spec: QuantSpec | None = None,
     method: str = "rank",
     options: Mapping[str, object] | None = None,
-    costs: Costs = "place",
+    costs: Costs | None = None,
     pins: Sequence[Pin] = (),
     embedding_bits: int = 16,
     head_bits: int = 16,
@@ -82,7 +82,8 @@ def allocate(
         None.
       method: a name in `ALLOCATORS`.
       options: fields of the allocator's options.
-      costs: what a unit is taken to lose, by its place in the order or by its score; see `lq.allocation.costs`.
+      costs: what a unit is taken to lose: as measured, by its place in the order, or by its score; see
+        `lq.allocation.costs`. None: as measured where the scores say, by place where they do not.
       pins: rules, the first that matches a matrix decides; those that match none, and those that earlier ones leave
         nothing to decide, are listed in the plan's provenance (`unused_pins`, `shadowed_pins`).
       embedding_bits, head_bits: width of the embedding and of an untied head; 16 leaves them dense.
@@ -94,9 +95,7 @@ def allocate(
     """
     _check_types(bpw, nbytes, bits, spec, pins)
     check_count(count)
-    check_costs(costs)
-    if method == "rank" and costs != "place":
-        raise UserError(f"costs: {costs}, but rank goes by the place alone; write greedy, lagrangian, knapsack or milp")
+    costs = costs_for(scores, method, costs)
     spec = spec or QuantSpec(bits=4)
     shapes = scores.shapes
     widths = sorted(set(bits))
@@ -127,7 +126,7 @@ def allocate(
 
     ordered = [u for u in scores.ranking() if u in sizes]  # of equals the more important is raised first
     weights = [sum(math.prod(shapes[p]) for p in free[u]) for u in ordered]
-    cost = expected_costs(scores, ordered, weights, widths, costs)
+    cost = expected_costs(scores, ordered, weights, list(candidates.values()), costs)
     size = np.array([[sizes[u][b] for b in widths] for u in ordered], np.int64).reshape(-1, len(widths))
     solver, chosen_options = ALLOCATORS[method].function, ALLOCATORS.options(method, options or {})
     choice = solver(Problem(cost=cost, size=size, budget=budget - fixed_bits), chosen_options)

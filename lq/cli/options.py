@@ -42,7 +42,8 @@ Pins = Annotated[
 EmbeddingBits = Annotated[int, typer.Option(help="1 to 8, or 16 for dense.")]
 HeadBits = Annotated[int, typer.Option(help="Of an untied head; 1 to 8, or 16 for dense.")]
 Costs = Annotated[
-    str, typer.Option(help="What a unit is taken to lose: by its place in the order, or by the value of its score.")
+    str | None,
+    typer.Option(help="What a unit is taken to lose: measured (when not given, if it was), by its place, or by value."),
 ]
 Count = Annotated[str, typer.Option(help="What the average is over: blocks, or all (embedding and head too).")]
 Settings = Annotated[list[str] | None, typer.Option("--option", help="KEY=VALUE for the method; repeat for several.")]

@@ -116,7 +116,7 @@ def allocate(
     bytes_: Bytes = None,
     bits: BitsList = "2,4",
     method: Annotated[str, typer.Option(help="See lq list allocators.")] = "rank",
-    costs: Costs = "place",
+    costs: Costs = None,
     group_size: GroupSize = "128",
     symmetric: Symmetric = False,
     scale_dtype: ScaleDtype = "bfloat16",
@@ -160,7 +160,7 @@ def quantize(
         str, typer.Option(help="Widths to choose from, comma-separated. One alone needs no budget.")
     ] = "2,3,4",
     allocator: Annotated[str, typer.Option(help="See lq list allocators.")] = "rank",
-    costs: Costs = "place",
+    costs: Costs = None,
     group_size: GroupSize = "128",
     symmetric: Symmetric = False,
     scale_dtype: ScaleDtype = "bfloat16",

@@ -96,6 +96,11 @@ class Judge:
         self.passes = 0.0
         self._reference = self.states(self._embedded, 0, {})
 
+    @property
+    def inputs(self) -> list[np.ndarray]:
+        """The hidden states at the input of the first block, one array a batch."""
+        return self._embedded
+
     def kl(self, choice: Choice, first: int | None = None) -> Float[np.ndarray, " windows"]:
         """Mean KL per scored token of every window, nats, float64; of the `first` batches where given."""
         return self.kl_from(self._embedded[:first], 0, choice)

@@ -8,6 +8,7 @@ from lq.errors import UserError
 from lq.importance.controls import NoOptions, RandomOptions, first_last, parameter_count, random, reverse
 from lq.importance.kurtosis import KurtosisOptions, kurtosis
 from lq.importance.lim import LIMOptions, lim
+from lq.importance.measured import MeasuredOptions, measured_kl
 from lq.importance.owl import OWLOptions, owl
 from lq.importance.scores import Scores
 from lq.importance.similarity import InfluenceOptions, StreamOptions, angular, block_influence, contribution
@@ -26,6 +27,7 @@ METRICS = Registry(
         "angular": Method(function=angular, options=StreamOptions, needs=frozenset({"calibration"})),
         "contribution": Method(function=contribution, options=StreamOptions, needs=frozenset({"calibration"})),
         "owl": Method(function=owl, options=OWLOptions, needs=frozenset({"calibration"})),
+        "kl": Method(function=measured_kl, options=MeasuredOptions, needs=frozenset({"calibration"})),
         "kurtosis": Method(function=kurtosis, options=KurtosisOptions),
         "first_last": Method(function=first_last, options=NoOptions),
         "parameter_count": Method(function=parameter_count, options=NoOptions),
@@ -62,6 +64,8 @@ def score(
         other_weights=other_weights(source.config),
         options=dataclasses.asdict(chosen),
         calibration=used.fingerprint if used else None,
+        costs=result.get("costs", {}),
+        passes=result.get("passes"),
         extra=result.get("extra", {}),
     )
 

@@ -21,6 +21,9 @@ class Scores:
     other_weights: int  # weights that are in no matrix
     options: dict = dataclasses.field(default_factory=dict)
     calibration: str | None = None  # fingerprint of the tokens; None for scores that need none
+    # What every unit is measured to lose: unit -> name of the spec (`str(QuantSpec)`) -> loss. Empty where it was not.
+    costs: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    passes: float | None = None  # what measuring took, in forward passes of the calibration text; None: not counted
     extra: dict = dataclasses.field(default_factory=dict)  # what else was measured, e.g. LIM without position 0
 
     def __post_init__(self):
@@ -29,6 +32,11 @@ class Scores:
                 raise UserError(
                     f"score {self.metric}: {unit} is {value}; the weights or the calibration text are damaged"
                 )
+        if self.costs and (
+            self.costs.keys() != self.values.keys()
+            or not all(math.isfinite(cost) for of_unit in self.costs.values() for cost in of_unit.values())
+        ):
+            raise UserError(f"score {self.metric}: costs that are not those of the units, or not finite; score again")
 
     def ranking(self) -> list[str]:
         """Units, most important first. Ties keep the earlier unit first."""

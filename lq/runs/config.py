@@ -237,7 +237,8 @@ Orders = Annotated[list[OrderField], AfterValidator(_different)]
 
 class AllocationSection(Section):
     method: Annotated[str, _known(ALLOCATORS)] = "rank"
-    costs: Literal["place", "value"] = "place"  # what a unit is taken to lose: by its place, or by its score
+    # What a unit is taken to lose: as measured (null, where the metric measures), by its place, or by its score.
+    costs: Literal["measured", "place", "value"] | None = None
     bits: Annotated[list[Bits], Field(min_length=1)] = Field(default_factory=lambda: [2, 4])
     budgets: Annotated[list[Budget], AfterValidator(_distinct)] = Field(default_factory=list)  # bits per weight
     orders: Orders = Field(default_factory=list)

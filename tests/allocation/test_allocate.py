@@ -102,7 +102,7 @@ def test_a_loss_is_worth_bits_by_its_size_where_it_goes_by_value(method):
 def test_costs_that_are_none_are_refused():
     for values, line in (
         ({"costs": "value", "method": "rank"}, "costs: value, but rank goes by the place alone; write greedy"),
-        ({"costs": "size"}, "costs: 'size'; write place or value"),
+        ({"costs": "size"}, "costs: 'size'; write measured or place or value"),
     ):
         with pytest.raises(UserError, match=f"^{line}"):
             allocate(SCORES, bpw=3.0, **values)

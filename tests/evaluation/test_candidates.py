@@ -63,7 +63,7 @@ def test_the_original_loses_nothing(judge):
 
 def test_from_the_middle_it_is_the_same(source, judge):
     choice = {path: 0 for path in matrices(source.config) if path.startswith("block_1/")}
-    states = judge.states(judge._embedded, 0, {}, until=1)
+    states = judge.states(judge.inputs, 0, {}, until=1)
     np.testing.assert_array_equal(judge.kl_from(states, 1, choice), judge.kl(choice))
     np.testing.assert_array_equal(judge.kl(choice, first=1), judge.kl(choice)[:2])
 
@@ -73,7 +73,7 @@ def test_passes_are_counted(source):
     assert judge.passes == pytest.approx(1.0), "the reference"
     judge.kl({})
     judge.kl({}, first=1)
-    judge.states(judge._embedded, 0, {}, until=1)
+    judge.states(judge.inputs, 0, {}, until=1)
     assert judge.passes == pytest.approx(2.0 + 2 / 5 + 1 / source.config.num_blocks)
 
 
