@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 from lq.calibration.data import Windows
 from lq.errors import UserError
+from lq.importance.alpha import AlphaOptions, alpha
 from lq.importance.controls import NoOptions, RandomOptions, first_last, parameter_count, random, reverse
 from lq.importance.kurtosis import KurtosisOptions, kurtosis
 from lq.importance.lim import LIMOptions, lim
@@ -28,6 +29,7 @@ METRICS = Registry(
         "contribution": Method(function=contribution, options=StreamOptions, needs=frozenset({"calibration"})),
         "owl": Method(function=owl, options=OWLOptions, needs=frozenset({"calibration"})),
         "kl": Method(function=measured_kl, options=MeasuredOptions, needs=frozenset({"calibration"})),
+        "alpha": Method(function=alpha, options=AlphaOptions),
         "kurtosis": Method(function=kurtosis, options=KurtosisOptions),
         "first_last": Method(function=first_last, options=NoOptions),
         "parameter_count": Method(function=parameter_count, options=NoOptions),
