@@ -25,6 +25,7 @@ __all__ = [
     "quantize",
     "save",
     "score",
+    "search",
     "transform",
     "uniform_plan",
 ]

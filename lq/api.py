@@ -13,7 +13,7 @@ These hold a whole model in memory. For one that does not fit, use the streaming
 `lq.quantizers.quantized_source`, `lq.checkpoint.write_quantized`, `lq.evaluation.evaluate`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from lq.evaluation import Evaluation, Reference
 from lq.evaluation import evaluate as evaluate_source
 from lq.evaluation import make_reference as reference_of
 from lq.importance import Scores
+from lq.importance.units import Unit
 from lq.models.decoder import Decoder
 from lq.models.loading import Checkpoint, load_tokenizer, open_checkpoint
 from lq.models.matrices import model_shapes
@@ -40,6 +41,8 @@ from lq.numerics.segmented import is_packed
 from lq.pipeline import Pipeline
 from lq.progress import Progress
 from lq.quantizers import SCALINGS, Recipe, described, quantized_source
+from lq.search import SEARCHES
+from lq.search import search as search_source
 from lq.transforms import transform as transform_params
 
 __all__ = [
@@ -54,6 +57,7 @@ __all__ = [
     "quantize",
     "save",
     "score",
+    "search",
     "transform",
     "uniform_plan",
 ]
@@ -164,6 +168,54 @@ def quantize(
             packed[part] = source.part(part)
             step(described(source, part))
     return packed
+
+
+def search(
+    model: Decoder,
+    params: Params,
+    plan: Plan,
+    calibration: Windows,
+    *,
+    bits: Sequence[int] = (2, 3, 4),
+    unit: Unit = "matrix",
+    method: str = "evolution",
+    options: Mapping[str, Any] | None = None,
+    quantizer: str = "rtn",
+    quantizer_options: Mapping[str, Any] | None = None,
+    batch_size: int = 8,
+    quiet: bool = False,
+) -> Plan:
+    """A plan of no more bits that loses less KL divergence, found by trying; see `lq.search.search`.
+
+    Args:
+      model, params, plan: the original, and where the search begins.
+      calibration: text, to quantize by and to judge on.
+      bits: widths to choose from.
+      unit: what changes its width together.
+      method, options: the search, see `lq list searches`.
+      quantizer, quantizer_options: what the candidates are made by.
+      batch_size: windows per device step, and of a batch of text.
+      quiet: shows no progress on standard error.
+
+    Raises:
+      UserError: as `lq.search.search`.
+    """
+    _check_windows(calibration, "calibration")
+    chosen = SEARCHES.options(method, options or {})
+    recipe = _recipe(quantizer, quantizer_options, None, False)
+    with Progress(quiet=quiet).stage(f"search ({method})", chosen.generations) as step:
+        return search_source(
+            InMemory(model.config, params),
+            plan,
+            calibration,
+            bits=bits,
+            unit=unit,
+            method=method,
+            options=options,
+            recipe=recipe,
+            batch_size=batch_size,
+            on_generation=lambda generation: step(f"KL {generation.loss:.5f}"),
+        )
 
 
 def evaluate(

@@ -15,6 +15,10 @@ def catalogue(kind: str) -> list[list[str]]:
         from lq.allocation import ALLOCATORS
 
         return _methods(ALLOCATORS)
+    if kind == "searches":
+        from lq.search import SEARCHES
+
+        return _methods(SEARCHES)
     if kind == "quantizers":
         from lq.quantizers import QUANTIZERS
 

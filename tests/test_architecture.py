@@ -18,6 +18,7 @@ ORDER = [
     {"quantizers", "transforms"},
     {"importance"},
     {"allocation"},
+    {"search"},
     {"checkpoint", "parallel"},
     {"assets"},
     {"pipeline"},

@@ -1,6 +1,7 @@
 """The command: what it prints, what it exits with, and that nothing is left behind by a mistake."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 from small_models import llama_config, random_params, write_directory
 from typer.testing import CliRunner
 
+from lq.allocation import Plan
 from lq.cli import app, main
 
 
@@ -106,6 +108,32 @@ def test_quantize_can_score_and_allocate_itself(small_model, text_file, tmp_path
     assert float(printed.split()[0]) <= 2.85
 
 
+def test_a_search_finds_a_plan_of_the_same_size(small_model, plan, text_file, tmp_path):
+    text = ("--calibration", text_file, "--samples", 4, "--length", 32, "--batch-size", 2)
+    options = [f"--option={given}" for given in ("generations=2", "offspring=3", "survivors=[1]", "batches=[2]")]
+    status, printed, error = lq(
+        "search", small_model.path, plan, *text, *options, "--out", tmp_path / "found.json"
+    )  # fmt: skip
+    assert status == 0, error
+    found, given = Plan.read(tmp_path / "found.json"), Plan.read(plan)
+    assert found.bpw <= given.bpw
+    assert found.provenance["search"] == "evolution"
+    assert "9.0 forward passes of the text" in printed, "the reference, and two generations of four"
+    assert re.search(r"search \(evolution\) 2/2, 0:00 left, .*: KL 0\.\d{5}", error)
+
+
+def test_a_measured_score_makes_a_plan(small_model, text_file, tmp_path):
+    text = ("--calibration", text_file, "--samples", 2, "--length", 32)
+    options = [f"--option={given}" for given in ("unit=part", "bits=[2, 4]", "group_size=64")]
+    status, printed, error = lq("score", small_model.path, "--metric", "kl", *options, *text, "--out", tmp_path)
+    assert status == 0, error
+    assert "block_2/mlp" in printed
+    budget = ("--bpw", 3.3, "--bits", "2,4", "--group-size", 64, "--method", "knapsack")
+    status, _, error = lq("allocate", tmp_path / "kl.json", *budget, "--out", tmp_path / "plan.json")
+    assert status == 0, error
+    assert Plan.read(tmp_path / "plan.json").provenance["costs"] == "measured"
+
+
 def test_a_run_and_its_report(small_model, text_file, tmp_path):
     config = tmp_path / "x.yaml"
     config.write_text(
@@ -125,7 +153,9 @@ def test_a_run_and_its_report(small_model, text_file, tmp_path):
     assert (tmp_path / "report" / "report.html").exists()
 
 
-@pytest.mark.parametrize("kind", ["importance", "allocators", "quantizers", "formats", "transforms", "models"])
+@pytest.mark.parametrize(
+    "kind", ["importance", "allocators", "searches", "quantizers", "formats", "transforms", "models"]
+)
 def test_list(kind):
     status, printed, _ = lq("list", kind)
     assert status == 0

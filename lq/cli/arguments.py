@@ -1,7 +1,7 @@
 """Text from the command line, read into the library's types. A mistake names the option it was made in."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import typer
 
@@ -9,6 +9,7 @@ from lq.allocation import Plan, allocate
 from lq.allocation.allocate import Count, Pin
 from lq.errors import UserError
 from lq.importance import Scores
+from lq.importance.units import Unit
 from lq.numerics.spec import GROUP_SIZES, QuantSpec
 
 PLAN = (  # the options that decide a plan when none is given
@@ -104,6 +105,12 @@ def counted(text: str) -> Count:
     if text == "blocks" or text == "all":
         return text
     raise UserError(f"--count {text}: write blocks or all")
+
+
+def unit(text: str) -> Unit:
+    if text in get_args(Unit):
+        return text
+    raise UserError(f"--unit {text}: write one of {', '.join(get_args(Unit))}")
 
 
 class Allocation:

@@ -52,6 +52,7 @@ Settings = Annotated[list[str] | None, typer.Option("--option", help="KEY=VALUE 
 class Kind(enum.StrEnum):
     importance = "importance"
     allocators = "allocators"
+    searches = "searches"
     quantizers = "quantizers"
     formats = "formats"
     transforms = "transforms"

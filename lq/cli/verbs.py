@@ -219,6 +219,61 @@ def quantize(
 
 
 @command
+def search(
+    model: Model,
+    plan: Annotated[Path, typer.Argument(help="A file made by lq allocate: where it begins.", show_default=False)],
+    bits: BitsList = "2,3,4",
+    unit: Annotated[str, typer.Option(help="What changes width together: block, part, group or matrix.")] = "matrix",
+    method: Annotated[str, typer.Option(help="See lq list searches.")] = "evolution",
+    option: Settings = None,
+    quantizer: Annotated[str, typer.Option(help="What the candidates are made by; see lq list quantizers.")] = "rtn",
+    quantizer_option: Annotated[list[str] | None, typer.Option(help="KEY=VALUE for it; repeat for several.")] = None,
+    calibration: Data = "standin",
+    samples: Samples = 32,
+    length: Length = None,
+    seed: Seed = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Windows per device step, and of a batch of text.")] = 8,
+    out: Annotated[Path, typer.Option(help="The plan that is found.")] = Path("plan.json"),
+    quiet: Quiet = False,
+) -> None:
+    """A better plan of the same size, found by trying: widths are exchanged and the model is judged."""
+    from lq.allocation import Plan
+    from lq.assets import resolve_model
+    from lq.cli import arguments
+    from lq.models.loading import open_checkpoint
+    from lq.models.source import InMemory
+    from lq.progress import Progress
+    from lq.quantizers import QUANTIZERS, Recipe
+    from lq.search import SEARCHES
+    from lq.search import search as search_plan
+
+    options = arguments.settings(option)
+    chosen = SEARCHES.options(method, options)
+    settings = arguments.settings(quantizer_option, "--quantizer-option")
+    recipe = Recipe(method=quantizer, options=QUANTIZERS.options(quantizer, settings))
+    begin = Plan.read(plan)
+    source = open_checkpoint(resolve_model(model))
+    windows = _calibration(source, calibration, samples, length, seed)
+    with Progress(quiet=quiet).stage(f"search ({method})", chosen.generations) as step:
+        found = search_plan(
+            InMemory(source.config, source.params()),
+            begin,
+            windows,
+            bits=arguments.widths(bits),
+            unit=arguments.unit(unit),
+            method=method,
+            options=options,
+            recipe=recipe,
+            batch_size=batch_size,
+            on_generation=lambda generation: step(f"KL {generation.loss:.5f}"),
+        )
+    found.write(out)
+    _describe_plan(found)
+    print(f"{found.provenance['passes']:.1f} forward passes of the text")
+    print(f"wrote {out}")
+
+
+@command
 def eval_(
     model: AnyModel,
     data: Data = "standin",

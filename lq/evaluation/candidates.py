@@ -91,40 +91,59 @@ class Judge:
         self.candidates, self.windows = candidates, windows
         self._rows = batches(windows.tokens, batch_size)
         self._masks = batches(scored_targets(windows), batch_size)
-        self._embedded = embed_batches(candidates.original, windows.tokens, batch_size)
+        self._embedded: list[Array | np.ndarray] = [*embed_batches(candidates.original, windows.tokens, batch_size)]
         self._head = head_params_of(candidates.original)
         self.passes = 0.0
         self._reference = self.states(self._embedded, 0, {})
 
     @property
-    def inputs(self) -> list[np.ndarray]:
+    def inputs(self) -> list[Array | np.ndarray]:
         """The hidden states at the input of the first block, one array a batch."""
         return self._embedded
 
-    def kl(self, choice: Choice, first: int | None = None) -> Float[np.ndarray, " windows"]:
-        """Mean KL per scored token of every window, nats, float64; of the `first` batches where given."""
-        return self.kl_from(self._embedded[:first], 0, choice)
+    @property
+    def batches(self) -> int:
+        """How many batches the windows are in."""
+        return len(self._rows)
 
-    def kl_from(self, states: Sequence[np.ndarray], block: int, choice: Choice) -> Float[np.ndarray, " windows"]:
+    def kl(self, choice: Choice, rows: Sequence[int] | None = None) -> Float[np.ndarray, " windows"]:
+        """Mean KL per scored token of every window, nats, float64; of the batches `rows` alone where given."""
+        rows = range(self.batches) if rows is None else rows
+        return self.kl_from([self._embedded[i] for i in rows], 0, choice, rows)
+
+    def kl_from(
+        self, states: Sequence[Array], block: int, choice: Choice, rows: Sequence[int] | None = None
+    ) -> Float[np.ndarray, " windows"]:
         """The same from the hidden states at the input of `block`, one array a batch, as `states` gives them."""
-        config, last, found = self.candidates.config, self.states(states, block, choice), []
-        for tokens, mask, h, original in zip(self._rows, self._masks, last, self._reference, strict=False):
-            sums = window_sums(config, config, self._head, tokens, mask, h, (self._head, original))
-            found.append(np.asarray(sums, np.float64)[:, 1] / mask.sum(1))
+        config, found = self.candidates.config, []
+        rows = range(self.batches) if rows is None else rows
+        for i, h in zip(rows, self.states(states, block, choice, rows=rows), strict=True):
+            original = (self._head, self._reference[i])
+            sums = window_sums(config, config, self._head, self._rows[i], self._masks[i], h, original)
+            found.append(np.asarray(sums, np.float64)[:, 1] / self._masks[i].sum(1))
         return np.concatenate(found)
 
     def states(
-        self, states: Sequence[np.ndarray], block: int, choice: Choice, until: int | None = None
-    ) -> list[np.ndarray]:
-        """Hidden states behind the blocks from `block` to before `until` (all when None), from those at its input."""
+        self,
+        states: Sequence[Array | np.ndarray],
+        block: int,
+        choice: Choice,
+        until: int | None = None,
+        rows: Sequence[int] | None = None,
+    ) -> list[Array]:
+        """Hidden states behind the blocks from `block` to before `until` (all when None), from those at its input.
+
+        They are those of the batches `rows`, of all when None.
+        """
+        rows = range(self.batches) if rows is None else rows
         config, found = self.candidates.config, [jnp.asarray(h) for h in states]
         indices = self.candidates.indices(choice)
         until = config.num_blocks if until is None else until
         for index in range(block, until):
             rest, stack, kind = self.candidates.rest[index], self.candidates.stacks[index], config.kinds[index]
-            for i, h in enumerate(found):
-                found[i] = _chosen_block(config, kind, rest, stack, indices[index], self._rows[i], h)
-        tokens = sum(self._rows[i].size for i in range(len(found)))
+            for i, row in enumerate(rows):
+                found[i] = _chosen_block(config, kind, rest, stack, indices[index], self._rows[row], found[i])
+        tokens = sum(self._rows[row].size for row in rows)
         self.passes += tokens / self.windows.tokens.size * (until - block) / config.num_blocks
         return found
 

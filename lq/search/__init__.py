@@ -1,0 +1,113 @@
+"""Search: plans found by trying them. `SEARCHES` is the registry.
+
+An allocator believes its costs; a search asks the model. Every one starts from a plan and stays within its size. A
+searching function takes (problem, start, loss, batches of text, options) and yields one generation after the other.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import numpy as np
+
+from lq.allocation.plan import Plan
+from lq.allocation.problem import Problem
+from lq.calibration.data import Windows
+from lq.errors import UserError
+from lq.evaluation.candidates import Judge
+from lq.importance.measured import candidates_of
+from lq.importance.units import Unit, units_of
+from lq.models.fingerprint import fingerprint
+from lq.models.source import ParameterSource
+from lq.numerics.spec import QuantSpec
+from lq.quantizers import Recipe
+from lq.registry import Method, Registry
+from lq.search.evolution import EvolutionOptions, Generation, evolve
+
+SEARCHES = Registry("search", {"evolution": Method(function=evolve, options=EvolutionOptions)})
+
+
+def search(
+    source: ParameterSource,
+    plan: Plan,
+    windows: Windows,
+    *,
+    bits: Sequence[int] = (2, 3, 4),
+    unit: Unit = "matrix",
+    method: str = "evolution",
+    options: Mapping[str, object] | None = None,
+    recipe: Recipe | None = None,
+    batch_size: int = 8,
+    on_generation: Callable[[Generation], None] = lambda found: None,
+) -> Plan:
+    """A plan of no more bits that loses less KL divergence to the original, found by trying.
+
+    Args:
+      source: the original, dense; it is held in memory as often as there are widths, and once more.
+      plan: where the search begins, and what it may not exceed. Block matrices of one format; what is dense in it, and
+        embedding and head, stay as they are.
+      windows: text, to quantize by and to judge on.
+      bits: widths to choose from; the plan's are among them.
+      unit: what changes its width together.
+      method, options: a name in `SEARCHES`, and its options.
+      recipe: the quantizer the candidates are made by; plain rounding when None.
+      batch_size: windows per device step, and of the text that a choice is judged on.
+      on_generation: called with each.
+
+    Raises:
+      UserError: a plan of another model or of several formats, widths that it has and `bits` has not, units of several
+        widths, options that do not exist.
+    """
+    recipe, chosen_options = recipe or Recipe(), SEARCHES.options(method, options or {})
+    specs = _options(plan, bits)
+    if plan.model != fingerprint(source):
+        raise UserError("plan: made for another model; make it from this model's scores")
+    units = _free_units(source, plan, unit)
+    judge = Judge(candidates_of(source, specs, recipe, windows, batch_size), windows, batch_size=batch_size)
+    widths = [spec.bits for spec in specs]
+    start = np.array([widths.index(plan.specs[paths[0]].bits) for paths in units.values()])
+    size = np.array([[_size(plan, paths, spec) for spec in specs] for paths in units.values()])
+    problem = Problem(cost=np.zeros(size.shape), size=size, budget=int(size[np.arange(len(start)), start].sum()))
+
+    def loss(choice: np.ndarray, rows: Sequence[int]) -> float:
+        return float(judge.kl(_by_path(units.values(), choice), rows).mean())
+
+    best = start
+    for found in SEARCHES[method].function(problem, start, loss, judge.batches, chosen_options):
+        best = found.parent
+        on_generation(found)
+    bits_of = {path: specs[option] for path, option in _by_path(units.values(), best).items()}
+    provenance = {"search": method, "search_options": dataclasses.asdict(chosen_options), "passes": judge.passes}
+    provenance |= {"recipe": recipe.to_dict(), "calibration": windows.fingerprint, "began_with": plan.provenance}
+    return dataclasses.replace(plan, specs={**plan.specs, **bits_of}, provenance=provenance)
+
+
+def _size(plan: Plan, paths: Sequence[str], spec: QuantSpec) -> int:
+    return sum(spec.size_bits(plan.shapes[path]) for path in paths)
+
+
+def _by_path(units: Iterable[Sequence[str]], choice: np.ndarray) -> dict[str, int]:
+    return {path: int(option) for paths, option in zip(units, choice, strict=True) for path in paths}
+
+
+def _options(plan: Plan, bits: Sequence[int]) -> list[QuantSpec]:
+    """The formats to choose from, narrowest first."""
+    formats = {dataclasses.replace(spec, bits=8) for path, spec in plan.specs.items() if path.startswith("block_")}
+    if len(formats) != 1:
+        raise UserError(f"plan: block matrices of {len(formats)} formats, where a search takes one; make it with one")
+    missing = sorted({spec.bits for path, spec in plan.specs.items() if path.startswith("block_")} - set(bits))
+    if missing:
+        raise UserError(f"bits: {', '.join(map(str, bits))}, but the plan has {missing[0]}; add it")
+    (same,) = formats
+    return [dataclasses.replace(same, bits=width) for width in sorted(set(bits))]
+
+
+def _free_units(source: ParameterSource, plan: Plan, unit: Unit) -> dict[str, list[str]]:
+    """The units that are quantized in the plan. Raises UserError where one has matrices of several widths."""
+    found = {}
+    for name, paths in units_of(source.config, unit).items():
+        paths = [path for path in paths if path in plan.specs]
+        if len({plan.specs[path] for path in paths}) > 1:
+            raise UserError(f"unit: {name} has several widths in the plan; write a smaller unit, such as matrix")
+        if paths:
+            found[name] = paths
+    return found
