@@ -108,9 +108,11 @@ def counted(text: str) -> Count:
 
 
 def unit(text: str) -> Unit:
-    if text in get_args(Unit):
-        return text
-    raise UserError(f"--unit {text}: write one of {', '.join(get_args(Unit))}")
+    units: tuple[Unit, ...] = get_args(Unit)
+    for known in units:
+        if known == text:
+            return known
+    raise UserError(f"--unit {text}: write one of {', '.join(units)}")
 
 
 class Allocation:

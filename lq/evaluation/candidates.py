@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from lq.calibration.data import Windows
 from lq.calibration.stream import batches, embed_batches
@@ -68,7 +68,7 @@ class Candidates:
             stacks.append({path: jnp.stack([m[1][path].astype(dtype) for m in models]) for path in models[0][1]})
         return cls(original, rest, stacks, len(quantized) + 1)
 
-    def indices(self, choice: Choice) -> list[dict[str, Int[np.ndarray, ""]]]:
+    def indices(self, choice: Choice) -> list[dict[str, np.int32]]:
         """Per block the option of each matrix, by path within the block; the original where `choice` has none."""
         unknown = [path for path in choice if path not in matrices(self.config)]
         if unknown or any(not 0 <= option < self.options for option in choice.values()):
@@ -112,7 +112,7 @@ class Judge:
         return self.kl_from([self._embedded[i] for i in rows], 0, choice, rows)
 
     def kl_from(
-        self, states: Sequence[Array], block: int, choice: Choice, rows: Sequence[int] | None = None
+        self, states: Sequence[Array | np.ndarray], block: int, choice: Choice, rows: Sequence[int] | None = None
     ) -> Float[np.ndarray, " windows"]:
         """The same from the hidden states at the input of `block`, one array a batch, as `states` gives them."""
         config, found = self.candidates.config, []
@@ -158,7 +158,7 @@ def _chosen_block(config: ModelConfig, kind: BlockKind, rest: Params, stack: dic
 
 def _split(block: Params) -> tuple[dict[str, Any], dict[str, Array]]:
     """What is in no matrix, as a tree in float32, and the matrices dequantized, by path."""
-    flat = flatten_dict(block, sep="/", is_leaf=lambda _, leaf: is_packed(leaf))
+    flat: dict[str, Any] = flatten_dict(block, sep="/", is_leaf=lambda _, leaf: is_packed(leaf))
     kernels = {path.removesuffix("/kernel"): leaf for path, leaf in flat.items() if path.endswith("/kernel")}
     matrices = {path: leaf for path, leaf in kernels.items() if not path.endswith("router")}
     rest = {path: leaf for path, leaf in flat.items() if path.removesuffix("/kernel") not in matrices}

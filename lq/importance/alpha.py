@@ -88,8 +88,8 @@ def peak_alpha(found: Float[np.ndarray, " n"]) -> float:
     counts, edges = np.histogram(np.log10(found), BINS)
     peak = 10 ** edges[np.argmax(counts) + 1]
     near = (found >= NEAR[0] * peak) & (found <= NEAR[1] * peak)
-    tried = np.flatnonzero(near[:-1])  # of the last alone there is no tail
-    first = min(tried, key=lambda i: distance(found, i)) if tried.size else len(found) // 2
+    tried = [int(i) for i in np.flatnonzero(near[:-1])]  # of the last alone there is no tail
+    first = min(tried, key=lambda i: distance(found, i)) if tried else len(found) // 2
     return hill(found, first)
 
 
