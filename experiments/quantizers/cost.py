@@ -3,21 +3,28 @@
     python -m experiments.quantizers.cost
     python -m experiments.quantizers.cost --methods gptq,rtn --samples 4 --length 2048 --json cost.json
 
-Weights are random and so are the inputs, correlated and of uneven energy: what is measured does not depend on them. The
-stages are those of `lq quantize`; for a quantizer that works matrix by matrix:
+What is timed is the source of packed blocks that `lq quantize` reads: `PlannedSource` for RTN and HQQ, which need no
+text, and `QuantizedStream` for all others, which carries the calibration states on. Everything that a block costs there
+is counted, by stage:
 
-    statistics   what the method needs of the inputs of the matrices, all tokens, a batch of windows at a time
-    prepare      what of them serves all matrices that read the same inputs, such as the factor of GPTQ
-    codes        the seven matrices, packed
+    scales          AWQ's search for channel scales
+    token weights   RSQ's, by attention
+    statistics      the block run up to the inputs of its matrices, and their reductions; GPTQ does it for each of the
+                    four inputs, the matrices before it quantized
+    factors         of the second moments (GPTQ, RSQ, BAQ)
+    errors          of learned rounding: those of its start and result on all windows, and the codes of both
+    steps           of its optimizer
+    codes           the matrices rounded and packed, and what is in no other stage: the checks, and the output error
+                    that GPTQ, RSQ and BAQ report of every matrix, two products with its second moment
+    outputs         the block run on all windows, for the next block's states; twice where the original's are aimed at
 
-and for one that reconstructs the block:
+Not counted: reading weights, writing packed ones, the embedding and the head. Weights are random and so are the tokens.
+What is searched until it holds depends on them a little: how often a Hessian is damped, when HQQ stops, and BAQ's
+widths, for which packing compiles anew where they are new.
 
-    measure      the errors of the start and of the result on all windows, and the codes of both
-    steps        of the optimizer, two windows each (its default), in bfloat16 on an accelerator and float32 on a CPU
-
-Running the block on the calibration tokens is not among them (GPTQ does it for each of its four inputs, RTN and HQQ
-never), nor are AWQ's search for scales, RSQ's weights of tokens and BAQ's widths. The first run compiles, the second
-does not. Each method runs in a process of its own, so that its peak memory is its own.
+Two blocks are quantized, one after the other. The second's seconds are those of a block; the first took longer by what
+compiling takes, once a model. Each method runs in a process of its own, so that its peak memory is its own: that of
+the device on an accelerator, of the process on a CPU.
 
 Defaults: 128 windows of 2048 tokens and 200 steps on an accelerator; on a CPU two windows of 512 and 2 steps, each
 counted as a hundred where the whole is estimated.
@@ -25,6 +32,7 @@ counted as a hundred where the whole is estimated.
 
 import argparse
 import dataclasses
+import functools
 import json
 import subprocess
 import sys
@@ -38,16 +46,20 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
-from lq.calibration.statistics import InputStats, reduce_inputs
+from lq.allocation import uniform_plan
+from lq.calibration.data import Windows
 from lq.models.config import BlockKind, ModelConfig, Rope
-from lq.models.matrices import block_matrices, block_shapes
+from lq.models.matrices import block_shapes
+from lq.models.source import InMemory, ParameterSource
 from lq.numerics.spec import QuantSpec
-from lq.quantizers import QUANTIZERS, quantize_matrix
-from lq.quantizers.reconstruct import BlockFunction
+from lq.quantizers import QUANTIZERS, PlannedSource, QuantizedStream, Recipe
+from lq.quantizers.block import CalibratedBlock
+from lq.registry import Method
 from lq.runs.environment import device_name, peak_memory_bytes, versions
 
-BATCH = 8192  # tokens that are there at once
 STEPS = 200  # of learned rounding, in the estimates
+VOCABULARY = 8192  # rows of the embedding: as many different first states
+TARGETS = {"gptq": 6.0, "autoround": 20.0}  # seconds a block of Llama-3-8B on an H200, with the defaults
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,21 +78,11 @@ class Shape:
         widths = {name: getattr(self, name) // scale for name in ("hidden", "intermediate", "head_dim")}
         return dataclasses.replace(self, **widths)
 
-    def inputs(self) -> list[tuple[int, dict[str, int]]]:
-        """Each input of matrices: its channels, and path -> output channels of the matrices that read it."""
-        query, key = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        return [
-            (self.hidden, {"attention/q_proj": query, "attention/k_proj": key, "attention/v_proj": key}),
-            (query, {"attention/o_proj": self.hidden}),
-            (self.hidden, {"mlp/gate_proj": self.intermediate, "mlp/up_proj": self.intermediate}),
-            (self.intermediate, {"mlp/down_proj": self.hidden}),
-        ]
-
     def config(self) -> ModelConfig:
         """Of a model with such blocks, its embedding left small."""
         return ModelConfig(
             family="llama",
-            vocab_size=1,
+            vocab_size=VOCABULARY,
             hidden_size=self.hidden,
             intermediate_size=self.intermediate,
             num_heads=self.heads,
@@ -103,125 +105,6 @@ SHAPES = {
 }
 
 
-def random_inputs(key: jax.Array, tokens: int, channels: int) -> jax.Array:
-    """bfloat16 `[tokens, channels]`: neighbouring channels correlate, energies are uneven."""
-    of_noise, of_scales = jax.random.split(key)
-    noise, scales = jax.random.normal(of_noise, (tokens, channels)), jax.random.normal(of_scales, channels)
-    mixed = noise + 0.7 * jnp.roll(noise, 1, axis=1) + 0.4 * jnp.roll(noise, 5, axis=1)
-    return (mixed * jnp.exp(scales)).astype(jnp.bfloat16)
-
-
-@dataclasses.dataclass
-class Block:
-    """Random weights and inputs of one block. Inputs are a batch, which is counted as often as it takes."""
-
-    shape: Shape
-    tokens: int
-
-    def __post_init__(self):
-        self.batch = min(self.tokens, BATCH)
-        draw = jax.jit(random_inputs, static_argnums=(1, 2))
-        normal = jax.jit(lambda key, k, n: 0.02 * jax.random.normal(key, (k, n)), static_argnums=(1, 2))
-        keys = iter(jax.random.split(jax.random.key(0), 16))
-        self.inputs = [draw(next(keys), self.batch, channels) for channels, _ in self.shape.inputs()]
-        self.weights = [
-            {path: normal(next(keys), channels, outputs) for path, outputs in readers.items()}
-            for channels, readers in self.shape.inputs()
-        ]
-        jax.block_until_ready((self.inputs, self.weights))
-
-    def statistics(self, needs: frozenset[str]) -> list[InputStats | None]:
-        if not needs:
-            return [None] * len(self.inputs)
-        return [self._accumulated(x, needs) for x in self.inputs]
-
-    def _accumulated(self, x: jax.Array, needs: frozenset[str]) -> InputStats:
-        rows = max(1, 512 * self.batch // self.tokens)
-        total = reduce_batch(x, needs, rows)
-        for _ in range(-(-self.tokens // self.batch) - 1):
-            total = total + reduce_batch(x, needs, rows)
-        return total
-
-
-reduce_batch = jax.jit(lambda x, needs, rows: reduce_inputs(x, needs, rows=rows), static_argnums=(1, 2))
-
-
-class Clock:
-    """Seconds of what is called through it, added up by stage."""
-
-    def __init__(self):
-        self.seconds: dict[str, float] = {}
-
-    def __call__(self, stage: str, function: Callable[[], Any]) -> Any:
-        start = time.perf_counter()
-        result = jax.block_until_ready(function())
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
-        return result
-
-
-def quantize_matrices(block: Block, name: str, spec: QuantSpec) -> dict[str, float]:
-    """Seconds of each stage of a method that takes one matrix after the other."""
-    method, options, clock = QUANTIZERS[name], QUANTIZERS.options(name, {}), Clock()
-    prepare = method.prepare or (lambda stats, options: stats)
-    found = clock("statistics", lambda: block.statistics(method.needs - {"calibration"}))
-    prepared = clock("prepare", lambda: [None if s is None else prepare(s, options) for s in found])
-    for matrices, of_input in zip(block.weights, prepared, strict=True):
-        for path, weight in matrices.items():
-            fitting = options if method.per_matrix is None else method.per_matrix(options, path)
-            clock("codes", lambda: quantize_matrix(weight, of_input, spec, name, fitting))  # noqa: B023
-    return clock.seconds
-
-
-class DenseBlock:
-    """The same block as a function, its windows and what it answers to them."""
-
-    def __init__(self, shape: Shape, samples: int, length: int):
-        config = shape.config()
-        self.function = BlockFunction(config, config.kinds[0])
-        self.params = self._params(config)
-        dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-        windows = jax.random.normal(jax.random.key(1), (samples, 1, length, shape.hidden), jnp.float32).astype(dtype)
-        through = jax.jit(lambda params, windows: jax.lax.map(lambda h: self.function(params, h), windows))
-        whole = (samples, length, shape.hidden)
-        self.inputs = np.asarray(windows.reshape(whole))
-        self.targets = np.asarray(through(self.params, windows).reshape(whole))
-
-    def _params(self, config: ModelConfig):
-        shapes = block_shapes(config, config.kinds[0])
-        keys = jax.random.split(jax.random.key(0), len(shapes))
-        draw = jax.jit(lambda key, shape: 0.02 * jax.random.normal(key, shape), static_argnums=1)
-        leaves = {
-            path: draw(key, shape) if path.endswith("kernel") else jnp.ones(shape)
-            for key, (path, shape) in zip(keys, shapes.items(), strict=True)
-        }
-        return unflatten_dict(leaves, sep="/")
-
-
-def reconstruct(block: DenseBlock, name: str, spec: QuantSpec, steps: int) -> dict[str, float]:
-    """Seconds of each stage of a method that reconstructs the block."""
-    options = QUANTIZERS.options(name, {"steps": steps})
-    specs = dict.fromkeys(block_matrices(block.function.config, block.function.kind), spec)
-    marks = [time.perf_counter()]
-    found, _ = QUANTIZERS[name].block(
-        block.function,
-        block.params,
-        block.inputs,
-        block.targets,
-        specs,
-        options,
-        on_steps=lambda done: marks.append(time.perf_counter()),
-    )
-    jax.block_until_ready(found)
-    whole, learning = time.perf_counter() - marks[0], marks[-1] - marks[1]
-    return {"measure": whole - learning, "steps": learning}
-
-
-def peak_bytes() -> int:
-    """Of device memory on an accelerator, of the process on a CPU."""
-    found = jax.devices()[0].memory_stats()
-    return found["peak_bytes_in_use"] if found else peak_memory_bytes()
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Workload:
     """What is quantized with what text."""
@@ -231,6 +114,22 @@ class Workload:
     length: int
     steps: int  # that are run; STEPS are counted
     spec: QuantSpec
+
+    @property
+    def windows(self) -> Windows:
+        tokens = np.random.default_rng(0).integers(0, VOCABULARY, (self.samples, self.length), dtype=np.int32)
+        return Windows(tokens, source="none", how="drawn at random")
+
+    @property
+    def of_targets(self) -> bool:
+        """Whether `TARGETS` are set for this."""
+        return (self.shape, self.samples, self.length, self.steps) == (SHAPES["llama3_8b"], 128, 2048, STEPS)
+
+    def spec_of(self, name: str) -> QuantSpec:
+        """The spec as a method can use it: BAQ chooses widths, HQQ zero points that are no codes."""
+        if QUANTIZERS[name].segments is not None:
+            return dataclasses.replace(self.spec, mixed=True)
+        return dataclasses.replace(self.spec, zero_dtype="bfloat16") if name == "hqq" else self.spec
 
 
 def workload(given: argparse.Namespace) -> Workload:
@@ -244,26 +143,154 @@ def workload(given: argparse.Namespace) -> Workload:
     )
 
 
-def measure(name: str, work: Workload) -> dict[str, Any]:
-    """All of a method; `uncounted` seconds are those of steps that were not run."""
-    uncounted = 0.0
-    if QUANTIZERS[name].block is None:
-        block = Block(work.shape, work.samples * work.length)
-        first, second = (quantize_matrices(block, name, work.spec) for _ in range(2))
+def random_model(config: ModelConfig) -> ParameterSource:
+    """A model in bfloat16 all of whose blocks are one and the same random block."""
+    shapes = block_shapes(config, config.kinds[0])
+    keys = iter(jax.random.split(jax.random.key(0), len(shapes) + 1))
+    normal = jax.jit(lambda key, shape: 0.02 * jax.random.normal(key, shape, jnp.bfloat16), static_argnums=1)
+    leaves = {
+        path: normal(next(keys), shape) if path.endswith("kernel") else jnp.ones(shape, jnp.bfloat16)
+        for path, shape in shapes.items()
+    }
+    embedding = jax.jit(random_states, static_argnums=(1, 2))(next(keys), config.vocab_size, config.hidden_size)
+    block, embed = unflatten_dict(leaves, sep="/"), {"tokens": {"embedding": embedding}}
+    blocks = {f"block_{i}": block for i in range(config.num_blocks)}
+    return InMemory(config, jax.block_until_ready({"embed": embed, **blocks}))
+
+
+def random_states(key: jax.Array, tokens: int, channels: int) -> jax.Array:
+    """bfloat16 `[tokens, channels]`: neighbouring channels correlate, energies are uneven."""
+    of_noise, of_scales = jax.random.split(key)
+    noise, scales = jax.random.normal(of_noise, (tokens, channels)), jax.random.normal(of_scales, (channels,))
+    mixed = noise + 0.7 * jnp.roll(noise, 1, axis=1) + 0.4 * jnp.roll(noise, 5, axis=1)
+    return (mixed * jnp.exp(scales)).astype(jnp.bfloat16)
+
+
+class Clock:
+    """Seconds by stage. All time belongs to the stage that was begun last, so that nothing is left out."""
+
+    def __init__(self):
+        self._seconds: dict[str, float] = {}
+        self._stage, self._since = "", 0.0
+
+    def begin(self, stage: str) -> str:
+        """Ends a stage and begins another. Returns the one that ended."""
+        now = time.perf_counter()
+        ended = self._stage
+        if ended:
+            self._seconds[ended] = self._seconds.get(ended, 0.0) + now - self._since
+        self._stage, self._since = stage, now
+        return ended
+
+    def stop(self) -> dict[str, float]:
+        """What was counted since the last stop."""
+        self.begin("")
+        found, self._seconds = self._seconds, {}
+        return found
+
+    def timed(self, stage: str, function: Callable, then: str | None = None) -> Callable:
+        """`function` as a stage, its arrays waited for; after it begins `then`, or what was before it goes on."""
+
+        def as_stage(*args, **options):
+            before = self.begin(stage)
+            result = jax.block_until_ready(function(*args, **options))
+            self.begin(then or before)
+            return result
+
+        return as_stage
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TimedRecipe(Recipe):
+    """A recipe whose quantizer tells a clock what it does."""
+
+    clock: Clock = dataclasses.field(compare=False)
+
+    @property
+    def quantizer(self) -> Method:
+        method, timed = super().quantizer, self.clock.timed
+        block = method.block and functools.partial(method.block, on_steps=self._on_steps)
+        return dataclasses.replace(
+            method,
+            prepare=method.prepare and timed("factors", method.prepare, then="codes"),
+            token_weights=method.token_weights and timed("token weights", method.token_weights),
+            block=block and timed("errors", block, then="codes"),
+        )
+
+    def _on_steps(self, done: int) -> None:
+        self.clock.begin("steps" if done < self.options.steps else "errors")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TimedBlock(CalibratedBlock):
+    """A block that tells a clock when it is run."""
+
+    clock: Clock
+
+    def outputs(self, params, states=None):
+        return self.clock.timed("outputs", super().outputs)(params, states)
+
+    def statistics(self, params, which, needs, weights=None):
+        return self.clock.timed("statistics", super().statistics, then="codes")(params, which, needs, weights)
+
+
+class TimedStream(QuantizedStream):
+    """A stream of `TimedBlock`s."""
+
+    def __init__(self, *args, clock: Clock, **options):
+        super().__init__(*args, **options)
+        self._clock = clock
+
+    def _calibrated_block(self):
+        block, stored = super()._calibrated_block()
+        fields = {field.name: getattr(block, field.name) for field in dataclasses.fields(block)}
+        return TimedBlock(**fields, clock=self._clock), stored
+
+
+def quantize_two_blocks(name: str, work: Workload, note: Callable[[str], None]) -> list[dict[str, float]]:
+    """Seconds of each stage, of the first block and of the second."""
+    config, clock = work.shape.config(), Clock()
+    options = QUANTIZERS.options(name, {"steps": work.steps} if QUANTIZERS[name].block else {})
+    recipe = TimedRecipe(method=name, options=options, clock=clock)
+    what = random_model(config), uniform_plan(config, work.spec_of(name)).specs, recipe
+    if recipe.calibrated:
+        packed = TimedStream(*what, work.windows, note=note, clock=clock)
+        packed.chains()  # the first states come of the embedding, which is no part of a block
     else:
-        dense = DenseBlock(work.shape, work.samples, work.length)
-        first, second = (reconstruct(dense, name, work.spec, work.steps) for _ in range(2))
-        uncounted = second["steps"] * (STEPS / work.steps - 1)
-    seconds = sum(second.values()) + uncounted
-    compiling = sum(first.values()) - sum(second.values())
+        packed = PlannedSource(*what)
+    found = []
+    for index in range(2):
+        clock.begin("codes" if recipe.scaling is None else "scales")
+        jax.block_until_ready(packed.block(index))
+        found.append(clock.stop())
+    return found
+
+
+def peak_bytes() -> int:
+    """Of device memory on an accelerator, of the process on a CPU."""
+    found = jax.devices()[0].memory_stats()
+    return found["peak_bytes_in_use"] if found else peak_memory_bytes()
+
+
+def measure(name: str, work: Workload) -> dict[str, Any]:
+    """All of a method, as JSON; `uncounted_seconds` are those of steps that were not run."""
+    notes: list[str] = []
+    first, second = quantize_two_blocks(name, work, notes.append)
+    compiling = max(0.0, sum(first.values()) - sum(second.values()))
+    uncounted = second.get("steps", 0.0) * (STEPS / work.steps - 1)
+    seconds, device = sum(second.values()) + uncounted, device_name()
     return {
         "first_seconds": first,
         "second_seconds": second,
+        "uncounted_seconds": uncounted,
         "block_seconds": seconds,
+        "compiling_seconds": compiling,
         "model_seconds": compiling + work.shape.blocks * seconds,
+        "target_seconds": TARGETS.get(name) if "H200" in device and work.of_targets else None,
         "peak_bytes": peak_bytes(),
-        "device": device_name(),
-        "work": dataclasses.asdict(work) | {"spec": str(work.spec)},
+        "device": device,
+        "work": dataclasses.asdict(work) | {"spec": str(work.spec_of(name)), "steps_counted": STEPS},
+        "notes": notes,
     }
 
 
@@ -271,29 +298,36 @@ def in_a_process_of_its_own(name: str, given: list[str]) -> dict[str, Any]:
     command = [sys.executable, "-m", "experiments.quantizers.cost", *given, "--one", name]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        return {"error": (done.stderr.strip().splitlines() or ["no output"])[-1]}
+        return {"error": (done.stderr.strip().splitlines() or [f"ended with {done.returncode}"])[-1]}
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def table(model: str, methods: dict[str, dict[str, Any]]) -> str:
-    lines = []
-    for name, found in methods.items():
-        if "error" in found:
-            lines.append(f"{name:12}{found['error']}")
-            continue
-        work = found["work"]
-        shape = Shape(**work["shape"])
-        if not lines:
-            lines = [
-                f"{found['device']}: one block of {model} (hidden {shape.hidden}, intermediate {shape.intermediate}), "
-                f"{work['samples']} x {work['length']} tokens, {work['spec']}; {work['steps']} of {STEPS} steps run",
-                f"{'method':12}{'s, block':>10}{'s, first':>10}{f's, {shape.blocks}':>10}{'peak GB':>10}  of the block",
-            ]
-        stages = ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in found["second_seconds"].items())
-        cells = (found["block_seconds"], sum(found["first_seconds"].values()), found["model_seconds"])
-        numbers = "".join(f"{number:10.2f}" for number in (*cells, found["peak_bytes"] / 1e9))
-        lines.append(f"{name:12}{numbers}  {stages}")
-    return "\n".join(lines)
+def heading(model: str, found: dict[str, Any]) -> str:
+    """Two lines that say what was measured, and what the columns of `row` are."""
+    work = found["work"]
+    shape = Shape(**work["shape"])
+    columns = ("s, block", "compiling", f"s, {shape.blocks}", "peak GB")
+    return (
+        f"{found['device']}: one block of {model} (hidden {shape.hidden}, intermediate {shape.intermediate}), "
+        f"{work['samples']} x {work['length']} tokens\n"
+        f"{'method':12}{''.join(f'{column:>10}' for column in columns)}  of the block"
+    )
+
+
+def row(name: str, found: dict[str, Any]) -> str:
+    """A method's numbers, its target where there is one, and its stages."""
+    if "error" in found:
+        return f"{name:12}{found['error']}"
+    numbers = (found["block_seconds"], found["compiling_seconds"], found["model_seconds"], found["peak_bytes"] / 1e9)
+    stages = dict(found["second_seconds"])
+    if "steps" in stages:
+        stages["steps"] += found["uncounted_seconds"]
+    said = [", ".join(f"{stage} {seconds:.2f}" for stage, seconds in stages.items()), found["work"]["spec"]]
+    if found["uncounted_seconds"]:
+        said.append(f"{found['work']['steps']} of {STEPS} steps were run, the others are estimated")
+    if (target := found["target_seconds"]) is not None:
+        said.append(f"target {target:g} s: {'met' if found['block_seconds'] <= target else 'missed'}")
+    return f"{name:12}{''.join(f'{number:10.2f}' for number in numbers)}  {'; '.join(said)}"
 
 
 def main() -> None:
@@ -317,11 +351,16 @@ def main() -> None:
         print(json.dumps(measure(given.one, workload(given))))
         return
     # This process must not touch the device: it belongs to one of the others at a time.
-    methods = {name: in_a_process_of_its_own(name, sys.argv[1:]) for name in names}
-    print(table(given.shape, methods))
-    if given.json:
-        result = {"versions": versions(), "model": given.shape, "methods": methods}
-        given.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    methods: dict[str, dict[str, Any]] = {}
+    for name in names:
+        found = in_a_process_of_its_own(name, sys.argv[1:])
+        if "device" in found and not any("device" in other for other in methods.values()):
+            print(heading(given.shape, found))
+        print(row(name, found), flush=True)
+        methods[name] = found
+        if given.json:  # as far as it is: the next may take long
+            result = {"versions": versions(), "model": given.shape, "methods": methods}
+            given.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
