@@ -55,8 +55,8 @@ def quantized_source(
 def described(source: ParameterSource, part: str) -> str:
     """A part's name and, where it was measured, what its matrices lose: on average over them, as a share.
 
-    "output error" is the share of the outputs' energy (`lq.quantizers.errors`), "of rounding's error" that of the error
-    which learning began with.
+    "output error" is the share of the outputs' energy (`lq.quantizers.errors`) over 512 output channels at most, "of
+    rounding's error" that of the error which learning began with.
     """
     report = source.report if isinstance(source, QuantizedStream) else {}
     found = [measured for path, measured in report.items() if path.startswith(f"{part}/")]

@@ -37,6 +37,7 @@ from lq.quantizers.recipe import Recipe
 from lq.quantizers.reconstruct import BlockFunction
 from lq.quantizers.registry import SCALINGS
 
+REPORTED = 512  # output channels of a matrix whose error is measured for the user
 Note = Callable[[str], None]
 
 
@@ -170,7 +171,8 @@ def _matrix_by_matrix(block: CalibratedBlock, specs, recipe: Recipe, report, pla
                     weight = place(read_matrix(block.params, block.path(path)))
                     tensor = quantize_leaf(weight, stats, prepared, specs[path], recipe.of_matrix(path))
                     if stats.hessian is not None:
-                        report[path]["output error"] = float(output_error(weight, tensor.dequantize(), stats).mean())
+                        error = output_error(weight, tensor.dequantize(), stats, REPORTED)
+                        report[path]["output error"] = float(error.mean())
                     tensors[path] = tensor
                     current = with_matrix(current, block.path(path), tensor.dequantize())
     return tensors

@@ -35,3 +35,13 @@ def test_ends():
     assert np.isnan(output_error(weight, np.nan * weight, stats)), "what is not finite is not hidden"
     with pytest.raises(ValueError, match="statistics with a hessian"):
         output_error(weight, weight, InputStats(tokens=jnp.float32(1)))
+
+
+@pytest.mark.parametrize(
+    ("channels", "taken"), [(20, slice(None, None, 2)), (15, slice(None, None, 3)), (40, slice(None))]
+)
+def test_of_some_output_channels(channels, taken):
+    stats, weight = hessian_stats(correlated_inputs(100, 32)), random_weight(32, 40)
+    other = weight + random_weight(32, 40, seed=2)
+    got = float(output_error(weight, other, stats, channels))
+    assert got == pytest.approx(float(output_error(weight[:, taken], other[:, taken], stats)), rel=1e-5)
