@@ -19,6 +19,8 @@ from lq.models.source import InMemory
 from lq.numerics.spec import QuantSpec
 from lq.quantizers import PlannedSource, Recipe
 
+pytestmark = pytest.mark.once
+
 WINDOWS = Windows(np.random.default_rng(0).integers(1, 4096, (4, 16), np.int32), "random", "random")
 FORMAT = {"bits": [4, 2], "group_size": 32, "batch_size": 2}
 

@@ -18,6 +18,8 @@ from lq.numerics.spec import QuantSpec
 from lq.quantizers import PlannedSource, Recipe
 from lq.search import search
 
+pytestmark = pytest.mark.once
+
 WINDOWS = Windows(np.random.default_rng(0).integers(1, 4096, (4, 16), np.int32), "random", "random")
 SPEC = QuantSpec(bits=3, group_size=32)
 
