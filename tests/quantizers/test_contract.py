@@ -45,10 +45,11 @@ def quantizer(method, spec, stats):
     return lambda weight: QUANTIZERS[method].function(weight, stats, spec, QUANTIZERS.options(method, few))
 
 
-def loss(method, spec, arrays):
-    """tr(D^T H D), in float64."""
-    error = np.asarray(QTensor.from_codes(*arrays, spec).dequantize(), np.float64) - weight_of()
-    return np.sum(error * (np.asarray(statistics(method).hessian, np.float64) @ error))
+def loss(spec, arrays):
+    """tr(D^T H D) over tr(W^T H W), in float64, whether or not the method looks at H."""
+    weight, moment = weight_of().astype(np.float64), np.asarray(statistics("gptq").hessian, np.float64)
+    error = np.asarray(QTensor.from_codes(*arrays, spec).dequantize(), np.float64) - weight
+    return np.sum(error * (moment @ error)) / np.sum(weight * (moment @ weight))
 
 
 @functools.cache
@@ -69,9 +70,6 @@ def assert_alike(method, some, others):
         assert (np.asarray(scales) != np.asarray(other_scales)).mean() <= 0.01
     for a, b in zip(jax.tree.leaves(zeros), jax.tree.leaves(other_zeros), strict=True):
         assert (np.asarray(a) != np.asarray(b)).mean() <= 0.03, "one of 36"
-
-
-WIDTHS = pytest.mark.parametrize("bits", [1, 3, 8])
 
 
 def refusal(method, **spec):
@@ -116,7 +114,7 @@ def test_codes_scales_and_zeros(method, bits, symmetric, scale_dtype, group_size
 
 
 @ACCEPTED
-@WIDTHS
+@pytest.mark.parametrize("bits", [1, 3])
 def test_the_weights_stay_within_the_signal(method, bits, symmetric):
     """The error is less than the weights themselves, in every group: at one bit too, where two levels are left."""
     weight = weight_of()
@@ -131,6 +129,14 @@ def test_the_weights_stay_within_the_signal(method, bits, symmetric):
 
 
 @ACCEPTED
+def test_eight_bits_lose_less_than_a_hundredth_of_the_outputs(method, symmetric):
+    """In root mean square. Of 32 normal weights the largest is two standard deviations, a step a 60th of them and its
+    root mean square error a 200th; some clip a little more, those that are calibrated lose less."""
+    spec = QuantSpec(bits=8, group_size=32, symmetric=symmetric)
+    assert loss(spec, found(method, spec)) <= 0.01**2
+
+
+@ACCEPTED
 def test_under_jit(method, symmetric):
     spec = QuantSpec(bits=3, group_size=32, symmetric=symmetric)
     plain, jitted = found(method, spec), jax.jit(quantizer(method, spec, statistics(method)))(weight_of())
@@ -141,7 +147,7 @@ def test_under_jit(method, symmetric):
         # Fused arithmetic may move a weight that lies on a tie; of 960 no more than a few do.
         assert learns or (np.asarray(a) != np.asarray(b)).mean() <= 0.01
     if learns:  # hundreds of steps carry a last bit far: other codes, as good
-        losses = [loss(method, spec, arrays) for arrays in (plain, jitted)]
+        losses = [loss(spec, arrays) for arrays in (plain, jitted)]
         assert losses[0] == pytest.approx(losses[1], rel=0.05)
 
 
@@ -200,5 +206,6 @@ def test_zero_points_of_a_dtype_of_their_own(method, bits, zero_dtype):
     stored = np.asarray(zeros.astype(zero_dtype).astype(jnp.float32))
     np.testing.assert_array_equal(stored, np.asarray(zeros), err_msg="codes fit the zero point as stored")
     error = np.asarray(QTensor.from_codes(codes, scales, zeros, spec).dequantize()) - weight_of()
-    # Two levels at the ends of the range leave about the weights themselves, eight levels a fifth of them.
-    assert np.square(error).sum() < np.square(weight_of()).sum() * (2 if bits == 1 else 0.25)
+    # Two levels at the ends of the range leave about the weights themselves, eight levels a fifth of them, and 256 a
+    # two-hundredth.
+    assert np.square(error).sum() < np.square(weight_of()).sum() * {1: 2, 3: 0.25, 8: 0.01**2}[bits]

@@ -129,18 +129,6 @@ def test_identical_seeds_give_identical_codes_and_parts_may_be_asked_for_in_any_
     assert_same(second.embed(), expected["embed"])
 
 
-@pytest.mark.parametrize("method", CALIBRATED)
-def test_order_of_calibration_windows_hardly_matters(method):
-    """Sums over windows in another order differ in the last bits, which few codes notice."""
-    if QUANTIZERS[method].block is not None:
-        pytest.skip("draws its minibatches by their place")
-    plain = packed_leaves(stream_of(method).block(0))
-    turned = packed_leaves(stream_of(method, rows=tokens()[::-1].copy()).block(0))
-    for path, leaf in plain.items():
-        different = np.mean(np.asarray(leaf.codes()) != np.asarray(turned[path].codes()))
-        assert different <= 0.01, path
-
-
 def test_a_propagating_method_sees_what_the_quantized_blocks_let_through():
     source = stream_of("gptq")
     packed = {f"block_{i}": source.block(i) for i in range(2)}
