@@ -17,6 +17,8 @@ from lq.models.source import InMemory
 from lq.numerics.spec import QuantSpec
 from lq.quantizers import PlannedSource, Recipe
 
+pytestmark = pytest.mark.once
+
 BITS = (2, 3, 4)
 WINDOWS = Windows(np.random.default_rng(0).integers(1, 90, (5, 16), np.int32), "random", "random")
 
