@@ -237,36 +237,27 @@ def search(
     quiet: Quiet = False,
 ) -> None:
     """A better plan of the same size, found by trying: widths are exchanged and the model is judged."""
-    from lq.allocation import Plan
+    from lq.api import search as search_plan
     from lq.assets import resolve_model
     from lq.cli import arguments
+    from lq.models.decoder import Decoder
     from lq.models.loading import open_checkpoint
-    from lq.models.source import InMemory
-    from lq.progress import Progress
-    from lq.quantizers import QUANTIZERS, Recipe
-    from lq.search import SEARCHES
-    from lq.search import search as search_plan
 
-    options = arguments.settings(option)
-    chosen = SEARCHES.options(method, options)
-    settings = arguments.settings(quantizer_option, "--quantizer-option")
-    recipe = Recipe(method=quantizer, options=QUANTIZERS.options(quantizer, settings))
-    begin = Plan.read(plan)
     source = open_checkpoint(resolve_model(model))
-    windows = _calibration(source, calibration, samples, length, seed)
-    with Progress(quiet=quiet).stage(f"search ({method})", chosen.generations) as step:
-        found = search_plan(
-            InMemory(source.config, source.params()),
-            begin,
-            windows,
-            bits=arguments.widths(bits),
-            unit=arguments.unit(unit),
-            method=method,
-            options=options,
-            recipe=recipe,
-            batch_size=batch_size,
-            on_generation=lambda generation: step(f"KL {generation.loss:.5f}"),
-        )
+    found = search_plan(
+        Decoder(source.config),
+        source.params(),
+        _read_plan(plan, source, model),
+        _calibration(source, calibration, samples, length, seed),
+        bits=arguments.widths(bits),
+        unit=arguments.unit(unit),
+        method=method,
+        options=arguments.settings(option),
+        quantizer=quantizer,
+        quantizer_options=arguments.settings(quantizer_option, "--quantizer-option"),
+        batch_size=batch_size,
+        quiet=quiet,
+    )
     found.write(out)
     _describe_plan(found)
     print(f"{found.provenance['passes']:.1f} forward passes of the text")

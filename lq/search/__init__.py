@@ -9,14 +9,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
-from lq.allocation.plan import Plan
+from lq.allocation.plan import Plan, adapted
 from lq.allocation.problem import Problem
 from lq.calibration.data import Windows
 from lq.errors import UserError
 from lq.evaluation.candidates import Judge
 from lq.importance.measured import candidates_of
 from lq.importance.units import Unit, units_of
-from lq.models.fingerprint import fingerprint
 from lq.models.source import ParameterSource
 from lq.numerics.spec import QuantSpec
 from lq.quantizers import Recipe
@@ -58,9 +57,8 @@ def search(
         widths, options that do not exist.
     """
     recipe, chosen_options = recipe or Recipe(), SEARCHES.options(method, options or {})
+    plan = adapted(plan, source.config)
     specs = _options(plan, bits)
-    if plan.model != fingerprint(source):
-        raise UserError("plan: made for another model; make it from this model's scores")
     units = _free_units(source, plan, unit)
     judge = Judge(candidates_of(source, specs, recipe, windows, batch_size), windows, batch_size=batch_size)
     widths = [spec.bits for spec in specs]

@@ -79,6 +79,8 @@ def evolve(problem: Problem, start: Choice, loss: Loss, text: int, options: Evol
         for stage, (survivors, batches) in enumerate(zip(options.survivors, options.batches, strict=True)):
             if stage == len(options.survivors) - 1:
                 children.append(parent)
+            if not children:  # nothing but the parent is of this size
+                continue
             drawn = rng.permutation(text)[:batches].tolist()
             losses = np.array([loss(child, drawn) for child in children])
             order = np.argsort(losses, kind="stable")[:survivors]
@@ -106,15 +108,14 @@ def mutated(problem: Problem, levels: Sequence[np.ndarray], parent: Choice, rng:
     flips = min(rng.integers(1, MOST_FLIPS + 1, 2))
     lowered = rng.permutation(np.flatnonzero(level > 0))[:flips]
     level[lowered] -= 1
-    size = lambda level: _size(problem, levels, level)  # noqa: E731
-    left = problem.budget - size(level)
+    left = problem.budget - problem.total_size(_options_at(levels, level))
     for unit in rng.permutation(np.setdiff1d(np.flatnonzero(level < tops), lowered)):
         step = int(problem.size[unit, levels[unit][level[unit] + 1]] - problem.size[unit, levels[unit][level[unit]]])
         if step <= left:
             level[unit] += 1
             left -= step
-    return np.array([mine[i] for mine, i in zip(levels, level, strict=True)])
+    return _options_at(levels, level)
 
 
-def _size(problem: Problem, levels: Sequence[np.ndarray], level: np.ndarray) -> int:
-    return sum(int(problem.size[unit, mine[i]]) for unit, (mine, i) in enumerate(zip(levels, level, strict=True)))
+def _options_at(levels: Sequence[np.ndarray], level: np.ndarray) -> Choice:
+    return np.array([mine[i] for mine, i in zip(levels, level, strict=True)], int)

@@ -93,9 +93,10 @@ def test_the_seed_decides():
 
 def test_nothing_can_change():
     problem = Problem(cost=np.ones((2, 1)), size=np.ones((2, 1), int), budget=2)
-    options = EvolutionOptions(generations=3, offspring=4, **QUICK)
-    for found in evolve(problem, np.zeros(2, int), lambda choice, _: 1.0, 1, options):
-        np.testing.assert_array_equal(found.parent, [0, 0])
+    for stages in (QUICK, {"survivors": [2, 1], "batches": [1, 1]}):
+        options = EvolutionOptions(generations=3, offspring=4, **stages)
+        found = list(evolve(problem, np.zeros(2, int), lambda choice, _: 1.0, 1, options))
+        assert [generation.parent.tolist() for generation in found] == [[0, 0]] * 3
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,6 @@ from lq.calibration.data import Windows
 from lq.errors import UserError
 from lq.evaluation import evaluate, make_reference
 from lq.importance import score
-from lq.models.fingerprint import fingerprint
 from lq.models.source import InMemory
 from lq.numerics.spec import QuantSpec
 from lq.quantizers import PlannedSource, Recipe
@@ -72,7 +71,7 @@ def test_units_change_together_and_what_is_dense_stays(source, plan):
 @pytest.mark.parametrize(
     ("change", "given", "line"),
     [
-        ({"model": "another"}, {}, "plan: made for another model; make it from this model's scores"),
+        ({"shapes": {}, "specs": {}}, {}, "plan: made for another model; make it from this model's scores"),
         ({}, {"bits": (2, 4)}, "bits: 2, 4, but the plan has 3; add it"),
         ({}, {"method": "evolutoin"}, "unknown search 'evolutoin'; known: evolution; did you mean evolution?"),
         ({}, {"options": {"offspring": 0}}, "offspring: 0; write 1 or more"),
@@ -85,7 +84,7 @@ def test_what_cannot_be_searched(source, plan, change, given, line):
 
 
 def test_formats_and_units_that_differ_are_refused(source):
-    plan = uniform_plan(source.config, SPEC, model=fingerprint(source))
+    plan = uniform_plan(source.config, SPEC)
     path = "block_0/mlp/up_proj"
     other = dataclasses.replace(plan, specs={**plan.specs, path: dataclasses.replace(SPEC, group_size=64)})
     with pytest.raises(UserError, match=r"^plan: block matrices of 2 formats, where a search takes one"):
