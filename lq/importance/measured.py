@@ -13,50 +13,21 @@ What KL adds over perplexity: it is never negative, needs no labels, and its var
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from lq.calibration.data import Windows
-from lq.errors import UserError
-from lq.evaluation.candidates import Candidates, Judge
-from lq.importance.units import Unit, units_of
+from lq.evaluation.candidates import Judge
+from lq.importance.quantized import QuantizedOptions, candidates_of
+from lq.importance.units import units_of
 from lq.models.matrices import matrices
 from lq.models.source import ParameterSource
-from lq.numerics.spec import QuantSpec
-from lq.quantizers import QUANTIZERS, Recipe, quantized_source
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MeasuredOptions:
-    """Raises UserError for widths, formats and methods that do not exist."""
-
-    unit: Unit = "matrix"
-    bits: list[int] = dataclasses.field(default_factory=lambda: [2, 3, 4])
-    group_size: int | None = 128
-    symmetric: bool = False
-    zero_dtype: str | None = None
-    method: str = "rtn"
-    options: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the method
+class MeasuredOptions(QuantizedOptions):
     others: Literal["original", "lowest", "highest"] = "original"
-    batch_size: int = 8  # windows per device step
-
-    def __post_init__(self):
-        if self.batch_size < 1:
-            raise UserError(f"batch_size: {self.batch_size}; write 1 or more")
-        if len(set(self.bits)) != len(self.bits) or not self.bits:
-            raise UserError(f"bits: {self.bits}; write each width once, such as [2, 3, 4]")
-        _ = self.specs, self.recipe
-
-    @property
-    def specs(self) -> list[QuantSpec]:
-        """What every matrix may become, narrowest first."""
-        same = {"group_size": self.group_size, "symmetric": self.symmetric, "zero_dtype": self.zero_dtype}
-        return [QuantSpec(bits=bits, **same) for bits in sorted(self.bits)]
-
-    @property
-    def recipe(self) -> Recipe:
-        return Recipe(method=self.method, options=QUANTIZERS.options(self.method, self.options))
 
 
 def measured_kl(source: ParameterSource, windows: Windows, options: MeasuredOptions) -> dict:
@@ -72,18 +43,6 @@ def measured_kl(source: ParameterSource, windows: Windows, options: MeasuredOpti
         costs[unit][str(specs[option])] = found - loss
     values = {unit: of_unit[str(specs[0])] - of_unit[str(specs[-1])] for unit, of_unit in costs.items()}
     return {"values": values, "costs": costs, "passes": judge.passes}
-
-
-def candidates_of(
-    source: ParameterSource, specs: Sequence[QuantSpec], recipe: Recipe, windows: Windows, batch_size: int
-) -> Candidates:
-    """The model quantized uniformly at each of `specs`, as options."""
-    text = windows if recipe.calibrated else None
-    quantized = [
-        quantized_source(source, dict.fromkeys(matrices(source.config), spec), recipe, text, batch_size=batch_size)
-        for spec in specs
-    ]
-    return Candidates.of(source, quantized)
 
 
 def one_at_a_time(

@@ -17,6 +17,7 @@ scales. Nothing is rounded or left out, so that a plan's bits per weight equal w
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from typing import Literal
 
 from lq.errors import UserError
@@ -142,3 +143,8 @@ class QuantSpec:
         zeros = "-sym" if self.symmetric else f"-zero {self.zero_dtype}" if self.zero_dtype else ""
         more = (f"-rank {self.rank}" if self.rank else "") + ("-mixed" if self.mixed else "")
         return f"{self.format}{self.bits}-{group}{zeros}{more}"
+
+
+def smallest_first(specs: Iterable[QuantSpec]) -> list[QuantSpec]:
+    """By width, and of equal widths the coarser groups first: in the order of their sizes, whatever the matrix."""
+    return sorted(specs, key=lambda spec: (spec.bits, -(spec.group_size or math.inf)))

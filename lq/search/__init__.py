@@ -14,7 +14,7 @@ from lq.allocation.problem import Problem
 from lq.calibration.data import Windows
 from lq.errors import UserError
 from lq.evaluation.candidates import Judge
-from lq.importance.measured import candidates_of
+from lq.importance.quantized import candidates_of
 from lq.importance.units import Unit, units_of
 from lq.models.source import ParameterSource
 from lq.numerics.spec import QuantSpec

@@ -1,0 +1,67 @@
+"""What the scores that look at quantized matrices ask about: units, formats, and the quantizer that makes them."""
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+from lq.calibration.data import Windows
+from lq.errors import UserError
+from lq.evaluation.candidates import Candidates
+from lq.importance.units import Unit
+from lq.models.matrices import matrices
+from lq.models.source import ParameterSource
+from lq.numerics.spec import QuantSpec, smallest_first
+from lq.quantizers import QUANTIZERS, Recipe, quantized_source
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QuantizedOptions:
+    """Raises UserError for widths, formats and methods that do not exist."""
+
+    unit: Unit = "matrix"
+    bits: list[int] = dataclasses.field(default_factory=lambda: [2, 3, 4])
+    group_size: int | list[int] | None = 128  # one, or several to choose from
+    symmetric: bool = False
+    zero_dtype: str | None = None
+    method: str = "rtn"
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the method
+    batch_size: int = 8  # windows per device step
+
+    def __post_init__(self):
+        if self.batch_size < 1:
+            raise UserError(f"batch_size: {self.batch_size}; write 1 or more")
+        if len(set(self.bits)) != len(self.bits) or not self.bits:
+            raise UserError(f"bits: {self.bits}; write each width once, such as [2, 3, 4]")
+        if len(set(self.group_sizes)) != len(self.group_sizes) or not self.group_sizes:
+            raise UserError(f"group_size: {self.group_size}; write each once, such as [64, 128]")
+        _ = self.specs, self.recipe
+
+    @property
+    def group_sizes(self) -> list[int | None]:
+        return [*self.group_size] if isinstance(self.group_size, list) else [self.group_size]
+
+    @property
+    def specs(self) -> list[QuantSpec]:
+        """What every matrix may become, smallest first."""
+        same = {"symmetric": self.symmetric, "zero_dtype": self.zero_dtype}
+        return smallest_first(
+            QuantSpec(bits=bits, group_size=size, **same)
+            for bits, size in itertools.product(self.bits, self.group_sizes)
+        )
+
+    @property
+    def recipe(self) -> Recipe:
+        return Recipe(method=self.method, options=QUANTIZERS.options(self.method, self.options))
+
+
+def candidates_of(
+    source: ParameterSource, specs: Sequence[QuantSpec], recipe: Recipe, windows: Windows, batch_size: int
+) -> Candidates:
+    """The model quantized uniformly at each of `specs`, as options."""
+    text = windows if recipe.calibrated else None
+    quantized = [
+        quantized_source(source, dict.fromkeys(matrices(source.config), spec), recipe, text, batch_size=batch_size)
+        for spec in specs
+    ]
+    return Candidates.of(source, quantized)
