@@ -1,6 +1,7 @@
 """From scores and a budget to a plan: what is free, what is pinned, what can be reached."""
 
 import dataclasses
+import itertools
 import math
 import re
 from collections import Counter
@@ -12,7 +13,7 @@ import numpy as np
 from lq.allocation.costs import Costs, costs_for, expected_costs
 from lq.allocation.knapsack import knapsack
 from lq.allocation.milp import integer_program
-from lq.allocation.plan import Count, Plan, check_count
+from lq.allocation.plan import DENSE_BITS, Count, Plan, check_count
 from lq.allocation.problem import NoOptions, Problem
 from lq.allocation.rank import rank
 from lq.allocation.relaxation import greedy, lagrangian
@@ -20,7 +21,7 @@ from lq.errors import UserError
 from lq.importance.scores import Scores
 from lq.importance.units import members
 from lq.models.matrices import block_of
-from lq.numerics.spec import QuantSpec
+from lq.numerics.spec import QuantSpec, smallest_first
 from lq.registry import Method, Registry
 
 # Functions (problem, options) -> the option of every unit.
@@ -61,6 +62,7 @@ def allocate(
     nbytes: int | None = None,
     bits: Sequence[int] = (2, 4),
     spec: QuantSpec | None = None,
+    group_sizes: Sequence[int | None] | None = None,
     method: str = "rank",
     options: Mapping[str, object] | None = None,
     costs: Costs | None = None,
@@ -72,7 +74,8 @@ def allocate(
     """Chooses a width for every unit the scores name so that the budget is met.
 
     Args:
-      scores: one number per block (or per matrix), larger deserves more bits; they carry the model's shapes.
+      scores: one number per unit, larger deserves more bits; they carry the model's shapes. Embedding and head are
+        units where the scores name them ("embed/tokens", "head").
       bpw: target bits per counted weight, metadata included. The plan's is never above it, and within one smallest step
         below.
       nbytes: the target as bytes of the counted matrices instead; exactly one of the two is given, or none when `bits`
@@ -80,58 +83,53 @@ def allocate(
       bits: widths to choose from.
       spec: group size, symmetry and scale dtype of every matrix; its own `bits` is ignored. `QuantSpec(bits=4)` when
         None.
+      group_sizes: to choose from as well, a pair of width and group size for every unit; None: the spec's alone. Takes
+        scores that measured them.
       method: a name in `ALLOCATORS`.
       options: fields of the allocator's options.
       costs: what a unit is taken to lose: as measured, by its place in the order, or by its score; see
         `lq.allocation.costs`. None: as measured where the scores say, by place where they do not.
       pins: rules, the first that matches a matrix decides; those that match none, and those that earlier ones leave
         nothing to decide, are listed in the plan's provenance (`unused_pins`, `shadowed_pins`).
-      embedding_bits, head_bits: width of the embedding and of an untied head; 16 leaves them dense.
+      embedding_bits, head_bits: width of the embedding and of an untied head where they are no units; 16 leaves them
+        dense.
       count: whether the average is over the blocks' matrices or over embedding and head too.
 
     Raises:
       UserError: a target out of reach (the message says the range), scores of another model, a width that does not
         exist, an argument of another type.
     """
-    _check_types(bpw, nbytes, bits, spec, pins)
+    _check_types(bpw, nbytes, bits, spec, group_sizes, pins)
     check_count(count)
     costs = costs_for(scores, method, costs)
     spec = spec or QuantSpec(bits=4)
     shapes = scores.shapes
-    widths = sorted(set(bits))
-    candidates = {b: dataclasses.replace(spec, bits=b) for b in widths}
-    if not candidates:
-        raise UserError("bits: no width to choose from; write for example 2,4")
-    units = _units(scores, shapes)
-    deciding = _deciding_pins(shapes, [*pins, *_table_pins(shapes, embedding_bits, head_bits)])
+    options_of_all = _options(spec, bits, group_sizes, costs)
+    units = _units(scores, shapes, count)
+    deciding = _deciding_pins(shapes, [*pins, *_table_pins(shapes, units, embedding_bits, head_bits)])
     fixed = {
         path: None if pin.bits == 16 else dataclasses.replace(spec, bits=pin.bits) for path, pin in deciding.items()
     }
     counted = [p for p in shapes if count == "all" or block_of(p) is not None]
-    free = {unit: [p for p in paths if p not in fixed] for unit, paths in units.items()}
+    free = {unit: left for unit, paths in units.items() if (left := [p for p in paths if p not in fixed])}
+    fixed_bits = sum(_size(shapes[p], fixed[p]) for p in counted if p in fixed)
 
-    def size(path: str, chosen: QuantSpec | None) -> int:
-        return chosen.size_bits(shapes[path]) if chosen else 16 * math.prod(shapes[path])
-
-    fixed_bits = sum(size(p, fixed[p]) for p in counted if p in fixed)
-    sizes = {
-        u: {b: sum(size(p, c) for p in paths) for b, c in candidates.items()} for u, paths in free.items() if paths
-    }
+    ordered = [u for u in scores.ranking() if u in free]  # of equals the more important is raised first
+    size = [[sum(_size(shapes[p], option) for p in free[u]) for option in options_of_all] for u in ordered]
+    size = np.array(size, np.int64).reshape(-1, len(options_of_all))
     total = sum(math.prod(shapes[p]) for p in counted)
-    if bpw is None and nbytes is None and len(widths) == 1:
-        budget = fixed_bits + sum(s[widths[0]] for s in sizes.values())
+    if bpw is None and nbytes is None and len(options_of_all) == 1:
+        budget = fixed_bits + int(size.sum())
     else:
         budget = _budget_bits(bpw, nbytes, total)
-        _check_reachable(budget, fixed_bits, sizes, widths, total, nbytes is not None)
+        ends = [fixed_bits + int(size[:, at].sum()) for at in (0, -1)]
+        _check_reachable(budget, ends, _among(bits, group_sizes, fixed_bits), total, nbytes is not None)
 
-    ordered = [u for u in scores.ranking() if u in sizes]  # of equals the more important is raised first
     weights = [sum(math.prod(shapes[p]) for p in free[u]) for u in ordered]
-    cost = expected_costs(scores, ordered, weights, list(candidates.values()), costs)
-    size = np.array([[sizes[u][b] for b in widths] for u in ordered], np.int64).reshape(-1, len(widths))
+    cost = expected_costs(scores, ordered, weights, options_of_all, costs)
     solver, chosen_options = ALLOCATORS[method].function, ALLOCATORS.options(method, options or {})
     choice = solver(Problem(cost=cost, size=size, budget=budget - fixed_bits), chosen_options)
-    chosen = {u: widths[option] for u, option in zip(ordered, choice, strict=True)}
-    specs = {p: candidates[chosen[u]] for u, paths in free.items() for p in paths}
+    specs = {p: options_of_all[option] for u, option in zip(ordered, choice, strict=True) for p in free[u]}
     specs |= {p: s for p, s in fixed.items() if s is not None}
     provenance = {
         "metric": scores.metric,
@@ -140,7 +138,8 @@ def allocate(
         "allocator": method,
         **({} if method == "rank" else {"costs": costs}),
         "target": {"bytes": nbytes} if nbytes is not None else {"bpw": bpw},
-        "bits": widths,
+        "bits": sorted(set(bits)),
+        **({"group_sizes": list(group_sizes)} if group_sizes is not None else {}),
         **_idle_pins(shapes, pins, deciding),
     }
     return Plan(
@@ -153,7 +152,7 @@ def allocate(
     )
 
 
-def _check_types(bpw, nbytes, bits, spec, pins) -> None:
+def _check_types(bpw, nbytes, bits, spec, group_sizes, pins) -> None:
     """Raises UserError, naming the argument, for one that is of another type than `allocate` says."""
     if bpw is not None and (not isinstance(bpw, Real) or isinstance(bpw, bool)):
         raise UserError(f"bpw: {bpw!r} is not a number; write for example bpw=3.0")
@@ -163,6 +162,8 @@ def _check_types(bpw, nbytes, bits, spec, pins) -> None:
         raise UserError(f"bits: {bits!r} is no list of widths; write for example bits=(2, 4)")
     if spec is not None and not isinstance(spec, QuantSpec):
         raise UserError(f"spec: {spec!r} is no QuantSpec; write for example QuantSpec(bits=4)")
+    if group_sizes is not None and (not isinstance(group_sizes, Collection) or isinstance(group_sizes, str)):
+        raise UserError(f"group_sizes: {group_sizes!r} is no list; write for example group_sizes=(64, 128)")
     if not isinstance(pins, Collection):
         raise UserError(f"pins: {pins!r} is no list; write for example pins=[Pin(pattern='v_proj$', bits=8)]")
     for pin in pins:
@@ -170,15 +171,38 @@ def _check_types(bpw, nbytes, bits, spec, pins) -> None:
             raise UserError(f"pins: {pin!r} is no Pin; write for example Pin(pattern='v_proj$', bits=8)")
 
 
-def _units(scores: Scores, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[str]]:
-    """Unit -> its matrices. Scores must cover every block matrix once."""
-    paths = [path for path in shapes if block_of(path) is not None]
-    units = {unit: members(unit, paths) for unit in scores.values}
+def _options(spec: QuantSpec, bits, group_sizes, costs: Costs) -> list[QuantSpec]:
+    """What a unit's matrices may become, smallest first."""
+    if not bits:
+        raise UserError("bits: no width to choose from; write for example 2,4")
+    sizes = [spec.group_size] if group_sizes is None else list(dict.fromkeys(group_sizes))
+    if not sizes:
+        raise UserError("group_sizes: none to choose from; write for example 64,128")
+    if len(sizes) > 1 and costs != "measured":
+        raise UserError(
+            f"group_sizes: {len(sizes)} to choose from, but costs by {costs} know widths alone; score by a metric that "
+            "measures, such as kl with option group_size=[64,128]"
+        )
+    pairs = itertools.product(sorted(set(bits)), sizes)
+    return smallest_first(dataclasses.replace(spec, bits=width, group_size=size) for width, size in pairs)
+
+
+def _size(shape: tuple[int, ...], spec: QuantSpec | None) -> int:
+    """Bits of one matrix; of a dense one without a spec."""
+    return spec.size_bits(shape) if spec else DENSE_BITS * math.prod(shape)
+
+
+def _units(scores: Scores, shapes: Mapping[str, tuple[int, ...]], count: Count) -> dict[str, list[str]]:
+    """Unit -> its matrices. Scores must cover every block matrix once, and may cover embedding and head."""
+    units = {unit: members(unit, shapes) for unit in scores.values}
     owners = Counter(path for found in units.values() for path in found)
-    for path in paths:
-        if owners[path] != 1:
+    for path in shapes:
+        table = block_of(path) is None
+        if owners[path] != 1 and not (table and owners[path] == 0):
             found = "no value" if not owners[path] else "more than one unit"
             raise UserError(f"scores {scores.metric}: {found} for {path}; score this very model with `lq score`")
+        if table and owners[path] and count != "all":
+            raise UserError(f"scores {scores.metric}: {path} is a unit, but only blocks are counted; write count all")
     for unit, found in units.items():
         if not found:
             raise UserError(
@@ -187,14 +211,15 @@ def _units(scores: Scores, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, l
     return units
 
 
-def _table_pins(shapes, embedding_bits: int, head_bits: int) -> list[Pin]:
-    """The two options for the tables, as the rules they are."""
+def _table_pins(shapes, units: Mapping[str, list[str]], embedding_bits: int, head_bits: int) -> list[Pin]:
+    """The two options for the tables, as the rules they are; none for a table that is a unit, unless it is given."""
     for name, bits in (("embedding_bits", embedding_bits), ("head_bits", head_bits)):
         if bits != 16 and bits not in range(1, 9):
             raise UserError(f"{name}: {bits}; write 1 to 8, or 16 to leave it dense")
     if head_bits != 16 and "head" not in shapes:
         raise UserError("head_bits: this model's head is its embedding; write embedding_bits")
-    return [Pin(pattern=r"^embed/tokens$", bits=embedding_bits), Pin(pattern=r"^head$", bits=head_bits)]
+    widths = {"embed/tokens": embedding_bits, "head": head_bits}
+    return [Pin(pattern=f"^{path}$", bits=bits) for path, bits in widths.items() if bits != 16 or path not in units]
 
 
 def _deciding_pins(shapes, pins: Sequence[Pin]) -> dict[str, Pin]:
@@ -225,17 +250,24 @@ def _budget_bits(bpw: float | None, nbytes: int | None, total: int) -> int:
     return math.floor(bpw * total + 1e-6)
 
 
-def _check_reachable(budget: int, fixed_bits: int, sizes, widths, total: int, in_bytes: bool) -> None:
-    low = fixed_bits + sum(s[widths[0]] for s in sizes.values())
-    high = fixed_bits + sum(s[widths[-1]] for s in sizes.values())
+def _among(bits, group_sizes, fixed_bits: int) -> str:
+    """What there is to choose from, in words."""
+    widths = ", ".join(map(str, sorted(set(bits))))
+    groups = "" if group_sizes is None else f" in groups of {' or '.join(map(str, group_sizes))}"
+    return f"widths {widths}{groups}{' and what is pinned or dense' if fixed_bits else ''}"
+
+
+def _check_reachable(budget: int, ends: Sequence[int], among: str, total: int, in_bytes: bool) -> None:
+    low, high = ends
     if low <= budget <= high:
         return
     if in_bytes:
-        wanted, ends = f"{budget // 8} bytes", (f"{-(-low // 8)}", f"{high // 8} bytes")
+        wanted, shown = f"{budget // 8} bytes", (f"{-(-low // 8)}", f"{high // 8} bytes")
     else:
         # Rounded inwards, so that either end can be copied into the next command.
         least, most = math.ceil(low / total * 1e4) / 1e4, math.floor(high / total * 1e4) / 1e4
-        wanted, ends = f"{budget / total:.4g} bits per weight", (f"{least:.4f}", f"{most:.4f}")
-    among = ", ".join(map(str, widths)) + (" and what is pinned or dense" if fixed_bits else "")
-    reach = f"reach {ends[0]} to {ends[1]}" if low < high else f"make exactly {high / total:.6f}; leave the budget out"
-    raise UserError(f"budget: {wanted} cannot be met; widths {among} (scales and zero points included) {reach}")
+        wanted, shown = f"{budget / total:.4g} bits per weight", (f"{least:.4f}", f"{most:.4f}")
+    reach = (
+        f"reach {shown[0]} to {shown[1]}" if low < high else f"make exactly {high / total:.6f}; leave the budget out"
+    )
+    raise UserError(f"budget: {wanted} cannot be met; {among} (scales and zero points included) {reach}")

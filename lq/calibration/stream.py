@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from lq.errors import UserError
 from lq.models.config import BlockKind, ModelConfig
@@ -19,6 +20,9 @@ from lq.models.decoder import apply_block, embed
 from lq.models.source import ParameterSource
 
 Measure = Callable[[jax.Array, jax.Array], object]  # (block input, block output) [B, S, D] -> pytree of reductions
+
+
+FLOAT32 = jnp.dtype(jnp.float32)
 
 
 def batches(tokens: np.ndarray, batch_size: int) -> list[np.ndarray]:
@@ -49,7 +53,8 @@ def window_for(config: ModelConfig, length: int | None) -> int:
 
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype"))
-def _embed(config: ModelConfig, embed_params, tokens, dtype):
+def embed_batch(config: ModelConfig, embed_params, tokens, dtype=FLOAT32) -> Float[Array, "B S D"]:
+    """The first hidden state of one batch, on the device."""
     return embed(config, {"embed": embed_params}, tokens, context_for(tokens), dtype)
 
 
@@ -72,7 +77,7 @@ def embed_batches(source: ParameterSource, tokens: np.ndarray, batch_size: int, 
         )
     check_context(config, tokens.shape[1])
     params = source.embed()
-    return [np.asarray(_embed(source.config, params, b, jnp.dtype(dtype))) for b in batches(tokens, batch_size)]
+    return [np.asarray(embed_batch(source.config, params, b, jnp.dtype(dtype))) for b in batches(tokens, batch_size)]
 
 
 def through_block(

@@ -91,14 +91,18 @@ def pins(items: Sequence[str] | None) -> list[Pin]:
     return read
 
 
+def group_sizes(text: str) -> list[int | None]:
+    read = [None if item.strip() == "column" else whole_number(item.strip()) for item in text.split(",")]
+    for item, size in zip(text.split(","), read, strict=True):
+        if item.strip() != "column" and size not in GROUP_SIZES:
+            raise UserError(f"--group-size {text}: write {', '.join(map(str, GROUP_SIZES))} or column, or several")
+    return read
+
+
 def spec(given: Mapping[str, Any]) -> QuantSpec:
-    """The spec all matrices share but for their width, from the options of that name."""
-    text = given["group_size"]
-    size = None if text == "column" else whole_number(text)
-    if text != "column" and size not in GROUP_SIZES:
-        raise UserError(f"--group-size {text}: write {', '.join(map(str, GROUP_SIZES))} or column")
+    """The spec all matrices share but for their width, and for their group size where there are several."""
     same = ("symmetric", "scale_dtype", "zero_dtype", "rank", "mixed")
-    return QuantSpec(bits=8, group_size=size, **{name: given[name] for name in same})
+    return QuantSpec(bits=8, group_size=group_sizes(given["group_size"])[0], **{name: given[name] for name in same})
 
 
 def counted(text: str) -> Count:
@@ -122,12 +126,13 @@ class Allocation:
     """
 
     def __init__(self, given: Mapping[str, Any], method: str):
-        self.spec = spec(given)
+        self.spec, sizes = spec(given), group_sizes(given["group_size"])
         self._arguments = {
             "bpw": given["bpw"],
             "nbytes": given["bytes_"],
             "bits": widths(given["bits"]),
             "spec": self.spec,
+            "group_sizes": sizes if len(sizes) > 1 else None,
             "method": method,
             "costs": given["costs"],
             "pins": pins(given["pin"]),

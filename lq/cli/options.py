@@ -21,7 +21,9 @@ Metrics = Annotated[list[str], typer.Option("--metric", help="Repeat for several
 Bpw = Annotated[float | None, typer.Option(help="Bits per weight, scales and zero points included.")]
 Bytes = Annotated[int | None, typer.Option("--bytes", help="Bytes of the counted matrices instead.")]
 BitsList = Annotated[str, typer.Option("--bits", help="Widths to choose from, comma-separated.")]
-GroupSize = Annotated[str, typer.Option(help="Input channels per scale: 32, 64, 128, 256 or column.")]
+GroupSize = Annotated[
+    str, typer.Option(help="Input channels per scale: 32, 64, 128, 256 or column; several to choose from.")
+]
 Symmetric = Annotated[bool, typer.Option("--symmetric", help="No zero points.")]
 ScaleDtype = Annotated[str, typer.Option(help="bfloat16, float16 or float32.")]
 ZeroDtype = Annotated[

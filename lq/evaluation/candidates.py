@@ -22,13 +22,13 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float
 
 from lq.calibration.data import Windows
-from lq.calibration.stream import batches, embed_batches
+from lq.calibration.stream import batches, embed_batch, embed_batches
 from lq.errors import UserError
-from lq.evaluation.evaluate import head_params_of, scored_targets, window_sums
+from lq.evaluation.evaluate import scored_targets, window_sums
 from lq.models.config import BlockKind, ModelConfig
 from lq.models.context import context_for
 from lq.models.decoder import apply_block
-from lq.models.matrices import matrices
+from lq.models.matrices import EMBEDDING, HEAD, matrices, table_matrices
 from lq.models.source import ParameterSource, Params
 from lq.numerics.segmented import is_packed
 
@@ -36,21 +36,38 @@ Choice = Mapping[str, int]  # matrix path -> option
 
 
 class Candidates:
-    """The block matrices of a model under every option. Made by `Candidates.of`."""
+    """The matrices of a model under every option. Made by `Candidates.of`."""
 
-    def __init__(self, original: ParameterSource, rest: list[Params], stacks: list[dict[str, Array]], options: int):
+    def __init__(
+        self,
+        original: ParameterSource,
+        rest: list[Params],
+        stacks: list[dict[str, Array]],
+        tables: dict[str, Array],
+        options: int,
+    ):
         self.original, self.config = original, original.config
         self.rest, self.stacks = rest, stacks  # per block: what is in no matrix, and the options of every matrix
+        self.tables = tables  # the options of embedding and head, as their parts hold them; empty where they have none
         self.options = options  # the last is the original
+        self._embed, self._head = original.embed(), original.head()
 
     @classmethod
-    def of(cls, original: ParameterSource, quantized: Sequence[ParameterSource], dtype=jnp.float32) -> "Candidates":
+    def of(
+        cls,
+        original: ParameterSource,
+        quantized: Sequence[ParameterSource],
+        dtype=jnp.float32,
+        *,
+        tables: bool = False,
+    ) -> "Candidates":
         """From models with the same matrices quantized, each its own way.
 
         Args:
           original: dense.
           quantized: one model for each option, in order.
           dtype: of the weights that are held.
+          tables: embedding and head have options too.
 
         Raises:
           UserError: models that differ in more than their matrices, as after scaling channels.
@@ -66,11 +83,31 @@ class Candidates:
                     )
             rest.append(models[0][0])
             stacks.append({path: jnp.stack([m[1][path].astype(dtype) for m in models]) for path in models[0][1]})
-        return cls(original, rest, stacks, len(quantized) + 1)
+        found = {}
+        for path in table_matrices(original.config) if tables else []:
+            found[path] = jnp.stack([_table(source, path).astype(dtype) for source in (*quantized, original)])
+        return cls(original, rest, stacks, found, len(quantized) + 1)
+
+    def embed_params(self, choice: Choice) -> Params:
+        """The part "embed"."""
+        return self._with(self._embed, EMBEDDING, "embedding", choice)
+
+    def head_params(self, choice: Choice) -> Params:
+        """What `decoder.head` reads."""
+        tied = {"embed": self.embed_params(choice)} if self.config.tie_embeddings else {}
+        return {"head": self._with(self._head, HEAD, "kernel", choice), **tied}
+
+    def _with(self, part: Params, path: str, leaf: str, choice: Choice) -> Params:
+        """A part with the option of its table that `choice` has."""
+        option = choice.get(path, self.options - 1)
+        if path not in self.tables or option == self.options - 1:
+            return part
+        chosen = jax.lax.dynamic_index_in_dim(self.tables[path], np.int32(option), keepdims=False)
+        return {**part, "tokens": {leaf: chosen}} if path == EMBEDDING else {**part, leaf: chosen}
 
     def indices(self, choice: Choice) -> list[dict[str, np.int32]]:
         """Per block the option of each matrix, by path within the block; the original where `choice` has none."""
-        unknown = [path for path in choice if path not in matrices(self.config)]
+        unknown = [path for path in choice if path not in matrices(self.config) and path not in self.tables]
         if unknown or any(not 0 <= option < self.options for option in choice.values()):
             raise ValueError(f"choice: {unknown or choice} of {self.options} options")
         found = []
@@ -92,14 +129,17 @@ class Judge:
         self._rows = batches(windows.tokens, batch_size)
         self._masks = batches(scored_targets(windows), batch_size)
         self._embedded: list[Array | np.ndarray] = [*embed_batches(candidates.original, windows.tokens, batch_size)]
-        self._head = head_params_of(candidates.original)
+        self._head = candidates.head_params({})
         self.passes = 0.0
         self._reference = self.states(self._embedded, 0, {})
 
-    @property
-    def inputs(self) -> list[Array | np.ndarray]:
-        """The hidden states at the input of the first block, one array a batch."""
-        return self._embedded
+    def inputs(self, choice: Choice, rows: Sequence[int] | None = None) -> list[Array | np.ndarray]:
+        """The hidden states at the input of the first block, one array a batch; of `rows` alone where given."""
+        rows = range(self.batches) if rows is None else rows
+        params = self.candidates.embed_params(choice)
+        if params is self.candidates.embed_params({}):
+            return [self._embedded[i] for i in rows]
+        return [embed_batch(self.candidates.config, params, self._rows[i]) for i in rows]
 
     @property
     def batches(self) -> int:
@@ -108,18 +148,18 @@ class Judge:
 
     def kl(self, choice: Choice, rows: Sequence[int] | None = None) -> Float[np.ndarray, " windows"]:
         """Mean KL per scored token of every window, nats, float64; of the batches `rows` alone where given."""
-        rows = range(self.batches) if rows is None else rows
-        return self.kl_from([self._embedded[i] for i in rows], 0, choice, rows)
+        return self.kl_from(self.inputs(choice, rows), 0, choice, rows)
 
     def kl_from(
         self, states: Sequence[Array | np.ndarray], block: int, choice: Choice, rows: Sequence[int] | None = None
     ) -> Float[np.ndarray, " windows"]:
         """The same from the hidden states at the input of `block`, one array a batch, as `states` gives them."""
         config, found = self.candidates.config, []
+        head = self.candidates.head_params(choice)
         rows = range(self.batches) if rows is None else rows
         for i, h in zip(rows, self.states(states, block, choice, rows=rows), strict=True):
             original = (self._head, self._reference[i])
-            sums = window_sums(config, config, self._head, self._rows[i], self._masks[i], h, original)
+            sums = window_sums(config, config, head, self._rows[i], self._masks[i], h, original)
             found.append(np.asarray(sums, np.float64)[:, 1] / self._masks[i].sum(1))
         return np.concatenate(found)
 
@@ -164,6 +204,14 @@ def _split(block: Params) -> tuple[dict[str, Any], dict[str, Array]]:
     rest = {path: leaf for path, leaf in flat.items() if path.removesuffix("/kernel") not in matrices}
     dense = {path: leaf.dequantize() if is_packed(leaf) else leaf for path, leaf in matrices.items()}
     return unflatten_dict({path: jnp.asarray(leaf, jnp.float32) for path, leaf in rest.items()}, sep="/"), dense
+
+
+def _table(source: ParameterSource, path: str) -> Array:
+    """Dense, as its part holds it: the embedding `[rows, channels]`, the head `[channels, vocabulary]`."""
+    leaf = source.embed()["tokens"]["embedding"] if path == EMBEDDING else source.head()["kernel"]
+    if not is_packed(leaf):
+        return leaf
+    return leaf.dequantize().T if path == EMBEDDING else leaf.dequantize()
 
 
 def _alike(a: Params, b: Params) -> bool:

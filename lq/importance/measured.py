@@ -21,22 +21,23 @@ from lq.calibration.data import Windows
 from lq.evaluation.candidates import Judge
 from lq.importance.quantized import QuantizedOptions, candidates_of
 from lq.importance.units import units_of
-from lq.models.matrices import matrices
+from lq.models.matrices import EMBEDDING, block_of
 from lq.models.source import ParameterSource
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeasuredOptions(QuantizedOptions):
     others: Literal["original", "lowest", "highest"] = "original"
+    tables: bool = False  # embedding and head are units too
 
 
 def measured_kl(source: ParameterSource, windows: Windows, options: MeasuredOptions) -> dict:
     """What the model loses with one unit alone at every width: KL divergence, measured."""
-    specs, units = options.specs, units_of(source.config, options.unit)
-    candidates = candidates_of(source, specs, options.recipe, windows, options.batch_size)
+    specs, units = options.specs, units_of(source.config, options.unit, tables=options.tables)
+    candidates = candidates_of(source, specs, options.recipe, windows, options.batch_size, tables=options.tables)
     judge = Judge(candidates, windows, batch_size=options.batch_size)
     base = {"original": len(specs), "lowest": 0, "highest": len(specs) - 1}[options.others]
-    start = dict.fromkeys(matrices(source.config), base)
+    start = {path: base for paths in units.values() for path in paths}
     loss = float(judge.kl(start).mean())
     costs: dict[str, dict[str, float]] = {unit: {} for unit in units}
     for unit, option, found in one_at_a_time(judge, start, units, range(len(specs))):
@@ -50,11 +51,14 @@ def one_at_a_time(
 ) -> Iterator[tuple[str, int, float]]:
     """(unit, option, mean KL with the unit at the option and the rest as in `base`), block after block.
 
-    `units` are in the order of the blocks, and each lies in one.
+    `units` are in the order of the blocks, and each lies in one; embedding and head come last.
     """
-    states, at = judge.inputs, 0
+    states, at = judge.inputs(base), 0
     for unit, paths in units.items():
-        block = int(paths[0].split("/")[0].removeprefix("block_"))
+        index = block_of(paths[0])
+        block = judge.candidates.config.num_blocks if index is None else index
         states, at = judge.states(states, at, base, until=block), block
         for option in options:
-            yield unit, option, float(np.mean(judge.kl_from(states, block, {**base, **dict.fromkeys(paths, option)})))
+            choice = {**base, **dict.fromkeys(paths, option)}
+            kl = judge.kl(choice) if paths == [EMBEDDING] else judge.kl_from(states, block, choice)
+            yield unit, option, float(np.mean(kl))

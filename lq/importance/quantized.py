@@ -9,7 +9,7 @@ from lq.calibration.data import Windows
 from lq.errors import UserError
 from lq.evaluation.candidates import Candidates
 from lq.importance.units import Unit
-from lq.models.matrices import matrices
+from lq.models.matrices import matrices, model_shapes
 from lq.models.source import ParameterSource
 from lq.numerics.spec import QuantSpec, smallest_first
 from lq.quantizers import QUANTIZERS, Recipe, quantized_source
@@ -56,12 +56,17 @@ class QuantizedOptions:
 
 
 def candidates_of(
-    source: ParameterSource, specs: Sequence[QuantSpec], recipe: Recipe, windows: Windows, batch_size: int
+    source: ParameterSource,
+    specs: Sequence[QuantSpec],
+    recipe: Recipe,
+    windows: Windows,
+    batch_size: int,
+    *,
+    tables: bool = False,
 ) -> Candidates:
-    """The model quantized uniformly at each of `specs`, as options."""
-    text = windows if recipe.calibrated else None
+    """The model quantized uniformly at each of `specs`, embedding and head where `tables`, as options."""
+    text, paths = windows if recipe.calibrated else None, (model_shapes if tables else matrices)(source.config)
     quantized = [
-        quantized_source(source, dict.fromkeys(matrices(source.config), spec), recipe, text, batch_size=batch_size)
-        for spec in specs
+        quantized_source(source, dict.fromkeys(paths, spec), recipe, text, batch_size=batch_size) for spec in specs
     ]
-    return Candidates.of(source, quantized)
+    return Candidates.of(source, quantized, tables=tables)

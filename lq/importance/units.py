@@ -4,6 +4,8 @@ block    block_3                                      all matrices of a block
 part     block_3/attention, block_3/mlp               its attention, its feed-forward network
 group    block_3/attention/q_proj+k_proj+v_proj       matrices that read the same input; servers fuse them
 matrix   block_3/attention/q_proj
+
+Embedding and head, where they count, are units of their own: embed/tokens, head.
 """
 
 from collections.abc import Iterable
@@ -11,17 +13,17 @@ from typing import Literal
 
 from lq.calibration.taps import block_inputs
 from lq.models.config import ModelConfig
-from lq.models.matrices import matrices
+from lq.models.matrices import matrices, table_matrices
 
 Unit = Literal["block", "part", "group", "matrix"]
 
 
-def units_of(config: ModelConfig, unit: Unit) -> dict[str, list[str]]:
-    """The units of a model and the matrices of each, by path, first block first."""
+def units_of(config: ModelConfig, unit: Unit, *, tables: bool = False) -> dict[str, list[str]]:
+    """The units of a model and the matrices of each, by path, first block first; embedding and head last, if asked."""
     found: dict[str, list[str]] = {}
     for path in matrices(config):
         found.setdefault(_name(config, path, unit), []).append(path)
-    return found
+    return found | ({path: [path] for path in table_matrices(config)} if tables else {})
 
 
 def members(unit: str, paths: Iterable[str]) -> list[str]:

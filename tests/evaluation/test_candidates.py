@@ -65,7 +65,7 @@ def test_the_original_loses_nothing(judge):
 
 def test_from_the_middle_it_is_the_same(source, judge):
     choice = {path: 0 for path in matrices(source.config) if path.startswith("block_1/")}
-    states = judge.states(judge.inputs, 0, {}, until=1)
+    states = judge.states(judge.inputs({}), 0, {}, until=1)
     np.testing.assert_array_equal(judge.kl_from(states, 1, choice), judge.kl(choice))
     np.testing.assert_array_equal(judge.kl(choice, rows=[2, 0]), judge.kl(choice)[[4, 0, 1]])
 
@@ -75,7 +75,7 @@ def test_passes_are_counted(source):
     assert judge.passes == pytest.approx(1.0), "the reference"
     judge.kl({})
     judge.kl({}, rows=[0])
-    judge.states(judge.inputs, 0, {}, until=1)
+    judge.states(judge.inputs({}), 0, {}, until=1)
     assert judge.passes == pytest.approx(2.0 + 2 / 5 + 1 / source.config.num_blocks)
 
 

@@ -1,5 +1,6 @@
 """Measured KL: what the evaluation of a plan says, unit by unit; what it costs; and plans made from it."""
 
+import dataclasses
 import itertools
 import math
 
@@ -105,6 +106,52 @@ def test_plans_are_made_by_what_was_measured(source, kl):
     best = min((choice for choice in choices if fits(choice)), key=cost)
     found = {unit: plan.specs[members(unit, plan.shapes)[0]].bits for unit in kl.values}
     assert cost(found) == pytest.approx(cost(best), rel=1e-12)
+
+
+def test_group_sizes_are_chosen_with_widths(source):
+    given = {"bits": [2, 3], "group_size": [64, 32], "batch_size": 2, "unit": "part"}
+    found = score(source, "kl", WINDOWS, given)
+    names = ["int2-g64", "int2-g32", "int3-g64", "int3-g32"]
+    assert all(list(of_unit) == names for of_unit in found.costs.values())
+    options = [QuantSpec(bits=bits, group_size=size) for bits, size in ((2, 64), (2, 32), (3, 64), (3, 32))]
+    bpw = 2.9
+    plan = allocate(found, bpw=bpw, bits=(2, 3), spec=QuantSpec(bits=4), group_sizes=(32, 64), method="knapsack")
+    assert plan.provenance["group_sizes"] == [32, 64]
+    assert plan.bpw <= bpw
+
+    def total(table, choice):
+        return sum(table[unit][option] for unit, option in zip(found.costs, choice, strict=True))
+
+    cost = {unit: [of_unit[name] for name in names] for unit, of_unit in found.costs.items()}
+    paths = {unit: members(unit, plan.shapes) for unit in cost}
+    size = {unit: [sum(o.size_bits(plan.shapes[p]) for p in paths[unit]) for o in options] for unit in cost}
+    budget = bpw * sum(math.prod(shape) for path, shape in plan.shapes.items() if path.startswith("block_"))
+    fitting = (c for c in itertools.product(range(4), repeat=len(cost)) if total(size, c) <= budget)
+    best = min(total(cost, choice) for choice in fitting)
+    chosen = [options.index(plan.specs[paths[unit][0]]) for unit in cost]
+    assert total(cost, chosen) == pytest.approx(best, rel=1e-12)
+    assert len({plan.specs[path].group_size for path in plan.specs}) == 2, "a choice of both, or nothing was shown"
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_embedding_and_head_are_units(tied):
+    config = dataclasses.replace(llama_config(2), tie_embeddings=tied)
+    source = InMemory(config, random_params(config))  # in 16 bits, so that dense parts stay as they are
+    found = score(source, "kl", WINDOWS, {**FORMAT, "unit": "block", "tables": True})
+    tables = ["embed/tokens"] if tied else ["embed/tokens", "head"]
+    assert list(found.costs) == ["block_0", "block_1", *tables]
+    for path, bits in itertools.product(tables, (2, 4)):
+        expected = lost(source, {path: bits}) - lost(source, {})
+        assert found.costs[path][f"int{bits}-g32"] == pytest.approx(expected, rel=1e-4, abs=1e-7)
+
+    spec = QuantSpec(bits=4, group_size=32)
+    plan = allocate(found, bpw=3.8, bits=(2, 4), spec=spec, method="knapsack", count="all")
+    assert set(plan.specs) == set(plan.shapes)
+    assert plan.bpw <= 3.8
+    pinned = allocate(found, bpw=3.8, bits=(2, 4), spec=spec, method="knapsack", count="all", embedding_bits=3)
+    assert pinned.specs["embed/tokens"].bits == 3
+    with pytest.raises(UserError, match="embed/tokens is a unit, but only blocks are counted; write count all"):
+        allocate(found, bpw=3.8, bits=(2, 4), spec=spec, method="knapsack")
 
 
 def test_costs_survive_json(kl, tmp_path):
