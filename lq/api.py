@@ -162,11 +162,11 @@ def quantize(
     source = quantized_source(
         InMemory(model.config, params), plan.specs, recipe, calibration, batch_size=batch_size, note=progress.note
     )
-    parts, packed = part_names(source), {}
+    parts, packed, heavy = part_names(source), {}, {path.split("/")[0] for path in plan.specs}
     with progress.stage(f"quantize ({recipe.name})", len(parts)) as step:
         for part in parts:
             packed[part] = source.part(part)
-            step(described(source, part))
+            step(described(source, part), light=part not in heavy)
     return packed
 
 
@@ -252,6 +252,7 @@ def save(
     method: str,
     options: Mapping[str, Any] | None = None,
     calibration: Windows | None = None,
+    transforms: Sequence[str | Mapping[str, Any]] = (),
     scaling: str | Mapping[str, Any] | None = None,
     bias_correction: bool = False,
     batch_size: int = 8,
@@ -262,6 +263,8 @@ def save(
       out: a new directory.
       model, qparams, plan: what `quantize` took and gave.
       original: directory or hub name the model came from; config and tokenizer are copied from there.
+      transforms: what `transform` did before, in order, each a name or a mapping with `name` and options; for the
+        record.
       method and the others: as `quantize` was given them, for the record.
 
     Raises:
@@ -271,16 +274,22 @@ def save(
     """
     check_output(out)
     _check_windows(calibration, "calibration")
-    record = Pipeline(recipe=_recipe(method, options, scaling, bias_correction)).record(calibration, batch_size)
+    read = Pipeline.read(method, options, [*transforms, *_scalings(scaling)], bias_correction)
+    record = read.record(calibration, batch_size)
     description = open_checkpoint(resolve_model(str(original))).path
     write_quantized(InMemory(model.config, qparams), plan, Path(out), quantizer=record, description=description)
 
 
 def _recipe(method: str, options, scaling, bias_correction: bool) -> Recipe:
+    return Pipeline.read(method, options, _scalings(scaling), bias_correction).recipe
+
+
+def _scalings(scaling: str | Mapping[str, Any] | None) -> list[str | Mapping[str, Any]]:
+    """As a list of none or one. Raises UserError for what does not scale channels."""
     name = scaling.get("name") if isinstance(scaling, Mapping) else scaling
     if name is not None and name not in SCALINGS:
         raise UserError(f"scaling: {name!r} is not one of {', '.join(SCALINGS)}; other transforms: lq.transform")
-    return Pipeline.read(method, options, [scaling] if scaling else [], bias_correction).recipe
+    return [scaling] if scaling else []
 
 
 def _check_windows(windows: object, name: str) -> None:

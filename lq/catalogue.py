@@ -26,12 +26,15 @@ def catalogue(kind: str) -> list[list[str]]:
     if kind == "formats":
         from lq.numerics.spec import GROUP_SIZES, SCALE_BITS
 
-        options = f"bits=1..8, group_size={'|'.join(map(str, GROUP_SIZES))}|column, scale_dtype={'|'.join(SCALE_BITS)}"
+        sizes, dtypes = "|".join(map(str, GROUP_SIZES)), "|".join(SCALE_BITS)
+        options = f"bits=1..8, group_size={sizes}|column, symmetric=True|False, scale_dtype={dtypes}, "
+        options += f"zero_dtype=None|{dtypes}, rank=0.., mixed=True|False"
         return [["int", "integer codes with a scale, and a zero point unless symmetric, per group", options]]
     if kind == "transforms":
+        from lq.quantizers import SCALINGS
         from lq.transforms import TRANSFORMS
 
-        return _methods(TRANSFORMS)
+        return [*_methods(TRANSFORMS), *_methods(SCALINGS)]  # in the order in which they may be applied
     from lq.models.families import FAMILIES
 
     return [[name, "model_type in config.json", ""] for name in FAMILIES]

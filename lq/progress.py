@@ -3,7 +3,12 @@
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from typing import Protocol
+
+
+class Step(Protocol):
+    def __call__(self, what: str, light: bool = False) -> None: ...
 
 
 class Progress:
@@ -18,10 +23,14 @@ class Progress:
             print(text, file=sys.stderr, flush=True)
 
     @contextlib.contextmanager
-    def stage(self, name: str, total: int) -> Iterator[Callable[[str], None]]:
-        """Yields a function to call after each of `total` steps with a word on what was done."""
+    def stage(self, name: str, total: int) -> Iterator[Step]:
+        """Yields a function to call after each of `total` steps with a word on what was done.
+
+        A step that took no work, because it had been done before, is said to be `light`: the time left is that of the
+        others.
+        """
         if self.quiet:
-            yield lambda what: None
+            yield lambda what, light=False: None
         elif sys.stderr.isatty():
             yield from _bar(name, total)
         else:
@@ -41,18 +50,27 @@ def _bar(name: str, total: int):
     ]
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(name, total=total, what="", memory="")
-        yield lambda what: bar.update(task, advance=1, what=what, memory=_memory())
+
+        def step(what: str, light: bool = False) -> None:
+            bar.update(task, advance=1, what=what, memory=_memory())
+            if light:  # the speed is measured anew
+                bar.reset(task, completed=bar.tasks[0].completed, what=what)
+
+        yield step
 
 
 def _lines(name: str, total: int):
-    started, done = time.monotonic(), 0
+    started, done, worked = time.monotonic(), 0, 0
 
-    def step(what: str) -> None:
-        nonlocal done
+    def step(what: str, light: bool = False) -> None:
+        nonlocal started, done, worked
         done += 1
+        worked += not light
+        if not worked:
+            started = time.monotonic()
         elapsed = time.monotonic() - started
-        left = elapsed / done * (total - done)
-        print(f"{name} {done}/{total}, {_clock(left)} left, {_memory()}: {what}", file=sys.stderr, flush=True)
+        left = f"{_clock(elapsed / worked * (total - done))} left, " if worked else ""
+        print(f"{name} {done}/{total}, {left}{_memory()}: {what}", file=sys.stderr, flush=True)
 
     yield step
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from experiments.quantizers.compare import Bench, append, models, read, rows_of
-from experiments.quantizers.tables import draw, lines, table
+from experiments.quantizers.compare import Bench, append, claim, models, read, rows_of
+from experiments.quantizers.tables import draw, lines, noise, ratios, table
 from lq.errors import UserError
 from lq.quantizers import QUANTIZERS
 
@@ -41,7 +41,9 @@ def test_rows_are_measured_kept_and_tabulated(small_model, text_file, tmp_path):
         append(file, bench.measure(name, *what))
     with file.open("a") as f:
         f.write('{"name": "cut sh')  # by a crash
-    rows = rows_of(file)
+    append(file, dataclasses.replace(rows_of(file)[0], name="one more"))
+    *rows, last = rows_of(file)
+    assert last.name == "one more", "what was cut short takes nothing with it"
     assert [row.name for row in rows] == [name for name, *_ in models(comparison, [])]
     assert len(rows) == 1 + 3 * 2, "absmax once, and rotated, gptq and gptq rotated with two seeds"
     assert all(row.bpw == pytest.approx(3.25 if row.method == "rtn absmax" else 3.296875) for row in rows)
@@ -49,8 +51,40 @@ def test_rows_are_measured_kept_and_tabulated(small_model, text_file, tmp_path):
     text = table(lines(rows), 3, 64, original=rows[0].perplexity / 2)
     assert "| rtn absmax | 3.2500 |" in text
     assert "gptq, rotated" in text
+    assert "| gptq | 1.00 (2) |" in ratios(lines(rows))
+    assert "| gptq, rotated | 2 " in noise(lines(rows))
     draw(lines(rows), tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 10_000
+
+
+def test_rows_of_something_else_are_not_gone_on_with(small_model, text_file, tmp_path):
+    given = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))
+    given["model"] = str(small_model.path)
+    given["calibration"] = {"data": str(text_file), "samples": 4, "length": 32, "batch_size": 2}
+    given["evaluation"] = {"data": str(text_file), "window": 32, "windows": 4, "batch_size": 2}
+    methods = {method["name"]: method for method in given["methods"]}
+    given["methods"] = [methods["gptq"]]
+    out = tmp_path / "rows"
+    out.mkdir()
+
+    def begin(**changes):
+        (tmp_path / "small.yaml").write_text(yaml.safe_dump(given | changes), encoding="utf-8")
+        claim(out, Bench(read(tmp_path / "small.yaml")))
+
+    begin()
+    begin(methods=[methods["awq"]], bits=[2])
+    assert set(json.loads((out / "identity.json").read_text())["methods"]) == {"gptq", "awq"}
+    begin(methods=[methods["gptq"]])
+    with pytest.raises(UserError, match="rows of gptq with other options"):
+        begin(methods=[{**methods["gptq"], "options": {"damping": 0.1}}])
+    with pytest.raises(UserError, match="rows of another calibration"):
+        begin(calibration={**given["calibration"], "samples": 5})
+    with pytest.raises(UserError, match="rows of another evaluation"):
+        begin(evaluation={**given["evaluation"], "windows": 3})
+    (out / "identity.json").unlink()
+    (out / "rows.jsonl").write_text("")
+    with pytest.raises(UserError, match=r"rows without identity\.json"):
+        begin()
 
 
 def test_a_broken_config_is_one_line(tmp_path):

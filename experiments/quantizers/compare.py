@@ -1,10 +1,11 @@
 """Measures every quantizer of a config on one model: widths x group sizes x rotation x seeds.
 
-    python -m experiments.quantizers.compare CONFIG.yaml [--methods NAME,NAME ...] [--out DIR]
+    python -m experiments.quantizers.compare CONFIG.yaml [--methods NAME,NAME ...] [--only REGEX] [--out DIR]
 
 One line of `rows.jsonl` for each model, appended as soon as it is measured; what is there is not measured again, so
 that an interrupted comparison goes on where it was, and several processes may share a directory, each with methods of
-its own. `tables.py` prints and draws what was found.
+its own. `identity.json` says what the rows are of: model, texts, rotation, the options of every method. A config that
+says otherwise is refused; methods may be added. `tables.py` prints and draws what was found.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,9 +24,11 @@ from pydantic import Field, NonNegativeInt, ValidationError
 
 from lq.allocation import uniform_plan
 from lq.assets import resolve_data, resolve_model
+from lq.atomic import write_text
 from lq.calibration.data import calibration_windows, evaluation_windows
 from lq.errors import UserError
 from lq.evaluation import evaluate, make_reference
+from lq.models.fingerprint import fingerprint
 from lq.models.loading import load_tokenizer, open_checkpoint
 from lq.models.source import InMemory
 from lq.runs.config import Bits, CalibrationSection, EvaluationSection, QuantizationSection, Section
@@ -122,6 +126,20 @@ class Bench:
         self.windows = evaluation_windows(self.tokenizer, data, e.window, stride=e.stride, limit=e.windows)
         self.reference = make_reference(self.original, self.windows, batch_size=e.batch_size)
 
+    def identity(self) -> dict[str, Any]:
+        """What a row depends on but for what its name says, as JSON gives it back."""
+        c = self.comparison
+        methods = {method.name: method.model_dump(exclude={"name", "rotated"}) for method in c.methods}
+        found = {
+            "model": fingerprint(self.source),
+            "evaluation": self.windows.fingerprint,
+            "calibration": self.calibration(0).fingerprint,
+            "batch_size": c.calibration.batch_size,
+            "rotation": c.rotation,
+            "methods": methods,
+        }
+        return json.loads(json.dumps(found))
+
     def calibration(self, seed: int):
         c = self.comparison.calibration
         data = resolve_data(c.data, "calibration")
@@ -171,33 +189,60 @@ def rows_of(file: Path) -> list[Measured]:
 
 
 def append(file: Path, row: Measured) -> None:
-    """One write, so that lines of several processes do not mix."""
+    """One write, so that lines of several processes do not mix; behind a line that a crash cut short, a new one."""
     line = (json.dumps(dataclasses.asdict(row)) + "\n").encode()
-    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     try:
-        os.write(descriptor, line)
+        size = os.fstat(descriptor).st_size
+        whole = size == 0 or os.pread(descriptor, 1, size - 1) == b"\n"
+        os.write(descriptor, line if whole else b"\n" + line)
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def claim(out: Path, bench: Bench) -> None:
+    """Says in `out` what its rows are of, and on what they were measured.
+
+    Raises UserError where rows are there of another model or other texts, of a method with other options, or of nobody
+    knows what.
+    """
+    file, identity = out / "identity.json", bench.identity()
+    if file.exists():
+        there = json.loads(file.read_text(encoding="utf-8"))
+        for name in [name for name in identity if name != "methods" and there.get(name) != identity[name]]:
+            raise UserError(f"{out}: rows of another {name} ({there.get(name)}, here {identity[name]}); write --out")
+        for name, options in there["methods"].items():
+            if name in identity["methods"] and identity["methods"][name] != options:
+                raise UserError(f"{out}: rows of {name} with other options ({options}); write --out, or another name")
+        identity["methods"] = there["methods"] | identity["methods"]
+    elif (out / "rows.jsonl").exists():
+        raise UserError(f"{out}: rows without identity.json, which says what they are of; copy it as well")
+    write_text(file, json.dumps(identity, indent=1))
+    environments = out / "environments.json"
+    found = json.loads(environments.read_text(encoding="utf-8")) if environments.exists() else []
+    if (here := {"versions": versions(), "device": device_name()}) not in found:
+        write_text(environments, json.dumps([*found, here], indent=1))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("config", type=Path)
     parser.add_argument("--methods", default="", help="names in the config, comma-separated; all when not given")
+    parser.add_argument("--only", type=re.compile, default="", help="models whose name this is found in")
     parser.add_argument("--out", type=Path, help="directory for rows.jsonl; the config's output when not given")
     arguments = parser.parse_args()
     comparison = read(arguments.config)
-    only = [name for name in arguments.methods.split(",") if name]
+    chosen = [name for name in arguments.methods.split(",") if name]
     known = [method.name for method in comparison.methods]
-    for name in only:
+    for name in chosen:
         if name not in known:
             raise UserError(f"--methods {name}: not in {arguments.config}; write some of {', '.join(known)}")
     out = arguments.out or Path(comparison.output)
     out.mkdir(parents=True, exist_ok=True)
     bench, file = Bench(comparison), out / "rows.jsonl"
-    (out / "environment.json").write_text(json.dumps({"versions": versions(), "device": device_name()}, indent=1))
-    todo = list(models(comparison, only))
+    claim(out, bench)
+    todo = [(name, *what) for name, *what in models(comparison, chosen) if re.search(arguments.only, name)]
     for i, (name, *what) in enumerate(todo, 1):
         if name not in {row.name for row in rows_of(file)}:
             row = bench.measure(name, *what)

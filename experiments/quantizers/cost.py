@@ -18,9 +18,9 @@ is counted, by stage:
                     that GPTQ, RSQ and BAQ report of every matrix, two products with its second moment
     outputs         the block run on all windows, for the next block's states; twice where the original's are aimed at
 
-Not counted: reading weights, writing packed ones, the embedding and the head. Weights are random and so are the tokens.
-What is searched until it holds depends on them a little: how often a Hessian is damped, when HQQ stops, and BAQ's
-widths, for which packing compiles anew where they are new.
+Not counted: reading weights, writing packed ones and calibration states (`lq.checkpoint.states`), the embedding and the
+head. Weights are random and so are the tokens. What is searched until it holds depends on them a little: how often a
+Hessian is damped, when HQQ stops, and BAQ's widths, for which packing compiles anew where they are new.
 
 Two blocks are quantized, one after the other. The second's seconds are those of a block; the first took longer by what
 compiling takes, once a model. Each method runs in a process of its own, so that its peak memory is its own: that of

@@ -6,13 +6,15 @@ python -m experiments.quantizers.tables experiments/quantizers/measured/rows.jso
 import argparse
 import dataclasses
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 
 from experiments.quantizers.compare import Measured, rows_of
 from lq.runs.figures.style import cycled, matplotlib_figure
 
-ABSMAX = "rtn absmax"  # what the others are measured against
+ABSMAX, SIGNED = "rtn absmax", "rtn absmax signed"  # what the others are measured against
+BASE = "gptq"  # and whose KL theirs is divided by
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +48,11 @@ class Line:
         values = [row.perplexity for row in self.rows]
         return min(values), max(values)
 
+    def kl_spread(self) -> float:
+        """The distance of the least and the greatest KL of the seeds, over their mean."""
+        values = [row.kl for row in self.rows]
+        return (max(values) - min(values)) / mean(values)
+
 
 def lines(rows: list[Measured]) -> list[Line]:
     """One for every method, rotation, width and group size."""
@@ -59,24 +66,74 @@ def lines(rows: list[Measured]) -> list[Line]:
 def table(found: list[Line], bits: int, group_size: int, original: float) -> str:
     """Markdown, best first. "of absmax" is the rise of perplexity over that of absmax rounding, unrotated."""
     chosen = [line for line in found if (line.bits, line.group_size) == (bits, group_size)]
-    absmax = next((line for line in chosen if line.method == ABSMAX and not line.rotated), None)
-    header = "| method | bits per weight | perplexity | seeds | of absmax | KL | top-1 | seconds |"
-    out = [header, "|" + " --- |" * 8]
+    bases = [next((x for x in chosen if x.method == name and not x.rotated), None) for name in (ABSMAX, SIGNED)]
+
+    def share(line: Line, base: Line | None) -> str:
+        return "" if base is None else f"{(line.perplexity - original) / (base.perplexity - original):.2f}"
+
+    out = []
     for line in sorted(chosen, key=lambda line: line.perplexity):
         low, high = line.spread()
-        share = "" if absmax is None else f"{(line.perplexity - original) / (absmax.perplexity - original):.2f}"
         cells = [
             line.label,
             f"{line.bpw:.4f}",
             f"{line.perplexity:.3f}",
             f"{low:.3f} to {high:.3f}" if len(line.rows) > 1 else "",
-            share,
+            *(share(line, base) for base in bases),
             f"{line.kl:.4f}",
             f"{100 * mean(row.top1 for row in line.rows):.1f} %",
             f"{mean(row.quantize_seconds for row in line.rows):.0f}",
         ]
-        out.append("| " + " | ".join(cells) + " |")
-    return "\n".join(out)
+        out.append(cells)
+    names = "method", "bits per weight", "perplexity", "seeds", "of absmax", "of signed", "KL", "top-1", "seconds"
+    return _markdown(names, out)
+
+
+def ratios(found: list[Line]) -> str:
+    """Markdown: KL over GPTQ's at the same width and group size, not rotated; in brackets, of how many seeds."""
+    places = sorted({(line.bits, line.group_size) for line in found})
+    base = {(line.bits, line.group_size): line.kl for line in found if line.method == BASE and not line.rotated}
+    out = []
+    for label, mine in _by_label(found).items():
+        cells = [mine.get(place) for place in places]
+        shown = [
+            "" if line is None or place not in base else f"{line.kl / base[place]:.2f} ({len(line.rows)})"
+            for place, line in zip(places, cells, strict=True)
+        ]
+        out.append([label, *shown])
+    return _markdown(["method", *(f"{bits} bits, {size}" for bits, size in places)], out)
+
+
+def noise(found: list[Line]) -> str:
+    """Markdown: how far the seeds lie apart at most, at each width: KL as a share of it, and perplexity."""
+    widths = sorted({line.bits for line in found})
+    out = []
+    for label, mine in _by_label(found).items():
+        several = [line for line in mine.values() if len(line.rows) > 1]
+        if not several:
+            continue
+        cells = [label, str(max(len(line.rows) for line in several))]
+        for bits in widths:
+            of_width = [line for line in several if line.bits == bits]
+            kl = max((line.kl_spread() for line in of_width), default=None)
+            perplexity = max((line.spread()[1] - line.spread()[0] for line in of_width), default=None)
+            cells += ["" if kl is None else f"{100 * kl:.0f} %", "" if perplexity is None else f"{perplexity:.2f}"]
+        out.append(cells)
+    names = [f"{bits} bits, {what}" for bits in widths for what in ("KL", "perplexity")]
+    return _markdown(["method", "seeds", *names], out)
+
+
+def _by_label(found: list[Line]) -> dict[str, dict[tuple[int, int], Line]]:
+    """Label -> width and group size -> line."""
+    by_label = defaultdict(dict)
+    for line in found:
+        by_label[line.label][line.bits, line.group_size] = line
+    return by_label
+
+
+def _markdown(names: Sequence[str], rows: list[list[str]]) -> str:
+    bar = "|" + " --- |" * len(names)
+    return "\n".join([f"| {' | '.join(names)} |", bar, *(f"| {' | '.join(cells)} |" for cells in rows)])
 
 
 def draw(found: list[Line], out: Path) -> None:
@@ -106,8 +163,9 @@ def main() -> None:
     parser.add_argument("--picture", type=Path)
     arguments = parser.parse_args()
     found = lines(rows_of(arguments.rows))
+    print(f"### KL over GPTQ's\n\n{ratios(found)}\n\n### How far seeds lie apart\n\n{noise(found)}")
     for bits, group_size in sorted({(line.bits, line.group_size) for line in found}):
-        print(f"\n{bits} bits, groups of {group_size}:\n\n{table(found, bits, group_size, arguments.original)}")
+        print(f"\n### {bits} bits, groups of {group_size}\n\n{table(found, bits, group_size, arguments.original)}")
     if arguments.picture is not None:
         draw(found, arguments.picture)
 

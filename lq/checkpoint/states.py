@@ -1,11 +1,17 @@
 """Calibration states on disk: what an interrupted quantization needs besides its shards to go on to the bit.
 
 Computing them again from the shards would take a pass over every block that is done, and on another device would not
-give the same. So they are kept as they are after each block, one file at a time:
+give the same. So they are kept as they are after a block, one file at a time:
 
     states-4.safetensors     `states.0` ... one array per batch, `original.0` ... where that chain is another
+
+Of long texts through wide models they are gigabytes, and writing them takes longer than a fast device takes for a
+block. `Pace` says after which blocks they are written; what was quantized since is quantized again after an
+interruption.
 """
 
+import contextlib
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +21,27 @@ from lq.atomic import write_file
 from lq.quantizers.stream import Chains, QuantizedStream
 
 PATTERN = "states-*.safetensors"
+SHARE = 0.05  # of the time, which writing states may take ...
+QUICK = 1.0  # ... unless it takes less than so many seconds: then they are written after every block
+
+
+class Pace:
+    """When states are due: after every block, or as often as writing them takes a small share of the time."""
+
+    def __init__(self):
+        self._took, self._ended = 0.0, time.monotonic()
+
+    @property
+    def due(self) -> bool:
+        return self._took < QUICK or time.monotonic() - self._ended >= self._took / SHARE
+
+    @contextlib.contextmanager
+    def writing(self):
+        """Around one writing."""
+        started = time.monotonic()
+        yield
+        self._ended = time.monotonic()
+        self._took = self._ended - started
 
 
 def save_states(out: Path, source: QuantizedStream) -> str:

@@ -20,7 +20,7 @@ from lq.allocation.plan import DENSE_BITS, Plan
 from lq.atomic import leftovers, write_file, write_text
 from lq.checkpoint.layout import FORMAT, leaf_path, shard_name, to_tensors
 from lq.checkpoint.record import WriteRecord, differences, identity_of
-from lq.checkpoint.states import PATTERN, restore_states, save_states
+from lq.checkpoint.states import PATTERN, Pace, restore_states, save_states
 from lq.checkpoint.transformed import CHANGEABLE, differing_fields, to_json
 from lq.errors import UserError
 from lq.models.config import ModelConfig
@@ -44,7 +44,8 @@ def write_quantized(
     quantizer: dict,
     description: Path,
     resume: bool = False,
-    on_part: Callable[[str], None] | None = None,
+    on_part: Callable[[str], None] = lambda part: None,
+    on_kept: Callable[[str], None] = lambda part: None,
 ) -> None:
     """Writes a quantized model into the directory `out`, holding one part at a time.
 
@@ -63,6 +64,7 @@ def write_quantized(
       description: the original's directory, whose config and tokenizer are copied.
       resume: go on with an interrupted write.
       on_part: called with a part's name once it is on disk.
+      on_kept: called instead with the name of one that was there already.
 
     Raises:
       UserError: `out` holds something else, or an interrupted write of another plan, or `resume` is needed to go on; a
@@ -80,18 +82,21 @@ def write_quantized(
         if isinstance(source, QuantizedStream) and states and _whole(out / states["file"], states):
             restore_states(out, states["file"], source)
         record.write(out)
+        pace = Pace()
         for part in part_names(source):
             file = out / shard_name(part)
-            if part not in record.shards or not _whole(file, record.shards[part]):
-                _write_part(source, part, file, _planned_bytes(part, shapes[part], plan))
-                record.shards[part] = _recorded(file) | _measured(source, part)
-                if isinstance(source, QuantizedStream) and part.startswith("block_"):
+            if part in record.shards and _whole(file, record.shards[part]):
+                on_kept(part)
+                continue
+            _write_part(source, part, file, _planned_bytes(part, shapes[part], plan))
+            record.shards[part] = _recorded(file) | _measured(source, part)
+            if isinstance(source, QuantizedStream) and part.startswith("block_") and pace.due:
+                with pace.writing():
                     kept = save_states(out, source)
                     record.states = {"file": kept, **_recorded(out / kept)}
-                record.write(out)
-                _remove_states(out, but=[earlier.states, record.states])
-            if on_part:
-                on_part(part)
+            record.write(out)
+            _remove_states(out, but=[earlier.states, record.states])
+            on_part(part)
         _remove_states(out)
         _copy_description(description, out)
         shards = {part: record.shards[part] for part in part_names(source)}

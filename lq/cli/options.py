@@ -36,7 +36,7 @@ Mixed = Annotated[
 ]
 Transforms = Annotated[
     list[str] | None,
-    typer.Option("--transform", help="NAME or NAME:KEY=VALUE,...; repeat in the order of application."),
+    typer.Option("--transform", help="NAME or NAME:KEY=VALUE,..., see lq list transforms; repeat in order."),
 ]
 Pins = Annotated[
     list[str] | None, typer.Option("--pin", help="REGEX=BITS for matrices that match; 16 leaves them dense.")

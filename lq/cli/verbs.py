@@ -429,6 +429,7 @@ def _write(source, plan, out: Path, pipeline, windows, batch_size: int, resume: 
     packed, plan = pipeline.quantized(
         source, plan, windows, batch_size=batch_size, place=over_local_devices(), note=progress.note
     )
+    quantized = {path.split("/")[0] for path in plan.specs}
     with progress.stage(f"quantize ({pipeline.name})", len(part_names(source))) as step:
         write_quantized(
             packed,
@@ -437,7 +438,8 @@ def _write(source, plan, out: Path, pipeline, windows, batch_size: int, resume: 
             quantizer=pipeline.record(windows, batch_size),
             description=source.path,
             resume=resume,
-            on_part=lambda part: step(described(packed, part)),
+            on_part=lambda part: step(described(packed, part), light=part not in quantized),
+            on_kept=lambda part: step(f"{part}, kept", light=True),
         )
     _describe_plan(plan)
     size = sum(file.stat().st_size for file in out.glob("*.safetensors"))

@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from lq.allocation import uniform_plan
 from lq.calibration.data import Windows
-from lq.checkpoint import open_quantized, write_quantized
+from lq.checkpoint import open_quantized, states, write_quantized
 from lq.checkpoint import write as writing
 from lq.errors import UserError
 from lq.models.loading import open_checkpoint
@@ -55,8 +55,6 @@ def test_killed_at_any_file(small_model, tmp_path, monkeypatch, method):
     assert not any(name.startswith(("states", "shards")) for name in whole)
     for name in ("write_file", "write_text"):
         monkeypatch.setattr(writing, name, _counted(getattr(writing, name), made, None))
-    from lq.checkpoint import states
-
     monkeypatch.setattr(states, "write_file", _counted(states.write_file, made, None))
     write(small_model.path, tmp_path / "counted", method)
     moments = range(2, len(made), 3)  # the embedding's record, a shard, states, a record, ... the manifest
@@ -82,6 +80,41 @@ def _counted(function, made: list, kill_at: int | None):
     return write
 
 
+def test_states_that_take_long_are_written_seldom(small_model, tmp_path, monkeypatch):
+    """Those of the first block stay; what was quantized since then is again, and all ends in the same bytes."""
+    write(small_model.path, tmp_path / "whole", "gptq")
+    monkeypatch.setattr(states, "QUICK", 0.0)
+    monkeypatch.setattr(states, "SHARE", 1e-9)
+
+    def killed(part):
+        if part == "block_1":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write(small_model.path, tmp_path / "q", "gptq", on_part=killed)
+    assert {"block_1.safetensors", "states-1.safetensors"} < set(contents(tmp_path / "q"))
+    made, kept = [], []
+    write(small_model.path, tmp_path / "q", "gptq", resume=True, on_part=made.append, on_kept=kept.append)
+    assert (kept, made[0]) == (["embed", "block_0", "block_1"], "block_2")
+    assert contents(tmp_path / "q") == contents(tmp_path / "whole")
+
+
+def test_how_often_states_are_due(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(states.time, "monotonic", lambda: now[0])
+    pace = states.Pace()
+    assert pace.due, "after the first block"
+    with pace.writing():
+        now[0] += 0.5
+    assert pace.due, "quick"
+    with pace.writing():
+        now[0] += 3.0
+    now[0] += 59.0
+    assert not pace.due, "a twentieth of the time is 60 seconds"
+    now[0] += 1.0
+    assert pace.due
+
+
 def test_a_refusal_takes_back_its_states_too(small_model, tmp_path):
     """Of a new write nothing is left; one that went on with another is back where it began, and can be gone on with."""
     leaves = flatten_dict(small_model.params, sep="/")
@@ -101,7 +134,7 @@ def test_a_refusal_takes_back_its_states_too(small_model, tmp_path):
     assert {"block_0.safetensors", "states-1.safetensors"} < set(before)
     with pytest.raises(UserError, match="block_2/mlp/up_proj: a weight is NaN"):
         write(small_model.path, tmp_path / "q", "gptq", damaged, resume=True, on_part=made.append)
-    assert made == ["embed", "block_0", "block_1"]
+    assert made == ["block_1"]
     assert contents(tmp_path / "q") == before
     write(small_model.path, tmp_path / "whole", "gptq")
     write(small_model.path, tmp_path / "q", "gptq", resume=True)
@@ -135,7 +168,10 @@ def test_killed_by_the_system(small_model, text_file, tmp_path, undisturbed):
     assert not (out / "lq.json").exists()
     resumed = subprocess.run([*again, "--resume"], env=environment, capture_output=True, text=True)
     assert resumed.returncode == 0, resumed.stderr
-    assert "left" in resumed.stderr, "time left is shown for each block"
+    assert "block_0, kept" in resumed.stderr
+    shown = [line for line in resumed.stderr.splitlines() if " left, " in line]
+    assert shown, "time left is shown for each block"
+    assert not any("kept" in line or "embed" in line for line in shown), "and measured on those that took work"
     assert contents(out) == contents(undisturbed)
 
 

@@ -140,9 +140,11 @@ def test_an_interrupted_write_resumes_to_the_same_bytes(source, written, tmp_pat
         write(source, plan, out)
     with pytest.raises(UserError, match=r"an interrupted write of another plan; give another --out or remove it$"):
         write(source, plan_for(source, seed=5), out, resume=True)
-    made = []
+    made, kept = [], []
     before = {f.name: f.stat().st_mtime_ns for f in out.glob("*.safetensors")}
-    write(source, plan, out, resume=True, on_part=made.append)
+    write(source, plan, out, resume=True, on_part=made.append, on_kept=kept.append)
+    assert kept[-1] == kill_after
+    assert [*kept, *made] == ["embed", *(f"block_{i}" for i in range(source.config.num_blocks)), "head"]
     assert contents(out) == contents(written[0])
     kept = [name for name, time in before.items() if (out / name).stat().st_mtime_ns == time]
     assert kept == list(before), "finished shards are not written again"
@@ -273,7 +275,7 @@ def test_a_refused_resumption_keeps_the_earlier_shards(source, written, tmp_path
     damaged = with_weight(source, "block_1/mlp/up_proj/kernel", np.nan)
     with pytest.raises(UserError, match="a weight is NaN"):
         write_params(source, damaged, written[1], tmp_path / "q", resume=True, on_part=made.append)
-    assert made == ["embed", "block_0"]
+    assert made == ["block_0"]
     assert contents(tmp_path / "q") == before
     write(source, written[1], tmp_path / "q", resume=True)
     assert contents(tmp_path / "q") == contents(written[0])
