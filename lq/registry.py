@@ -22,6 +22,7 @@ class Method:
     per_matrix: Callable | None = None  # the options of one matrix, from the options and its path
     block: Callable | None = None  # for all matrices of a block together, see `lq.quantizers.reconstruct`
     segments: Callable | None = None  # codes of a mixed spec, see `lq.quantizers.baq`
+    widths: Callable | None = None  # codes of a spec that gives widths, see `lq.quantizers.runs`
     token_weights: Callable | None = None  # how much every calibration token counts, see `lq.quantizers.rsq`
     # Whether zero points are chosen that are no codes, from the options and the spec; see `Recipe.check`.
     fractional: Callable = lambda options, spec: False

@@ -9,13 +9,13 @@ it.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 from jax import Array
 
-from lq_kernels.packed import PackedMatrix, SegmentedMatrix
+from lq_kernels.packed import SEGMENT_CHANNELS, PackedMatrix, SegmentedMatrix
 from lq_kernels.pytree import register
 
 Config = Any  # a frozen dataclass of the backend's own
@@ -42,6 +42,14 @@ class Segment:
     @property
     def groups(self) -> int:
         return -(-self.in_features // self.group_size)
+
+
+def uneven(segments: Sequence[Segment]) -> str | None:
+    """Why segments cannot be served by a backend whose tiles have 128 channels; None when they can."""
+    for i, segment in enumerate(segments[:-1]):
+        if segment.in_features % SEGMENT_CHANNELS:
+            return f"segment {i} of {segment.in_features} channels: needs multiples of {SEGMENT_CHANNELS} but the last"
+    return None
 
 
 def segment_of(w: PackedMatrix) -> Segment:

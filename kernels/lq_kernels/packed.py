@@ -10,8 +10,9 @@ the other, after a permutation of the input channels:
 
     y = sum over segments s of  x[..., permutation[start_s : start_s + K_s]] @ w_s
 
-All but its last segment have a multiple of 128 channels, so that a cut between segments is a cut between words in every
-plane, between groups, and between tiles of every backend: the unit of sharding along the input axis.
+All but its last segment have a multiple of 32 channels, so that a cut between segments is a cut between words in every
+plane. Where they have a multiple of 128 it is one between tiles too, which the backends of accelerators ask for, and
+the unit of sharding along the input axis.
 """
 
 import dataclasses
@@ -24,7 +25,8 @@ from jax import Array
 from lq_kernels.packing import plane_widths, unpack, words_along
 from lq_kernels.pytree import register
 
-SEGMENT_CHANNELS = 128
+SEGMENT_CHANNELS = 128  # what segments on accelerators are multiples of
+LEAST_CHANNELS = 32  # and everywhere
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -126,10 +128,9 @@ def check_matrix(w: PackedMatrix | SegmentedMatrix) -> None:
         _check_arrays(segment, where)
         if segment.out_features != w.out_features:
             raise ValueError(f"{where}{segment.out_features} output channels beside {w.out_features}")
-        if i + 1 < len(w.segments) and segment.in_features % SEGMENT_CHANNELS:
+        if i + 1 < len(w.segments) and segment.in_features % LEAST_CHANNELS:
             raise ValueError(
-                f"{where}{segment.in_features} channels; every segment but the last has a multiple of "
-                f"{SEGMENT_CHANNELS}"
+                f"{where}{segment.in_features} channels; every segment but the last has a multiple of {LEAST_CHANNELS}"
             )
     if w.permutation is not None and tuple(w.permutation.shape) != (w.in_features,):
         raise ValueError(f"a permutation of shape {w.permutation.shape} for {w.in_features} input channels")

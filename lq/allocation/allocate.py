@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import math
 import re
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from numbers import Integral, Real
 
@@ -19,9 +19,9 @@ from lq.allocation.rank import rank
 from lq.allocation.relaxation import greedy, lagrangian
 from lq.errors import UserError
 from lq.importance.scores import Scores
-from lq.importance.units import members
+from lq.importance.units import members, segment_of
 from lq.models.matrices import block_of
-from lq.numerics.spec import QuantSpec, smallest_first
+from lq.numerics.spec import SEGMENT_BITS, QuantSpec, smallest_first
 from lq.registry import Method, Registry
 
 # Functions (problem, options) -> the option of every unit.
@@ -106,6 +106,8 @@ def allocate(
     shapes = scores.shapes
     options_of_all = _options(spec, bits, group_sizes, costs)
     units = _units(scores, shapes, count)
+    if any(map(segment_of, units)) and len({option.group_size for option in options_of_all}) > 1:
+        raise UserError("group_sizes: the segments of a matrix share one; write one")
     deciding = _deciding_pins(shapes, [*pins, *_table_pins(shapes, units, embedding_bits, head_bits)])
     fixed = {
         path: None if pin.bits == 16 else dataclasses.replace(spec, bits=pin.bits) for path, pin in deciding.items()
@@ -115,7 +117,7 @@ def allocate(
     fixed_bits = sum(_size(shapes[p], fixed[p]) for p in counted if p in fixed)
 
     ordered = [u for u in scores.ranking() if u in free]  # of equals the more important is raised first
-    size = [[sum(_size(shapes[p], option) for p in free[u]) for option in options_of_all] for u in ordered]
+    size = [[sum(_size_in(u, shapes[p], option) for p in free[u]) for option in options_of_all] for u in ordered]
     size = np.array(size, np.int64).reshape(-1, len(options_of_all))
     total = sum(math.prod(shapes[p]) for p in counted)
     if bpw is None and nbytes is None and len(options_of_all) == 1:
@@ -125,11 +127,11 @@ def allocate(
         ends = [fixed_bits + int(size[:, at].sum()) for at in (0, -1)]
         _check_reachable(budget, ends, _among(bits, group_sizes, fixed_bits), total, nbytes is not None)
 
-    weights = [sum(math.prod(shapes[p]) for p in free[u]) for u in ordered]
+    weights = [sum(math.prod(shapes[p]) for p in free[u]) // _parts(u) for u in ordered]
     cost = expected_costs(scores, ordered, weights, options_of_all, costs)
     solver, chosen_options = ALLOCATORS[method].function, ALLOCATORS.options(method, options or {})
     choice = solver(Problem(cost=cost, size=size, budget=budget - fixed_bits), chosen_options)
-    specs = {p: options_of_all[option] for u, option in zip(ordered, choice, strict=True) for p in free[u]}
+    specs = _specs({u: options_of_all[option] for u, option in zip(ordered, choice, strict=True)}, free)
     specs |= {p: s for p, s in fixed.items() if s is not None}
     provenance = {
         "metric": scores.metric,
@@ -192,16 +194,57 @@ def _size(shape: tuple[int, ...], spec: QuantSpec | None) -> int:
     return spec.size_bits(shape) if spec else DENSE_BITS * math.prod(shape)
 
 
+def _parts(unit: str) -> int:
+    """How many such units make up the matrix that the unit is a segment of; 1 for a unit of whole matrices."""
+    segment = segment_of(unit)
+    return segment[2] if segment else 1
+
+
+def _size_in(unit: str, shape: tuple[int, ...], spec: QuantSpec) -> int:
+    """Bits that a matrix, or its segment that is the unit, takes under a spec.
+
+    Of the segments of a matrix that all get one width less is stored: the matrix is not cut then.
+    """
+    count = _parts(unit)
+    if count == 1:
+        return _size(shape, spec)
+    if not spec.segmentable(shape, count):
+        raise UserError(
+            f"unit: {unit}: a matrix {list(shape)} has no {count} segments of whole groups of {spec.group_size}; write "
+            "a smaller group size, or score with longer segments"
+        )
+    K, N = shape
+    return SEGMENT_BITS * (K // count) + spec.size_bits((K // count, N))
+
+
+def _specs(chosen: Mapping[str, QuantSpec], paths: Mapping[str, list[str]]) -> dict[str, QuantSpec]:
+    """Path -> spec, from the option of every unit. Segments of several widths become one spec with `widths`."""
+    found, segments = {}, defaultdict(dict)
+    for unit, spec in chosen.items():
+        if segment := segment_of(unit):
+            segments[segment[0]][segment[1]] = spec
+        else:
+            found |= dict.fromkeys(paths[unit], spec)
+    for path, by_index in segments.items():
+        widths = tuple(by_index[index].bits for index in range(len(by_index)))
+        same = dataclasses.replace(by_index[0], bits=max(widths))
+        found[path] = same if len(set(widths)) == 1 else dataclasses.replace(same, widths=widths)
+    return found
+
+
 def _units(scores: Scores, shapes: Mapping[str, tuple[int, ...]], count: Count) -> dict[str, list[str]]:
     """Unit -> its matrices. Scores must cover every block matrix once, and may cover embedding and head."""
     units = {unit: members(unit, shapes) for unit in scores.values}
-    owners = Counter(path for found in units.values() for path in found)
+    owners = defaultdict(list)  # of a matrix as many as the segments it is cut into
+    for unit, found in units.items():
+        for path in found:
+            owners[path].append(_parts(unit))
     for path in shapes:
-        table = block_of(path) is None
-        if owners[path] != 1 and not (table and owners[path] == 0):
-            found = "no value" if not owners[path] else "more than one unit"
+        table, parts = block_of(path) is None, owners[path]
+        if parts != [len(parts)] * max(len(parts), 1) and not (table and not parts):
+            found = "no value" if len(parts) < max(parts, default=1) else "more than one unit"
             raise UserError(f"scores {scores.metric}: {found} for {path}; score this very model with `lq score`")
-        if table and owners[path] and count != "all":
+        if table and parts and count != "all":
             raise UserError(f"scores {scores.metric}: {path} is a unit, but only blocks are counted; write count all")
     for unit, found in units.items():
         if not found:

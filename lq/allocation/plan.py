@@ -80,8 +80,8 @@ class Plan:
             for i in range(len(paths))
         )
 
-    def _width(self, path: str) -> int:
-        return self.specs[path].bits if path in self.specs else DENSE_BITS
+    def _width(self, path: str) -> float:
+        return self.specs[path].code_bits if path in self.specs else DENSE_BITS
 
     def _weights(self, paths: list[str]) -> int:
         return sum(math.prod(self.shapes[path]) for path in paths)

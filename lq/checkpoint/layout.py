@@ -13,6 +13,7 @@ A shard holds one part of the parameter tree. A dense leaf is stored under its p
                                  points have a dtype of their own; absent when symmetric
     mlp/up_proj/kernel:permutation, :widths     of a mixed matrix: uint16 [K], and uint8, the width of every run of 128
                                  channels; its codes are those of its segments one below the other, its zeros flat
+    mlp/up_proj/kernel:run       of a matrix whose plan gives widths, instead: uint8 [K], the run of every channel
     mlp/up_proj/kernel:left:codes, :left:scales, :right:codes, :right:scales     the factors of a low-rank residual
 
 The manifest is written last: a directory without one is an interrupted write, which `shards.json` lets the writer
@@ -31,7 +32,14 @@ from safetensors import safe_open
 
 from lq.models.source import Params
 from lq.numerics.qtensor import QTensor
-from lq.numerics.segmented import Packed, SegmentedQTensor, is_packed, runs_of, segment_spec
+from lq.numerics.segmented import (
+    Packed,
+    SegmentedQTensor,
+    check_widths,
+    is_packed,
+    run_channels,
+    runs_of,
+)
 from lq.numerics.spec import SEGMENT_CHANNELS, QuantSpec
 from lq_kernels import plane_widths, words_along
 
@@ -77,9 +85,14 @@ def _segmented_tensors(path: str, leaf: SegmentedQTensor) -> dict[str, np.ndarra
     tensors = {
         f"{path}:codes": np.concatenate(planes, axis=-2),
         f"{path}:scales": np.concatenate([np.asarray(segment.scales) for segment in leaf.segments], axis=-2),
-        f"{path}:permutation": np.asarray(leaf.permutation),
-        f"{path}:widths": np.asarray(leaf.widths, np.uint8),
     }
+    if leaf.spec.widths is None:
+        tensors |= {
+            f"{path}:permutation": np.asarray(leaf.channels),
+            f"{path}:widths": np.asarray(leaf.widths, np.uint8),
+        }
+    else:
+        tensors[f"{path}:run"] = np.asarray(leaf.channels)
     if not leaf.spec.symmetric:
         zeros = [np.asarray(plane).ravel() for segment in leaf.segments for plane in segment.zeros or ()]
         tensors[f"{path}:zeros"] = np.concatenate(zeros)
@@ -98,12 +111,15 @@ def from_tensors(tensors: dict[str, np.ndarray], specs: dict[str, tuple[QuantSpe
 
 
 def _from_segments(tensors, path: str, spec: QuantSpec, shape: tuple[int, ...]) -> SegmentedQTensor:
-    """The inverse of `_segmented_tensors`. Raises ValueError for widths that are not `spec.bits` on average."""
-    widths = [int(width) for width in tensors[f"{path}:widths"]]
-    if sum(widths) != spec.bits * len(widths) or not all(1 <= width <= 8 for width in widths):
-        raise ValueError(f"{path}: widths {widths} are not {spec.bits} on average")
+    """The inverse of `_segmented_tensors`. Raises ValueError for widths that are not those of the spec."""
+    widths = spec.widths or tuple(int(width) for width in tensors[f"{path}:widths"])
+    try:
+        check_widths(widths, spec, shape)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    channels = tensors[f"{path}:permutation" if spec.widths is None else f"{path}:run"]
     N, segments, word, zero = shape[1], [], 0, 0
-    for bits, first, stop in runs_of(widths):
+    for bits, first, stop in runs_of(widths, run_channels(spec, shape[0])):
         groups = slice(first // spec.group_length(shape[0]), stop // spec.group_length(shape[0]))
         lengths = [words_along(stop - first, p) for p in plane_widths(bits)]
         planes = _split(tensors[f"{path}:codes"][word : word + sum(lengths)], lengths, -2)
@@ -115,12 +131,12 @@ def _from_segments(tensors, path: str, spec: QuantSpec, shape: tuple[int, ...]) 
             zeros = tuple(jnp.asarray(stored[a:b].reshape(s)) for a, b, s in zip(ends, ends[1:], shapes, strict=False))
             zero = int(ends[-1])
         scales = jnp.asarray(tensors[f"{path}:scales"][groups])
-        segments.append(QTensor(planes, scales, zeros, segment_spec(spec, bits), (stop - first, N)))
-    return SegmentedQTensor(tuple(segments), jnp.asarray(tensors[f"{path}:permutation"]), spec, shape)
+        segments.append(QTensor(planes, scales, zeros, spec.segment(bits), (stop - first, N)))
+    return SegmentedQTensor(tuple(segments), jnp.asarray(channels), spec, shape)
 
 
 def _from_packed(tensors, path: str, spec: QuantSpec, shape: tuple[int, ...]) -> Packed:
-    if spec.mixes(shape):
+    if spec.mixes(shape) or spec.widths is not None:
         return _from_segments(tensors, path, spec, shape)
     widths = plane_widths(spec.bits)
     zeros = None if spec.symmetric else jnp.asarray(tensors[f"{path}:zeros"])
@@ -145,6 +161,9 @@ def expected_tensors(shapes: dict[str, tuple[int, ...]], specs: dict[str, tuple[
     expected = dict(shapes)
     for path, (spec, shape) in specs.items():
         *lead, K, N = shape
+        if spec.widths is not None:
+            expected |= _expected_segments(path, spec, shape)
+            continue
         widths = plane_widths(spec.bits)
         groups = spec.num_groups(K)
         expected[f"{path}:codes"] = (*lead, sum(words_along(K, w) for w in widths), N)
@@ -160,6 +179,21 @@ def expected_tensors(shapes: dict[str, tuple[int, ...]], specs: dict[str, tuple[
         factors = zip(FACTORS, spec.residual(shape), strict=False)
         expected |= expected_tensors({}, {f"{path}:{name}": factor for name, factor in factors})
     return expected
+
+
+def _expected_segments(path: str, spec: QuantSpec, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the tensors of a matrix whose plan gives widths."""
+    spec.check_segments(shape)
+    (K, N), planes = shape, [plane for bits in spec.widths or () for plane in plane_widths(bits)]
+    run = run_channels(spec, K)
+    found = {
+        f"{path}:codes": (sum(words_along(run, plane) for plane in planes), N),
+        f"{path}:scales": (spec.num_groups(K), N),
+        f"{path}:run": (K,),
+    }
+    if not spec.symmetric:
+        found[f"{path}:zeros"] = (spec.num_groups(run) * sum(words_along(N, plane) for plane in planes),)
+    return found
 
 
 def shard_records(value: Any) -> dict[str, dict]:

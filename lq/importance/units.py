@@ -4,10 +4,12 @@ block    block_3                                      all matrices of a block
 part     block_3/attention, block_3/mlp               its attention, its feed-forward network
 group    block_3/attention/q_proj+k_proj+v_proj       matrices that read the same input; servers fuse them
 matrix   block_3/attention/q_proj
+segment  block_3/attention/q_proj:0/8             the first eighth of its input channels, those of most energy
 
 Embedding and head, where they count, are units of their own: embed/tokens, head.
 """
 
+import re
 from collections.abc import Iterable
 from typing import Literal
 
@@ -15,7 +17,7 @@ from lq.calibration.taps import block_inputs
 from lq.models.config import ModelConfig
 from lq.models.matrices import matrices, table_matrices
 
-Unit = Literal["block", "part", "group", "matrix"]
+Unit = Literal["block", "part", "group", "matrix"]  # segments are units of the scores that price them
 
 
 def units_of(config: ModelConfig, unit: Unit, *, tables: bool = False) -> dict[str, list[str]]:
@@ -26,8 +28,21 @@ def units_of(config: ModelConfig, unit: Unit, *, tables: bool = False) -> dict[s
     return found | ({path: [path] for path in table_matrices(config)} if tables else {})
 
 
+def segment_name(path: str, index: int, count: int) -> str:
+    """The unit that is one of the `count` segments of a matrix."""
+    return f"{path}:{index}/{count}"
+
+
+def segment_of(unit: str) -> tuple[str, int, int] | None:
+    """Matrix, index and count of a unit that is a segment; None for one that is not."""
+    found = re.fullmatch(r"(.+):(\d+)/(\d+)", unit)
+    return (found[1], int(found[2]), int(found[3])) if found else None
+
+
 def members(unit: str, paths: Iterable[str]) -> list[str]:
-    """Those of `paths` that the unit of this name is made of."""
+    """Those of `paths` that the unit of this name is made of, or a segment of."""
+    if found := segment_of(unit):
+        return [path for path in paths if path == found[0]]
     *where, names = unit.split("/")
     wanted = tuple("/".join([*where, name]) for name in names.split("+"))
     return [path for path in paths if path in wanted or path.startswith(tuple(f"{name}/" for name in wanted))]

@@ -1,10 +1,12 @@
 """`SegmentedQTensor`: a packed weight whose input channels, once permuted, fall into runs of different widths.
 
-Invariants, for a logical shape `[K, N]` and a spec that mixes it (`QuantSpec.mixes`):
-- `segments` are `QTensor`s of whole runs of 128 channels, neighbours of equal width joined, one below the other;
-- row i of the segments is input channel `permutation[i]`, uint16 `[K]`;
-- `widths` has the width of every run of 128; their mean is `spec.bits`, so that the codes take the bits of a matrix of
-  one width.
+Invariants, for a logical shape `[K, N]` and a spec that mixes it (`QuantSpec.mixes`) or gives its `widths`:
+- `segments` are `QTensor`s of whole runs, neighbours of equal width joined, one below the other;
+- a run has 128 channels where the spec is mixed, and K over the number of widths where they are given;
+- `widths` has the width of every run; of a mixed spec their mean is `spec.bits`, so that the codes take the bits of a
+  matrix of one width;
+- row i of the segments is input channel `permutation[i]`. Of a mixed spec that is stored, uint16 `[K]`; where widths
+  are given, only the run that every channel is in is, uint8 `[K]`: within a run channels keep their order.
 
 What a linear map does with it is x[..., permutation] @ segments; nothing is permuted back.
 """
@@ -28,7 +30,7 @@ class SegmentedQTensor:
     """See the module's docstring for the invariants. Build one with `from_segments`."""
 
     segments: tuple[QTensor, ...]
-    permutation: Array
+    channels: Array  # the permutation, uint16 [K], or the run of every channel, uint8 [K]
     spec: QuantSpec = flax.struct.field(pytree_node=False)
     shape: tuple[int, ...] = flax.struct.field(pytree_node=False)
 
@@ -43,24 +45,23 @@ class SegmentedQTensor:
         """Packs.
 
         Args:
-          permutation: `[K]`: which input channel each row of the segments is.
+          permutation: `[K]`: which input channel each row of the segments is; ascending within each run where the spec
+            gives widths.
           segments: one below the other, width, codes, scales and zeros of each as `QTensor.from_codes` takes them.
-            Together they have `spec.bits` bits a code.
-          spec: a mixed spec.
+            Their widths are those that the spec gives, or `spec.bits` a code on average.
+          spec: a mixed spec, or one with widths.
           shape: `[K, N]`.
         """
         packed = tuple(
-            QTensor.from_codes(codes, scales, zeros, segment_spec(spec, bits))
-            for bits, codes, scales, zeros in segments
+            QTensor.from_codes(codes, scales, zeros, spec.segment(bits)) for bits, codes, scales, zeros in segments
         )
-        tensor = cls(packed, permutation.astype(jnp.uint16), spec, shape)
-        widths = tensor.widths
-        if (
-            not spec.mixes(shape)
-            or sum(widths) != spec.bits * len(widths)
-            or len(widths) * SEGMENT_CHANNELS != shape[0]
-        ):
-            raise ValueError(f"{spec}: widths {widths} of a matrix {shape} are not {spec.bits} on average")
+        if spec.widths is None:
+            channels = permutation.astype(jnp.uint16)
+        else:
+            run = jnp.arange(shape[0]) // run_channels(spec, shape[0])
+            channels = jnp.zeros(shape[0], jnp.uint8).at[permutation].set(run.astype(jnp.uint8))
+        tensor = cls(packed, channels, spec, shape)
+        check_widths(tensor.widths, spec, shape)
         return tensor
 
     @property
@@ -68,14 +69,23 @@ class SegmentedQTensor:
         return len(self.shape)
 
     @property
+    def permutation(self) -> Array:
+        """Which input channel each row of the segments is, int32 `[K]`."""
+        if self.spec.widths is None:
+            return self.channels.astype(jnp.int32)
+        return jnp.argsort(self.channels, stable=True).astype(jnp.int32)
+
+    @property
     def widths(self) -> tuple[int, ...]:
-        """The width of every run of 128 channels."""
-        return tuple(s.spec.bits for s in self.segments for _ in range(s.shape[0] // SEGMENT_CHANNELS))
+        """The width of every run."""
+        length = run_channels(self.spec, self.shape[0])
+        return tuple(s.spec.bits for s in self.segments for _ in range(s.shape[0] // length))
 
     @property
     def nbytes(self) -> int:
-        """Bytes of every array, a byte for the width of each run included; equal to `spec.size_bits(shape) / 8`."""
-        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self)) + len(self.widths)
+        """Bytes of every array, a byte for the width of each mixed run included; `spec.size_bits(shape) / 8`."""
+        arrays = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
+        return arrays + (len(self.widths) if self.spec.widths is None else 0)
 
     @property
     def scales(self) -> Array:
@@ -84,23 +94,34 @@ class SegmentedQTensor:
     def packed(self) -> SegmentedMatrix:
         """The view the kernels take."""
         segments = tuple(segment.packed() for segment in self.segments)
-        return SegmentedMatrix(segments=segments, permutation=self.permutation.astype(jnp.int32))
+        return SegmentedMatrix(segments=segments, permutation=self.permutation)
 
     def dequantize(self, dtype=jnp.float32) -> Float[Array, "K N"]:
         """The dense weight in the order of its input; computed in float32, rounded once to `dtype`."""
         return self.packed().dequantize(dtype)
 
 
-def segment_spec(spec: QuantSpec, bits: int) -> QuantSpec:
-    """The spec of a segment of `bits` in a matrix of the mixed `spec`."""
-    return QuantSpec(bits=bits, group_size=spec.group_size, symmetric=spec.symmetric, scale_dtype=spec.scale_dtype)
+def run_channels(spec: QuantSpec, in_features: int) -> int:
+    """Input channels of a run."""
+    return SEGMENT_CHANNELS if spec.widths is None else in_features // len(spec.widths)
 
 
-def runs_of(widths: Sequence[int]) -> list[tuple[int, int, int]]:
-    """(width, first channel, stop) of every segment: neighbours of equal width joined."""
+def check_widths(widths: Sequence[int], spec: QuantSpec, shape: tuple[int, ...]) -> None:
+    """Raises ValueError unless runs of these widths are a matrix of that spec and shape."""
+    if spec.widths is not None:
+        fits = spec.segmentable(shape, len(spec.widths)) and tuple(widths) == spec.widths
+    else:
+        whole = len(widths) * SEGMENT_CHANNELS == shape[0]
+        fits = spec.mixes(shape) and whole and sum(widths) == spec.bits * len(widths)
+    if not fits or not all(1 <= width <= 8 for width in widths):
+        raise ValueError(f"{spec}: widths {list(widths)} of a matrix {list(shape)} are not those of the spec")
+
+
+def runs_of(widths: Sequence[int], length: int = SEGMENT_CHANNELS) -> list[tuple[int, int, int]]:
+    """(width, first channel, stop) of every segment of runs of `length`: neighbours of equal width joined."""
     found, first = [], 0
     for bits, run in itertools.groupby(widths):
-        stop = first + SEGMENT_CHANNELS * len(list(run))
+        stop = first + length * len(list(run))
         found.append((bits, first, stop))
         first = stop
     return found

@@ -8,7 +8,8 @@ and, when asymmetric, one zero point:
 A zero point is a code of the same width, or a number of `zero_dtype`, fractions included (HQQ's). The sum is a
 low-rank residual (LoRC, arXiv 2303.08302), there when `rank` is above zero; its factors are themselves packed, in 8
 bits. A `mixed` matrix has widths of its own for every run of 128 input channels, `bits` on average, after a permutation
-of the channels (`lq.numerics.segmented`); one that cannot be cut so is not mixed.
+of the channels (`lq.numerics.segmented`); one that cannot be cut so is not mixed. With `widths` a plan says them: the
+channels, those of most energy first, are cut into as many segments of equal length.
 
 Sizes counted here are sizes on disk and on the device: codes in whole uint32 words (`lq_kernels.packing`), scales in
 their dtype, zero points as codes packed along the output axis or in their dtype, the factors of the residual with their
@@ -26,6 +27,8 @@ SCALE_BITS = {"bfloat16": 16, "float16": 16, "float32": 32}
 GROUP_SIZES = (32, 64, 128, 256)
 SEGMENT_CHANNELS = 128  # input channels of a mixed matrix that share a width; those of `lq_kernels`
 PERMUTATION_BITS, WIDTH_BITS = 16, 8  # stored per channel and per run of a mixed matrix
+SEGMENT_BITS = 8  # stored per channel where a plan gives widths: the number of its segment
+LEAST_SEGMENT = 32  # channels: what any width packs into whole words
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, order=True)
@@ -43,6 +46,8 @@ class QuantSpec:
     zero_dtype: str | None = None  # of zero points that need not be whole; None: they are codes of `bits` bits
     rank: int = 0  # of the low-rank residual, 0: none
     mixed: bool = False  # runs of 128 input channels have widths of their own, `bits` on average
+    # Of the segments of the input channels, most energy first; `bits` is the largest of them. None: one width.
+    widths: tuple[int, ...] | None = None
 
     def __post_init__(self):
         if type(self.bits) is not int or self.bits not in range(1, 9):
@@ -72,6 +77,28 @@ class QuantSpec:
                 f"mixed: runs of {SEGMENT_CHANNELS} channels hold no whole group; write group_size 32, 64 or 128"
             )
 
+        if self.widths is not None:
+            self._check_widths()
+
+    def _check_widths(self):
+        widths = self.widths or ()
+        if not isinstance(self.widths, tuple) or any(type(b) is not int or b not in range(1, 9) for b in widths):
+            raise UserError(f"widths: {self.widths!r}; write whole numbers from 1 to 8, such as (4, 3, 2, 2)")
+        if not 2 <= len(widths) <= 1 << SEGMENT_BITS or self.bits != max(widths):
+            raise UserError(
+                f"widths: {widths} and bits {self.bits}; write 2 to 256 widths, and bits the largest of them"
+            )
+        for name in ("rank", "zero_dtype", "mixed"):
+            if getattr(self, name):
+                raise UserError(f"widths: of segments of channels do not go with {name}; leave one out")
+        if self.group_size is None:
+            raise UserError("widths: segments hold whole groups; write a group_size, such as 64")
+
+    @property
+    def code_bits(self) -> float:
+        """The mean width of the codes."""
+        return self.bits if self.widths is None else sum(self.widths) / len(self.widths)
+
     @property
     def max_code(self) -> int:
         return (1 << self.bits) - 1
@@ -93,6 +120,10 @@ class QuantSpec:
         from lq_kernels.packing import packed_bits
 
         *lead, K, N = shape
+        if self.widths is not None:
+            self.check_segments(shape)
+            part = K // len(self.widths), N
+            return SEGMENT_BITS * K + sum(self.segment(bits).size_bits(part) for bits in self.widths)
         stack, groups = math.prod(lead), self.num_groups(K)
         scales = stack * groups * N * SCALE_BITS[self.scale_dtype]
         # Zero points that are codes are packed along N: transposed, N is the axis that is cut into words.
@@ -109,6 +140,24 @@ class QuantSpec:
         """Whether a weight of `shape` has runs of channels of several widths: one matrix, cut without remainder."""
         cuts = len(shape) == 2 and shape[0] % SEGMENT_CHANNELS == 0 and shape[1] % 32 == 0
         return self.mixed and cuts and SEGMENT_CHANNELS < shape[0] <= 1 << PERMUTATION_BITS and 1 < self.bits < 8
+
+    def segment(self, bits: int) -> "QuantSpec":
+        """The spec of a segment of that width: all that is the same, of one width."""
+        return dataclasses.replace(self, bits=bits, mixed=False, widths=None)
+
+    def segmentable(self, shape: tuple[int, ...], count: int) -> bool:
+        """Whether a weight of `shape` can be cut along its inputs into `count` segments of whole groups and words."""
+        step = max(self.group_size or 0, LEAST_SEGMENT)
+        return len(shape) == 2 and self.group_size is not None and shape[0] % (count * step) == 0
+
+    def check_segments(self, shape: tuple[int, ...]) -> None:
+        """Raises UserError for a weight that cannot be cut into the segments that `widths` are of."""
+        count = len(self.widths or ())
+        if not self.segmentable(shape, count):
+            raise UserError(
+                f"widths: a matrix {list(shape)} has no {count} segments of whole groups of {self.group_size} input "
+                "channels; write fewer widths, or a smaller group_size"
+            )
 
     def residual(self, shape: tuple[int, ...]) -> tuple[tuple["QuantSpec", tuple[int, ...]], ...]:
         """Spec and shape of the two factors of the low-rank residual of a weight of `shape`; none at rank 0.
@@ -136,13 +185,15 @@ class QuantSpec:
         if unknown or "bits" not in fields:
             problem = f"unknown field {sorted(unknown)[0]!r}" if unknown else "no field 'bits'"
             raise UserError(f"spec: {problem}; fields are {', '.join(sorted(known))}")
-        return cls(**fields)
+        widths = fields.get("widths")
+        return cls(**{**fields, "widths": tuple(widths) if isinstance(widths, list) else widths})
 
     def __str__(self) -> str:
         group = "column" if self.group_size is None else f"g{self.group_size}"
         zeros = "-sym" if self.symmetric else f"-zero {self.zero_dtype}" if self.zero_dtype else ""
         more = (f"-rank {self.rank}" if self.rank else "") + ("-mixed" if self.mixed else "")
-        return f"{self.format}{self.bits}-{group}{zeros}{more}"
+        width = self.bits if self.widths is None else ".".join(map(str, self.widths))
+        return f"{self.format}{width}-{group}{zeros}{more}"
 
 
 def smallest_first(specs: Iterable[QuantSpec]) -> list[QuantSpec]:

@@ -20,7 +20,7 @@ from lq.numerics.qtensor import QTensor
 from lq.numerics.segmented import Packed, SegmentedQTensor, is_packed
 from lq.numerics.spec import QuantSpec
 from lq.quantizers.low_rank import with_residual
-from lq.quantizers.recipe import Recipe
+from lq.quantizers.recipe import WIDTHS_REFUSED, Recipe
 from lq.quantizers.registry import QUANTIZERS
 
 
@@ -46,6 +46,8 @@ def quantize_matrix(
 
 def quantize_leaf(weight: Array, stats: InputStats | None, prepared: Any, spec: QuantSpec, recipe: Recipe) -> Packed:
     """One weight packed, its low-rank residual included. `prepared` is what the method's `prepare` made of `stats`."""
+    if spec.widths is not None:
+        return planned_matrix(weight, prepared, spec, recipe)
     if spec.mixes(weight.shape):
         return segmented_matrix(weight, prepared, spec, recipe)
     hessian = stats.hessian if stats is not None and spec.rank else None
@@ -58,6 +60,15 @@ def segmented_matrix(weight: Array, prepared: Any, spec: QuantSpec, recipe: Reci
     if segments is None:
         raise UserError(f"{recipe.method}: cannot choose widths for runs of channels; write baq, or leave out mixed")
     permutation, found = segments(weight.astype(jnp.float32), prepared, spec, recipe.options)
+    return SegmentedQTensor.from_segments(permutation, found, spec, weight.shape)
+
+
+def planned_matrix(weight: Array, prepared: Any, spec: QuantSpec, recipe: Recipe) -> SegmentedQTensor:
+    """One weight whose spec gives widths, packed."""
+    function = recipe.quantizer.widths
+    if function is None:
+        raise UserError(f"{recipe.method}: {WIDTHS_REFUSED}")
+    permutation, found = function(weight.astype(jnp.float32), prepared, spec, recipe.options)
     return SegmentedQTensor.from_segments(permutation, found, spec, weight.shape)
 
 

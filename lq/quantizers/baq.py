@@ -29,11 +29,9 @@ from jaxtyping import Array, Float, Int
 
 from lq.calibration.statistics import HIGHEST, InputStats
 from lq.errors import UserError
-from lq.numerics.segmented import runs_of, segment_spec
 from lq.numerics.spec import SEGMENT_CHANNELS, QuantSpec
-from lq.quantizers.gptq import GPTQFactor, GPTQOptions, energy, factorize, gptq, live, sweep_matrix
-from lq.quantizers.rtn import find_ranges, stored_zeros
-from lq.quantizers.sweep import Grid, fixed_grid, sweep
+from lq.quantizers.gptq import GPTQFactor, GPTQOptions, factorize, gptq, sweep_matrix
+from lq.quantizers.runs import cut, sweep_runs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,7 +104,7 @@ def baq_segments(weight: Float[Array, "K N"], stats: InputStats | GPTQFactor, sp
     if options.guard and not mixed_error <= error:
         widths, permutation = np.full_like(widths, spec.bits), np.arange(len(weight), dtype=np.int32)
         codes, scales, zeros, _ = _quantize(weight, factor, permutation, widths, spec, options)
-    return jnp.asarray(permutation), _segments(codes, scales, zeros, widths, spec)
+    return jnp.asarray(permutation), cut(codes, scales, zeros, widths, spec)
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "options"))
@@ -176,48 +174,14 @@ def _check_mean(mean: float, low: float, high: float) -> None:
         raise UserError(f"widths from {low} to {high} of mean {mean}; write a mean between them")
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "options"))
-def _quantize(weight, factor: GPTQFactor, permutation, widths: Int[Array, " R"], spec: QuantSpec, options: BAQOptions):
+def _quantize(weight, factor: GPTQFactor, permutation, widths: Int[np.ndarray, " R"], spec: QuantSpec, options):
     """Codes `[K, N]`, scales and zeros `[groups, N]`, in the order of the permutation and each run at its width; and
     half the output error."""
-    K, N = weight.shape
-    length, groups = spec.group_length(K), spec.num_groups(K)
-    weight = live(weight, factor)
-    grouped = weight[permutation].reshape(groups, length, N)
-    importance = energy(factor)[permutation].reshape(groups, length, 1)
-    grid = _ranges_at(grouped, importance, widths, spec, options)
-
-    position = jnp.zeros(K, jnp.int32).at[permutation].set(jnp.arange(K, dtype=jnp.int32))
-    block = min(options.block, K)
-    grid_of = fixed_grid(grid, position[factor.order] // length, block)
-    difference, _ = sweep(weight, factor.upper, factor.order, grid_of, block)
-    stands_for = grouped - difference[permutation].reshape(groups, length, N)
-    codes = jax.tree.map(lambda a: a[:, None], grid).code(stands_for)
-    _, error = _losses(difference, factor)
-    return codes.reshape(K, N).astype(jnp.uint32), grid.scale, stored_zeros(grid.zero, spec), error
+    at = (spec.segment(options.high), options, options.low, options.high)
+    codes, scales, zeros, difference = sweep_runs(weight, factor, permutation, widths, *at)
+    return codes, scales, zeros, float(_error(difference, factor))
 
 
-def _ranges_at(grouped, importance, widths: Int[Array, " R"], spec: QuantSpec, options: BAQOptions) -> Grid:
-    """The ranges of all groups, run by run, each found for the width of its run, which is not known to the compiler."""
-    groups, length, N = grouped.shape
-    per_run = SEGMENT_CHANNELS // length
-    real = jnp.ones((per_run, length, 1), bool)
-
-    def at(bits: int):
-        return lambda run: find_ranges(run[0], real, segment_spec(spec, bits), options, run[1])
-
-    choices = [at(bits) for bits in range(options.low, options.high + 1)]
-    runs = grouped.reshape(-1, per_run, length, N), importance.reshape(-1, per_run, length, 1)
-    pick = lambda pair: jax.lax.switch(pair[0] - options.low, choices, pair[1])  # noqa: E731
-    scale, zero = jax.lax.map(pick, (widths, runs))
-    top = jnp.repeat(jnp.exp2(widths.astype(jnp.float32)) - 1.0, per_run)
-    return Grid(scale.reshape(groups, N), zero.reshape(groups, N), top[:, None])
-
-
-def _segments(codes: Array, scales: Array, zeros: Array | None, widths: np.ndarray, spec: QuantSpec) -> list[tuple]:
-    """Cut where the width changes."""
-    found = []
-    for bits, first, stop in runs_of([int(width) for width in widths]):
-        groups = slice(first // spec.group_length(len(codes)), stop // spec.group_length(len(codes)))
-        found.append((bits, codes[first:stop], scales[groups], None if zeros is None else zeros[groups]))
-    return found
+@jax.jit
+def _error(difference: Float[Array, "K N"], factor: GPTQFactor) -> Float[Array, ""]:
+    return _losses(difference, factor)[1]

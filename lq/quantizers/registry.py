@@ -10,19 +10,27 @@ from lq.quantizers.gptq import GPTQOptions, factorize, gptq
 from lq.quantizers.hqq import HQQOptions, hqq
 from lq.quantizers.rsq import RSQOptions, rsq, token_importance
 from lq.quantizers.rtn import RTNOptions, rtn
+from lq.quantizers.runs import gptq_widths, rtn_widths
 from lq.quantizers.smoothquant import SmoothQuantOptions, smooth_block
 from lq.registry import Method, Registry
 
 QUANTIZERS = Registry(
     "quantizer",
     {
-        "rtn": Method(function=rtn, options=RTNOptions, check=RTNOptions.resolve, fractional=RTNOptions.fractional),
+        "rtn": Method(
+            function=rtn,
+            options=RTNOptions,
+            widths=rtn_widths,
+            check=RTNOptions.resolve,
+            fractional=RTNOptions.fractional,
+        ),
         "hqq": Method(function=hqq, options=HQQOptions, check=HQQOptions.check, fractional=lambda options, spec: True),
         "gptq": Method(
             function=gptq,
             options=GPTQOptions,
             needs=frozenset({"hessian", "calibration"}),
             prepare=factorize,
+            widths=gptq_widths,
             check=GPTQOptions.resolve,
             fractional=GPTQOptions.fractional,
         ),
@@ -41,6 +49,7 @@ QUANTIZERS = Registry(
             needs=frozenset({"hessian", "calibration"}),
             prepare=factorize,
             token_weights=token_importance,
+            widths=gptq_widths,
             check=RSQOptions.resolve,
             fractional=RSQOptions.fractional,
         ),

@@ -15,7 +15,7 @@ from lq.allocation import Plan, allocate, uniform_plan
 from lq.allocation.allocate import Pin
 from lq.errors import UserError
 from lq.importance.scores import Scores
-from lq.models.matrices import model_shapes, other_weights
+from lq.models.matrices import matrices, model_shapes, other_weights
 from lq.numerics.spec import QuantSpec
 
 L = 10
@@ -282,6 +282,60 @@ def test_matrices_can_be_units():
     assert len({s.bits for p, s in plan.specs.items() if p.startswith("block_5/")}) >= 1
     assert plan.specs[paths[-1]].bits == 4
     assert plan.specs[paths[0]].bits == 2
+
+
+def segmented(values, count=2, config=None):
+    """Scores of the segments of every matrix of a model of two blocks, in the order of `values`."""
+    config = config or llama_config(2)
+    names = [f"{path}:{i}/{count}" for path in matrices(config) for i in range(count)]
+    return dataclasses.replace(scores_of([], config), values=dict(zip(names, values, strict=True)))
+
+
+def test_segments_of_a_matrix_can_be_units():
+    """Each at its width; what is counted is never less than what is stored, and a matrix of one width is not cut."""
+    config = llama_config(2)
+    values = np.random.default_rng(0).permutation(2 * len(matrices(config)))
+    spec = QuantSpec(bits=4, group_size=32)
+    plan = allocate(segmented(values), bpw=4.3, bits=(2, 4), spec=spec)
+    assert plan.bpw <= 4.3
+    cut = {path: found.widths for path, found in plan.specs.items() if found.widths is not None}
+    assert cut, "or nothing was shown"
+    assert set(cut.values()) <= {(2, 4), (4, 2)}
+    ranking = segmented(values).ranking()
+    wide = [unit for unit in ranking if unit_width(plan, unit) == 4]
+    assert ranking.index(wide[-1]) < len(wide) + 4, "but for those that did not fit, the most important ones"
+    whole = [path for path in plan.specs if path not in cut]
+    assert all(plan.specs[path] in (QuantSpec(bits=2, group_size=32), spec) for path in whole)
+    again = Plan.from_dict(json.loads(json.dumps(plan.to_dict())))
+    assert again == plan
+    codes = sum(found.code_bits * math.prod(plan.shapes[path]) for path, found in plan.specs.items())
+    assert plan.code_bits == codes / sum(math.prod(plan.shapes[path]) for path in plan.specs)
+
+
+def unit_width(plan, unit):
+    path, place = unit.split(":")
+    spec = plan.specs[path]
+    return spec.bits if spec.widths is None else spec.widths[int(place.split("/")[0])]
+
+
+def test_segments_must_make_up_their_matrices():
+    config, spec = llama_config(2), QuantSpec(bits=4, group_size=32)
+    whole = segmented(range(2 * len(matrices(config))))
+    first, *rest = whole.values
+    path = first.split(":")[0]
+    missing = dataclasses.replace(whole, values={unit: whole.values[unit] for unit in rest})
+    with pytest.raises(UserError, match=f"no value for {path}"):
+        allocate(missing, bpw=3.5, bits=(2, 4), spec=spec)
+    for extra in (path, f"{path}:0/4"):
+        with pytest.raises(UserError, match=f"for {path}"):
+            allocate(dataclasses.replace(whole, values=whole.values | {extra: 1.0}), bpw=3.5, bits=(2, 4), spec=spec)
+    with pytest.raises(UserError, match="has no 2 segments of whole groups of 128; write a smaller group size"):
+        allocate(whole, bpw=3.5, bits=(2, 4), spec=QuantSpec(bits=4))
+    measured = dataclasses.replace(
+        whole, costs={unit: {f"int{b}-g{g}": 1.0 / b for b in (2, 4) for g in (32, 64)} for unit in whole.values}
+    )
+    with pytest.raises(UserError, match="group_sizes: the segments of a matrix share one"):
+        allocate(measured, bpw=3.5, bits=(2, 4), spec=spec, group_sizes=(32, 64), method="knapsack")
 
 
 def test_scores_must_fit_the_model():

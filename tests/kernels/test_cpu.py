@@ -106,8 +106,9 @@ def test_types_of_scales_and_zeros(isa, scale_dtype, zero_dtype):
 @needs_library
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("permuted", [False, True])
-def test_segments_of_several_widths_in_one_call(isa, permuted):
-    w = random_segments((2, 3, 4, 8, 5), (128, 256, 128, 128, 100), 200, permuted=permuted)
+@pytest.mark.parametrize(("lengths", "group"), [((128, 256, 128, 128, 100), 128), ((32, 96, 64, 160, 36), 32)])
+def test_segments_of_several_widths_in_one_call(isa, permuted, lengths, group):
+    w = random_segments((2, 3, 4, 8, 5), lengths, 200, group, permuted=permuted)
     x = random_rows(6, w.in_features)
     for rows, target in itertools.product((1, 6), TARGETS):
         order = slice(None) if w.permutation is None else w.permutation

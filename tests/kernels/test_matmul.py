@@ -76,10 +76,12 @@ def test_nan_and_inf_stay_in_their_row(backend, bad):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("lengths", [(128, 256, 128, 128), (256, 128, 512, 104)])
+@pytest.mark.parametrize(
+    ("lengths", "group"), [((128, 256, 128, 128), 128), ((256, 128, 512, 104), 128), ((64, 32, 96, 40), 32)]
+)
 @pytest.mark.parametrize("permuted", [False, True])
-def test_segments_of_different_widths(backend, lengths, permuted):
-    w = random_segments((2, 3, 4, 8), lengths, 130, permuted=permuted)
+def test_segments_of_different_widths(backend, lengths, group, permuted):
+    w = random_segments((2, 3, 4, 8), lengths, 130, group, permuted=permuted)
     x = random_rows(3, sum(lengths))
     assert_product(quantized_matmul(x, w, backend=backend, config=small_chunks(backend)), x, w)
 
@@ -221,12 +223,16 @@ class TestRefusals:
         with pytest.raises(ValueError, match=message):
             quantized_matmul(arguments.pop("x"), arguments.pop("w"), **arguments)
 
-    def test_a_segment_is_cut_at_multiples_of_128(self):
+    def test_a_segment_is_cut_at_multiples_of_32(self):
+        w = random_segments((2, 4), (80, 128), 8, group=16)
+        with pytest.raises(ValueError, match="segment 0: 80 channels; every segment but the last has a multiple of 32"):
+            quantized_matmul(jnp.ones((2, 208)), w)
+
+    @pytest.mark.parametrize("backend", ["mosaic_gpu", "mosaic_tpu"])
+    def test_accelerators_cut_segments_at_multiples_of_128(self, backend):
         w = random_segments((2, 4), (96, 128), 8, group=32)
-        with pytest.raises(
-            ValueError, match="segment 0: 96 channels; every segment but the last has a multiple of 128"
-        ):
-            quantized_matmul(jnp.ones((2, 224)), w)
+        with pytest.raises(NotImplementedError, match="segment 0 of 96 channels: needs multiples of 128"):
+            quantized_matmul(jnp.ones((2, 224)), w, backend=backend, interpret=True)
 
     def test_a_backend_of_another_platform(self):
         with pytest.raises(NotImplementedError, match="mosaic_gpu: runs on cuda, not on cpu"):

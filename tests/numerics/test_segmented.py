@@ -1,5 +1,7 @@
 """A matrix of several widths: what it stands for, what it costs, how it is stored."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,6 +42,81 @@ def mixed(bits=3, group_size=64, symmetric=False, widths=(4, 4, 3, 1), seed=0):
     return SegmentedQTensor.from_segments(permutation, segments, spec, SHAPE), weight
 
 
+def planned(widths=(4, 2, 2, 1), group_size=32, symmetric=False, shape=(256, 96), seed=0):
+    """A tensor whose spec gives the widths, and the weight that it stands for, float64."""
+    rng = np.random.default_rng(seed)
+    spec = QuantSpec(bits=max(widths), group_size=group_size, symmetric=symmetric, widths=widths)
+    length = shape[0] // len(widths)
+    run = rng.permutation(np.repeat(np.arange(len(widths)), length))
+    permutation = np.argsort(run, kind="stable")
+    weight, segments = np.empty(shape), []
+    for i, bits in enumerate(widths):
+        codes = rng.integers(0, 2**bits, (length, shape[1]))
+        groups = (length // group_size, shape[1])
+        scales = np.asarray(jnp.asarray(rng.uniform(0.5, 2, groups), jnp.bfloat16), np.float64)
+        zeros = (
+            np.full(groups, 0.5 if bits == 1 else 2.0 ** (bits - 1)) if symmetric else rng.integers(0, 2**bits, groups)
+        )
+        expand = lambda a: np.repeat(a, group_size, axis=0)  # noqa: E731
+        weight[run == i] = (codes - expand(zeros)) * expand(scales)
+        if segments and segments[-1][0] == bits:
+            _, *before = segments.pop()
+            codes, scales, zeros = (np.concatenate(pair) for pair in zip(before, (codes, scales, zeros), strict=True))
+        segments.append((bits, codes, scales, zeros))
+    given = [(b, jnp.asarray(c), jnp.asarray(s), None if symmetric else jnp.asarray(z)) for b, c, s, z in segments]
+    return SegmentedQTensor.from_segments(jnp.asarray(permutation), given, spec, shape), weight
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize(("widths", "group_size"), [((4, 2, 2, 1), 32), ((3, 5), 64), ((8, 8, 1, 2), 64)])
+def test_widths_that_a_plan_gives(symmetric, widths, group_size):
+    """What it stands for and costs, products, a shard and back."""
+    tensor, weight = planned(widths, group_size, symmetric)
+    np.testing.assert_array_equal(np.asarray(tensor.dequantize()), weight)
+    assert tensor.widths == widths
+    assert tensor.spec.code_bits == sum(widths) / len(widths)
+    stored = sum(leaf.on_device_size_in_bytes() for leaf in jax.tree.leaves(tensor))
+    assert tensor.nbytes == stored == tensor.spec.size_bits(tensor.shape) // 8
+    part = 256 // len(widths), 96
+    of_parts = [QuantSpec(bits=bits, group_size=group_size, symmetric=symmetric).size_bits(part) for bits in widths]
+    assert 8 * stored == sum(of_parts) + 8 * 256, "a byte a channel says where it belongs"
+
+    x = np.random.default_rng(1).standard_normal((5, 256)).astype(np.float32)
+    bound = 256 * 2.0**-24 * (np.abs(x) @ np.abs(weight))
+    assert (np.abs(np.asarray(matmul(jnp.asarray(x), tensor)) - x.astype(np.float64) @ weight) <= bound).all()
+
+    tensors, specs = to_tensors({"up_proj": {"kernel": tensor}}), {"up_proj/kernel": (tensor.spec, tensor.shape)}
+    assert {name: array.shape for name, array in tensors.items()} == expected_tensors({}, specs)
+    assert sum(array.nbytes for array in tensors.values()) == tensor.nbytes
+    again = from_tensors(tensors, specs, None)["up_proj"]["kernel"]
+    assert jax.tree.structure(again) == jax.tree.structure(tensor)
+    np.testing.assert_array_equal(np.asarray(again.dequantize()), weight)
+    assert QuantSpec.from_dict(json.loads(json.dumps(tensor.spec.to_dict()))) == tensor.spec
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        ({"bits": 4, "widths": (4,)}, "write 2 to 256 widths"),
+        ({"bits": 4, "widths": (3, 2)}, "bits the largest of them"),
+        ({"bits": 9, "widths": (9, 2)}, "bits: 9"),
+        ({"bits": 4, "widths": [4, 2]}, r"widths: \[4, 2\]; write whole numbers"),
+        ({"bits": 4, "widths": (4, 2), "rank": 4}, "do not go with rank"),
+        ({"bits": 4, "widths": (4, 2), "zero_dtype": "bfloat16"}, "do not go with zero_dtype"),
+        ({"bits": 4, "widths": (4, 2), "mixed": True}, "do not go with mixed"),
+        ({"bits": 4, "widths": (4, 2), "group_size": None}, "segments hold whole groups"),
+    ],
+)
+def test_widths_that_cannot_be(given, line):
+    with pytest.raises(UserError, match=line):
+        QuantSpec(**given)
+
+
+def test_a_matrix_without_such_segments():
+    with pytest.raises(UserError, match=r"a matrix \[192, 64\] has no 2 segments of whole groups of 128"):
+        QuantSpec(bits=4, widths=(4, 2)).size_bits((192, 64))
+
+
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("group_size", [32, 64, 128])
 @pytest.mark.parametrize(("bits", "widths"), [(3, (4, 4, 3, 1)), (2, (2, 3, 1, 2)), (5, (8, 4, 4, 4))])
@@ -76,7 +153,7 @@ def test_it_comes_back_from_a_shard(symmetric):
     assert jax.tree.structure(again) == jax.tree.structure(tensor)
     np.testing.assert_array_equal(np.asarray(again.dequantize()), weight)
     tensors["mlp/up_proj/kernel:widths"] = np.asarray([4, 4, 4, 4], np.uint8)
-    with pytest.raises(ValueError, match="are not 3 on average"):
+    with pytest.raises(ValueError, match="are not those of the spec"):
         from_tensors(tensors, specs, None)
 
 

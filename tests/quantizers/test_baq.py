@@ -20,13 +20,13 @@ from lq.numerics.segmented import SegmentedQTensor
 from lq.numerics.spec import QuantSpec
 from lq.quantizers.baq import (
     BAQOptions,
-    _quantize,
     allocate_widths,
     baq_segments,
     channel_losses,
     reverse_water_filling,
 )
 from lq.quantizers.gptq import GPTQOptions, factorize, gptq
+from lq.quantizers.runs import sweep_runs
 
 K, N = 512, 64
 
@@ -219,7 +219,7 @@ def test_compiles_once_whatever_the_widths():
         found = whole(*baq_segments(*layer(spread)[::2], mixed(), BAQOptions()))[4]
         assert (len(set(found)) > 1) == (spread > 0.2)
     assert channel_losses._cache_size() == 1
-    assert _quantize._cache_size() == 1
+    assert sweep_runs._cache_size() == 1
 
 
 # Options

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from lq_kernels.backend import Backend, PreparedMatrix, Problem
+from lq_kernels.backend import Backend, PreparedMatrix, Problem, uneven
 from lq_kernels.gpu import layout
 from lq_kernels.gpu.config import GpuConfig, candidates, default_config, direct_dtype, even_strips, stage_tiles
 from lq_kernels.gpu.layout import TILE, stream_segment, zero_remainder
@@ -30,6 +30,8 @@ OLDEST_JAX = (0, 11, 2)
 
 
 def refuses(problem: Problem) -> str | None:
+    if reason := uneven(problem.segments):
+        return reason
     if jax.__version_info__ < OLDEST_JAX:
         return f"needs jax {'.'.join(map(str, OLDEST_JAX))}, this is {jax.__version__}"
     if jax.config.jax_enable_x64:

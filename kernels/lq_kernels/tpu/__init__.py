@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from lq_kernels.backend import Backend, PreparedMatrix, Problem
+from lq_kernels.backend import Backend, PreparedMatrix, Problem, uneven
 from lq_kernels.packed import PackedMatrix
 from lq_kernels.split import bf16_terms, sum_terms
 from lq_kernels.tpu import layout
@@ -34,6 +34,8 @@ from lq_kernels.tpu.plan import Plan, Strip
 
 
 def refuses(problem: Problem) -> str | None:
+    if reason := uneven(problem.segments):
+        return reason
     for s in problem.segments:
         if s.group_size not in (32, 64, 128) and s.group_size % CHUNK and s.group_size < s.in_features:
             return f"groups of {s.group_size}: needs 32, 64, 128, a multiple of {CHUNK}, or the whole column"
