@@ -6,7 +6,17 @@ from collections.abc import Mapping
 from lq.calibration.data import Windows
 from lq.errors import UserError
 from lq.importance.alpha import AlphaOptions, alpha
-from lq.importance.controls import NoOptions, RandomOptions, first_last, parameter_count, random, reverse
+from lq.importance.controls import (
+    NoOptions,
+    RandomOptions,
+    RecipeOptions,
+    ends_random,
+    first_last,
+    k_quant,
+    parameter_count,
+    random,
+    reverse,
+)
 from lq.importance.kurtosis import KurtosisOptions, kurtosis
 from lq.importance.lim import LIMOptions, lim
 from lq.importance.measured import MeasuredOptions, measured_kl
@@ -32,6 +42,8 @@ METRICS = Registry(
         "alpha": Method(function=alpha, options=AlphaOptions),
         "kurtosis": Method(function=kurtosis, options=KurtosisOptions),
         "first_last": Method(function=first_last, options=NoOptions),
+        "ends_random": Method(function=ends_random, options=RandomOptions),
+        "k_quant": Method(function=k_quant, options=RecipeOptions),
         "parameter_count": Method(function=parameter_count, options=NoOptions),
         "random": Method(function=random, options=RandomOptions),
     },
