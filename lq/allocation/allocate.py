@@ -10,13 +10,16 @@ from numbers import Integral, Real
 
 import numpy as np
 
+from lq.allocation.annealing import AnnealingOptions, annealing
 from lq.allocation.costs import Costs, costs_for, expected_costs
 from lq.allocation.knapsack import knapsack
 from lq.allocation.milp import integer_program
 from lq.allocation.plan import DENSE_BITS, Count, Plan, check_count
 from lq.allocation.problem import NoOptions, Problem
+from lq.allocation.proportional import ProportionalOptions, proportional
 from lq.allocation.rank import rank
 from lq.allocation.relaxation import greedy, lagrangian
+from lq.allocation.water_filling import water_filling
 from lq.errors import UserError
 from lq.importance.scores import Scores
 from lq.importance.units import members
@@ -33,6 +36,9 @@ ALLOCATORS = Registry(
         "lagrangian": Method(function=lagrangian, options=NoOptions),
         "knapsack": Method(function=knapsack, options=NoOptions),
         "milp": Method(function=integer_program, options=NoOptions),
+        "proportional": Method(function=proportional, options=ProportionalOptions),
+        "water_filling": Method(function=water_filling, options=NoOptions),
+        "annealing": Method(function=annealing, options=AnnealingOptions),
     },
 )
 
