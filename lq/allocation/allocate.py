@@ -12,11 +12,13 @@ import numpy as np
 
 from lq.allocation.annealing import AnnealingOptions, annealing
 from lq.allocation.costs import Costs, costs_for, expected_costs
+from lq.allocation.interactions import interactions_of
 from lq.allocation.knapsack import knapsack
 from lq.allocation.milp import integer_program
 from lq.allocation.plan import DENSE_BITS, Count, Plan, check_count
 from lq.allocation.problem import NoOptions, Problem
 from lq.allocation.proportional import ProportionalOptions, proportional
+from lq.allocation.quadratic import QuadraticOptions, quadratic
 from lq.allocation.rank import rank
 from lq.allocation.relaxation import greedy, lagrangian
 from lq.allocation.water_filling import water_filling
@@ -39,6 +41,7 @@ ALLOCATORS = Registry(
         "proportional": Method(function=proportional, options=ProportionalOptions),
         "water_filling": Method(function=water_filling, options=NoOptions),
         "annealing": Method(function=annealing, options=AnnealingOptions),
+        "quadratic": Method(function=quadratic, options=QuadraticOptions),
     },
 )
 
@@ -134,7 +137,8 @@ def allocate(
     weights = [sum(math.prod(shapes[p]) for p in free[u]) for u in ordered]
     cost = expected_costs(scores, ordered, weights, options_of_all, costs)
     solver, chosen_options = ALLOCATORS[method].function, ALLOCATORS.options(method, options or {})
-    choice = solver(Problem(cost=cost, size=size, budget=budget - fixed_bits), chosen_options)
+    pairs = interactions_of(scores, ordered, options_of_all) if costs == "measured" else None
+    choice = solver(Problem(cost=cost, size=size, budget=budget - fixed_bits, interactions=pairs), chosen_options)
     specs = {p: options_of_all[option] for u, option in zip(ordered, choice, strict=True) for p in free[u]}
     specs |= {p: s for p, s in fixed.items() if s is not None}
     provenance = {

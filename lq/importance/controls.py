@@ -95,5 +95,5 @@ def reverse(scores: Scores) -> Scores:
     place = {unit: float(i) for i, unit in enumerate(ranking)}  # the most important gets 0, the least
     values = {unit: place[unit] for unit in scores.values}
     return dataclasses.replace(
-        scores, metric=f"reverse {scores.metric}", values=values, costs={}, extra={}
+        scores, metric=f"reverse {scores.metric}", values=values, costs={}, interactions={}, extra={}
     )
