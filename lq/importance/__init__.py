@@ -22,6 +22,7 @@ from lq.importance.lim import LIMOptions, lim
 from lq.importance.measured import MeasuredOptions, measured_kl
 from lq.importance.owl import OWLOptions, owl
 from lq.importance.scores import Scores
+from lq.importance.shapley import ShapleyOptions, shapley
 from lq.importance.similarity import InfluenceOptions, StreamOptions, angular, block_influence, contribution
 from lq.importance.zd import ZDOptions, zd
 from lq.models.fingerprint import fingerprint
@@ -39,6 +40,7 @@ METRICS = Registry(
         "contribution": Method(function=contribution, options=StreamOptions, needs=frozenset({"calibration"})),
         "owl": Method(function=owl, options=OWLOptions, needs=frozenset({"calibration"})),
         "kl": Method(function=measured_kl, options=MeasuredOptions, needs=frozenset({"calibration"})),
+        "shapley": Method(function=shapley, options=ShapleyOptions, needs=frozenset({"calibration"})),
         "alpha": Method(function=alpha, options=AlphaOptions),
         "kurtosis": Method(function=kurtosis, options=KurtosisOptions),
         "first_last": Method(function=first_last, options=NoOptions),
@@ -79,6 +81,7 @@ def score(
         options=dataclasses.asdict(chosen),
         calibration=used.fingerprint if used else None,
         costs=result.get("costs", {}),
+        interactions=result.get("interactions", {}),
         passes=result.get("passes"),
         extra=result.get("extra", {}),
     )
