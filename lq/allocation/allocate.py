@@ -10,13 +10,18 @@ from numbers import Integral, Real
 
 import numpy as np
 
+from lq.allocation.annealing import AnnealingOptions, annealing
 from lq.allocation.costs import Costs, costs_for, expected_costs
+from lq.allocation.interactions import interactions_of
 from lq.allocation.knapsack import knapsack
 from lq.allocation.milp import integer_program
 from lq.allocation.plan import DENSE_BITS, Count, Plan, check_count
 from lq.allocation.problem import NoOptions, Problem
+from lq.allocation.proportional import ProportionalOptions, proportional
+from lq.allocation.quadratic import QuadraticOptions, quadratic
 from lq.allocation.rank import rank
 from lq.allocation.relaxation import greedy, lagrangian
+from lq.allocation.water_filling import water_filling
 from lq.errors import UserError
 from lq.importance.scores import Scores
 from lq.importance.units import members, segment_of
@@ -33,6 +38,10 @@ ALLOCATORS = Registry(
         "lagrangian": Method(function=lagrangian, options=NoOptions),
         "knapsack": Method(function=knapsack, options=NoOptions),
         "milp": Method(function=integer_program, options=NoOptions),
+        "proportional": Method(function=proportional, options=ProportionalOptions),
+        "water_filling": Method(function=water_filling, options=NoOptions),
+        "annealing": Method(function=annealing, options=AnnealingOptions),
+        "quadratic": Method(function=quadratic, options=QuadraticOptions),
     },
 )
 
@@ -130,7 +139,8 @@ def allocate(
     weights = [sum(math.prod(shapes[p]) for p in free[u]) // _parts(u) for u in ordered]
     cost = expected_costs(scores, ordered, weights, options_of_all, costs)
     solver, chosen_options = ALLOCATORS[method].function, ALLOCATORS.options(method, options or {})
-    choice = solver(Problem(cost=cost, size=size, budget=budget - fixed_bits), chosen_options)
+    pairs = interactions_of(scores, ordered, options_of_all) if costs == "measured" else None
+    choice = solver(Problem(cost=cost, size=size, budget=budget - fixed_bits, interactions=pairs), chosen_options)
     specs = _specs({u: options_of_all[option] for u, option in zip(ordered, choice, strict=True)}, free)
     specs |= {p: s for p, s in fixed.items() if s is not None}
     provenance = {

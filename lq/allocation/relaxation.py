@@ -4,11 +4,14 @@ On the lower convex hull of every unit each further bit saves less than the last
 what they save per bit, are taken until one does not fit: a share of it would spend the budget exactly, which solves the
 linear program (Sinha and Zoltners, 1979). What that step saves per bit is the price of a bit, the Lagrange multiplier:
 every unit has the option that minimizes cost + price * size.
+
+A limit on latencies is no part of it: the choices that follow are brought within it afterwards.
 """
 
 import itertools
 from typing import NamedTuple
 
+from lq.allocation.latency import settled
 from lq.allocation.problem import DEFAULT, Choice, NoOptions, Problem
 
 
@@ -21,7 +24,7 @@ class Relaxed(NamedTuple):
 
 
 def relax(problem: Problem) -> Relaxed:
-    """Solves the linear relaxation."""
+    """Solves the linear relaxation, of the budget alone."""
     choice = problem.smallest()
     left = problem.budget - problem.total_size(choice)
     for saved, size, unit, option in _hull_steps(problem):
@@ -39,7 +42,7 @@ def lagrangian(problem: Problem, options: NoOptions = DEFAULT) -> Choice:
     Every unit minimizes cost + price * size.
     """
     del options
-    return problem.filled(relax(problem).choice)
+    return settled(problem, relax(problem).choice)
 
 
 def greedy(problem: Problem, options: NoOptions = DEFAULT) -> Choice:
@@ -53,7 +56,7 @@ def greedy(problem: Problem, options: NoOptions = DEFAULT) -> Choice:
             continue
         choice[unit] = option
         left -= size
-    return problem.filled(choice)
+    return settled(problem, choice)
 
 
 def _hull_steps(problem: Problem) -> list[tuple[float, int, int, int]]:

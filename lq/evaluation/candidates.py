@@ -154,13 +154,19 @@ class Judge:
         self, states: Sequence[Array | np.ndarray], block: int, choice: Choice, rows: Sequence[int] | None = None
     ) -> Float[np.ndarray, " windows"]:
         """The same from the hidden states at the input of `block`, one array a batch, as `states` gives them."""
+        return self.losses_from(states, block, choice, rows)[:, 1]
+
+    def losses_from(
+        self, states: Sequence[Array | np.ndarray], block: int, choice: Choice, rows: Sequence[int] | None = None
+    ) -> Float[np.ndarray, "windows 2"]:
+        """The mean negative log-likelihood per scored token as well, in front of the KL."""
         config, found = self.candidates.config, []
         head = self.candidates.head_params(choice)
         rows = range(self.batches) if rows is None else rows
         for i, h in zip(rows, self.states(states, block, choice, rows=rows), strict=True):
             original = (self._head, self._reference[i])
             sums = window_sums(config, config, head, self._rows[i], self._masks[i], h, original)
-            found.append(np.asarray(sums, np.float64)[:, 1] / self._masks[i].sum(1))
+            found.append(np.asarray(sums, np.float64)[:, :2] / self._masks[i].sum(1)[:, None])
         return np.concatenate(found)
 
     def states(

@@ -6,12 +6,23 @@ from collections.abc import Mapping
 from lq.calibration.data import Windows
 from lq.errors import UserError
 from lq.importance.alpha import AlphaOptions, alpha
-from lq.importance.controls import NoOptions, RandomOptions, first_last, parameter_count, random, reverse
+from lq.importance.controls import (
+    NoOptions,
+    RandomOptions,
+    RecipeOptions,
+    ends_random,
+    first_last,
+    k_quant,
+    parameter_count,
+    random,
+    reverse,
+)
 from lq.importance.kurtosis import KurtosisOptions, kurtosis
 from lq.importance.lim import LIMOptions, lim
 from lq.importance.measured import MeasuredOptions, measured_kl
 from lq.importance.owl import OWLOptions, owl
 from lq.importance.scores import Scores
+from lq.importance.shapley import ShapleyOptions, shapley
 from lq.importance.similarity import InfluenceOptions, StreamOptions, angular, block_influence, contribution
 from lq.importance.zd import ZDOptions, zd
 from lq.models.fingerprint import fingerprint
@@ -29,9 +40,12 @@ METRICS = Registry(
         "contribution": Method(function=contribution, options=StreamOptions, needs=frozenset({"calibration"})),
         "owl": Method(function=owl, options=OWLOptions, needs=frozenset({"calibration"})),
         "kl": Method(function=measured_kl, options=MeasuredOptions, needs=frozenset({"calibration"})),
+        "shapley": Method(function=shapley, options=ShapleyOptions, needs=frozenset({"calibration"})),
         "alpha": Method(function=alpha, options=AlphaOptions),
         "kurtosis": Method(function=kurtosis, options=KurtosisOptions),
         "first_last": Method(function=first_last, options=NoOptions),
+        "ends_random": Method(function=ends_random, options=RandomOptions),
+        "k_quant": Method(function=k_quant, options=RecipeOptions),
         "parameter_count": Method(function=parameter_count, options=NoOptions),
         "random": Method(function=random, options=RandomOptions),
     },
@@ -67,6 +81,7 @@ def score(
         options=dataclasses.asdict(chosen),
         calibration=used.fingerprint if used else None,
         costs=result.get("costs", {}),
+        interactions=result.get("interactions", {}),
         passes=result.get("passes"),
         extra=result.get("extra", {}),
     )

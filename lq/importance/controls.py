@@ -6,12 +6,13 @@ change of order at all; a table without these rows cannot tell.
 
 import dataclasses
 import math
+from typing import Literal
 
 import numpy as np
 
 from lq.errors import UserError
 from lq.importance.scores import Scores
-from lq.models.matrices import block_matrices
+from lq.models.matrices import block_matrices, block_of, matrices
 from lq.models.source import ParameterSource
 
 
@@ -27,6 +28,11 @@ class RandomOptions:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NoOptions:
     """For a score without choices."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RecipeOptions:
+    unit: Literal["matrix"] = "matrix"
 
 
 def random(source: ParameterSource, windows: None, options: RandomOptions) -> dict:
@@ -51,9 +57,43 @@ def parameter_count(source: ParameterSource, windows: None, options: NoOptions) 
     return {"values": {f"block_{i}": float(n) for i, n in enumerate(sizes)}}
 
 
+def ends_random(source: ParameterSource, windows: None, options: RandomOptions) -> dict:
+    """Control: the first two blocks and the last are protected, the others in a random order, decided by the seed."""
+    del windows
+    count = source.config.num_blocks
+    places = np.random.default_rng(options.seed).permutation(count)
+    ends = {0, 1, count - 1}
+    return {"values": {f"block_{i}": float(count if i in ends else place) for i, place in enumerate(places)}}
+
+
+def k_quant(source: ParameterSource, windows: None, options: RecipeOptions) -> dict:
+    """Control: v_proj and down_proj up, more in some blocks, then o_proj: the recipe of llama.cpp's K-quant mixes.
+
+    Three tiers of matrices: v_proj and down_proj where `use_more_bits`; v_proj and down_proj elsewhere, and o_proj; the
+    rest. The first tier is the recipe of Q4_K_M, Q5_K_M and of mlx-lm's mixes; that the second comes next is Q3_K_M's.
+    A recipe has no budget of its own; within a tier the first blocks come first where it ends amid one.
+    """
+    del windows, options
+    values, count = {}, source.config.num_blocks
+    for path in matrices(source.config):
+        raised = path.endswith(("v_proj", "down_proj"))
+        values[path] = float(
+            2 if raised and use_more_bits(block_of(path), count) else raised or path.endswith("o_proj")
+        )
+    return {"values": values}
+
+
+def use_more_bits(block: int, blocks: int) -> bool:
+    """llama.cpp's rule: the first eighth, the last eighth, and every third block between."""
+    eighth = blocks // 8
+    return block < eighth or block >= 7 * blocks // 8 or (block - eighth) % 3 == 2
+
+
 def reverse(scores: Scores) -> Scores:
     """The same scores with the order turned round, ties included, named `reverse METRIC`."""
     ranking = scores.ranking()
     place = {unit: float(i) for i, unit in enumerate(ranking)}  # the most important gets 0, the least
     values = {unit: place[unit] for unit in scores.values}
-    return dataclasses.replace(scores, metric=f"reverse {scores.metric}", values=values, costs={}, extra={})
+    return dataclasses.replace(
+        scores, metric=f"reverse {scores.metric}", values=values, costs={}, interactions={}, extra={}
+    )

@@ -23,6 +23,9 @@ class Scores:
     calibration: str | None = None  # fingerprint of the tokens; None for scores that need none
     # What every unit is measured to lose: unit -> name of the spec (`str(QuantSpec)`) -> loss. Empty where it was not.
     costs: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    # What pairs lose beyond the sum of both: unit -> another -> spec of the one -> spec of the other -> loss. Each pair
+    # once; what is not there is 0.
+    interactions: dict[str, dict[str, dict[str, dict[str, float]]]] = dataclasses.field(default_factory=dict)
     passes: float | None = None  # what measuring took, in forward passes of the calibration text; None: not counted
     extra: dict = dataclasses.field(default_factory=dict)  # what else was measured, e.g. LIM without position 0
 
@@ -37,6 +40,14 @@ class Scores:
             or not all(math.isfinite(cost) for of_unit in self.costs.values() for cost in of_unit.values())
         ):
             raise UserError(f"score {self.metric}: costs that are not those of the units, or not finite; score again")
+        pairs = [(unit, other, rows) for unit, others in self.interactions.items() for other, rows in others.items()]
+        if len({frozenset(pair[:2]) for pair in pairs}) != len(pairs) or any(
+            unit == other
+            or not {unit, other} <= self.values.keys()
+            or not all(math.isfinite(loss) for row in rows.values() for loss in row.values())
+            for unit, other, rows in pairs
+        ):
+            raise UserError(f"score {self.metric}: interactions that are not of pairs of the units; score again")
 
     def ranking(self) -> list[str]:
         """Units, most important first. Ties keep the earlier unit first."""

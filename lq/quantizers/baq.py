@@ -128,25 +128,6 @@ def _losses(difference: Float[Array, "K N"], factor: GPTQFactor) -> tuple[Float[
     return losses, losses.sum() - damping * jnp.sum(difference**2) / 2
 
 
-def reverse_water_filling(
-    c: Float[np.ndarray, " K"], mean: float, low: float, high: float, slope: float = 2.0
-) -> Float[np.ndarray, " K"]:
-    """The real widths b of the given mean, within [low, high], of least sum of c 2^(-slope b). float64.
-
-    b is log2(c / level) / slope, clipped: where no bound holds all losses are equal to the level, which is found by
-    bisection. Without bounds it is the geometric mean of c times 2^(-slope mean). Raises UserError for a mean that is
-    not within the bounds.
-    """
-    _check_mean(mean, low, high)
-    logs = np.log2(np.maximum(np.asarray(c, np.float64), np.finfo(np.float64).tiny)) / slope
-    widths = lambda level: np.clip(logs - level, low, high)  # noqa: E731
-    below, above = logs.min() - high, logs.max() - low  # all widths are high, all are low
-    for _ in range(200):
-        middle = (below + above) / 2
-        below, above = (middle, above) if widths(middle).mean() > mean else (below, middle)
-    return widths((below + above) / 2)
-
-
 def allocate_widths(
     losses: Float[np.ndarray, " R"], bits: int, low: int, high: int, slope: float = 2.0
 ) -> Int[np.ndarray, " R"]:
@@ -155,7 +136,8 @@ def allocate_widths(
     From `low` on one bit after the other goes where it gains most, the first of equals. Since each bit of a run gains
     less than the one before, no other widths are better. Raises UserError for a mean that is not within the bounds.
     """
-    _check_mean(bits, low, high)
+    if not low <= bits <= high:
+        raise UserError(f"widths from {low} to {high} of mean {bits}; write a mean between them")
     widths = np.full(len(losses), low, np.int32)
     # What a bit gains is the same share of any loss: the largest loss gains most.
     loss = lambda i: float(losses[i]) * 2.0 ** (-slope * (widths[i] - bits))  # noqa: E731
@@ -167,11 +149,6 @@ def allocate_widths(
         if widths[i] < high:
             heapq.heappush(heap, (-loss(i), i))
     return widths
-
-
-def _check_mean(mean: float, low: float, high: float) -> None:
-    if not low <= mean <= high:
-        raise UserError(f"widths from {low} to {high} of mean {mean}; write a mean between them")
 
 
 def _quantize(weight, factor: GPTQFactor, permutation, widths: Int[np.ndarray, " R"], spec: QuantSpec, options):

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 
 from lq.runs.results import Row
 
-CONTROLS = ("first_last", "parameter_count")
+CONTROLS = ("first_last", "ends_random", "k_quant", "parameter_count")
 FEWEST_SEEDS = 3
 
 Budget = dict[str, list[float]]  # order -> perplexity of each of its plans
@@ -35,7 +35,7 @@ class Tally:
     better: int = 0  # than every random order
     worse: int = 0  # than every random order
     beat_controls: int = 0  # better than every one of `controls`
-    controls: tuple[str, ...]  # those the run holds: first_last, parameter_count, reverse
+    controls: tuple[str, ...]  # those the run holds: of `CONTROLS`, and reverse
     missing: tuple[str, ...]  # those of first_last and reverse that it lacks
 
 

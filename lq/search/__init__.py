@@ -1,7 +1,8 @@
 """Search: plans found by trying them. `SEARCHES` is the registry.
 
 An allocator believes its costs; a search asks the model. Every one starts from a plan and stays within its size. A
-searching function takes (problem, start, loss, batches of text, options) and yields one generation after the other.
+searching function takes (problem, start, loss, batches of text, options) and yields one generation after the other;
+options have `generations`, the most there are.
 """
 
 import dataclasses
@@ -20,9 +21,19 @@ from lq.models.source import ParameterSource
 from lq.numerics.spec import QuantSpec
 from lq.quantizers import Recipe
 from lq.registry import Method, Registry
-from lq.search.evolution import EvolutionOptions, Generation, evolve
+from lq.search.amq import AMQOptions, amq
+from lq.search.evolution import EvolutionOptions, evolve
+from lq.search.generation import Generation
+from lq.search.refine import RefineOptions, refine
 
-SEARCHES = Registry("search", {"evolution": Method(function=evolve, options=EvolutionOptions)})
+SEARCHES = Registry(
+    "search",
+    {
+        "evolution": Method(function=evolve, options=EvolutionOptions),
+        "amq": Method(function=amq, options=AMQOptions),
+        "refine": Method(function=refine, options=RefineOptions),
+    },
+)
 
 
 def search(
@@ -69,13 +80,19 @@ def search(
     def loss(choice: np.ndarray, rows: Sequence[int]) -> float:
         return float(judge.kl(_by_path(units.values(), choice), rows).mean())
 
-    best = start
+    best, front = start, ()
     for found in SEARCHES[method].function(problem, start, loss, judge.batches, chosen_options):
-        best = found.parent
+        best, front = found.parent, found.front
         on_generation(found)
     bits_of = {path: specs[option] for path, option in _by_path(units.values(), best).items()}
     provenance = {"search": method, "search_options": dataclasses.asdict(chosen_options), "passes": judge.passes}
     provenance |= {"recipe": recipe.to_dict(), "calibration": windows.fingerprint, "began_with": plan.provenance}
+    if front:  # a digit for each unit, which tells its width by its place in `bits`
+        provenance |= {"units": list(units), "bits": widths}
+        provenance["front"] = [
+            {"loss": loss, "size_bits": problem.total_size(choice), "options": "".join(map(str, choice))}
+            for choice, loss in front
+        ]
     return dataclasses.replace(plan, specs={**plan.specs, **bits_of}, provenance=provenance)
 
 

@@ -13,15 +13,14 @@ larger.
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from lq.allocation.problem import Choice, Problem
 from lq.errors import UserError
+from lq.search.generation import Generation, Loss
 
-Loss = Callable[[Choice, Sequence[int]], float]  # (choice, batches of text) -> what it loses on them
 MOST_FLIPS = 3
 
 
@@ -49,13 +48,6 @@ class EvolutionOptions:
             raise UserError(
                 f"survivors: {self.survivors}, batches: {self.batches}; write no more survivors than there were before"
             )
-
-
-class Generation(NamedTuple):
-    """The parent behind a generation, and what it lost on the text of the last stage."""
-
-    parent: Choice
-    loss: float
 
 
 def evolve(problem: Problem, start: Choice, loss: Loss, text: int, options: EvolutionOptions) -> Iterator[Generation]:

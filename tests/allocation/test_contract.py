@@ -1,5 +1,7 @@
 """What every allocator must give, whichever it is: one offered option to each unit, within the budget."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -12,6 +14,8 @@ from lq.allocation.problem import Problem
 WIDTHS = st.sets(st.integers(1, 8), min_size=1, max_size=4)
 UNITS = st.lists(st.tuples(st.integers(1, 1000), st.integers(0, 500), st.floats(0.01, 100)), min_size=1, max_size=8)
 
+QUICK = {"annealing": {"runs": 8, "proposals": 10}}  # instead of the defaults
+
 
 def problem_of(units, widths, budget) -> Problem:
     """Sizes grow with the width, and costs fall: four times with every bit."""
@@ -23,7 +27,7 @@ def problem_of(units, widths, budget) -> Problem:
 
 
 def allocated(method, problem: Problem):
-    choice = ALLOCATORS[method].function(problem, ALLOCATORS.options(method, {}))
+    choice = ALLOCATORS[method].function(problem, ALLOCATORS.options(method, QUICK.get(method, {})))
     assert choice.shape == problem.cost.shape[:1], "every unit, and no other"
     assert ((choice >= 0) & (choice < problem.cost.shape[1])).all()
     return choice
@@ -37,6 +41,26 @@ def test_every_unit_gets_one_of_its_options_and_the_budget_holds(method, units, 
     choice = allocated(method, problem)
     assert problem.total_size(choice) <= problem.budget
     np.testing.assert_array_equal(allocated(method, problem), choice)
+
+
+@pytest.mark.parametrize("method", ALLOCATORS)
+@settings(max_examples=60, deadline=None)
+@given(
+    units=UNITS,
+    widths=WIDTHS,
+    times=st.lists(st.integers(0, 50), min_size=32, max_size=32),
+    one=st.lists(st.integers(0, 3), min_size=8, max_size=8),
+    beyond=st.integers(0, 500),
+)
+def test_a_limit_on_latencies_holds_as_well(method, units, widths, times, one, beyond):
+    """Latencies in no relation to sizes; one choice at least meets both."""
+    problem = problem_of(units, widths, lambda _, most: most)
+    choice = np.minimum(one[: len(units)], len(widths) - 1)
+    latency = np.array(times).reshape(8, 4)[: len(units), : len(widths)]
+    limit = int(latency[np.arange(len(units)), choice].sum())
+    budget = problem.total_size(choice) + beyond
+    problem = dataclasses.replace(problem, budget=budget, latency=latency, limit=limit)
+    assert problem.fits(allocated(method, problem))
 
 
 @pytest.mark.parametrize("method", ALLOCATORS)

@@ -12,6 +12,7 @@ from small_models import llama_config, random_params
 from lq.calibration.data import Windows
 from lq.errors import UserError
 from lq.importance import METRICS, Scores, reverse, score
+from lq.importance.controls import use_more_bits
 from lq.importance.lim import cosines
 from lq.importance.units import units_of
 from lq.importance.zd import ZDOptions, fraction_beyond
@@ -172,6 +173,26 @@ def test_controls(source):
     tied = score(source, "parameter_count")
     assert tied.ranking() == [f"block_{i}" for i in range(BLOCKS)]
     assert reverse(tied).ranking() == tied.ranking()[::-1]
+
+
+def test_use_more_bits_is_the_rule_of_llama_cpp():
+    raised = {block for block in range(32) if use_more_bits(block, 32)}
+    assert raised == {0, 1, 2, 3, 6, 9, 12, 15, 18, 21, 24, 27, 28, 29, 30, 31}
+    assert {block for block in range(4) if use_more_bits(block, 4)} == {2, 3}
+
+
+def test_recipes_of_practice(source):
+    tiers = score(source, "k_quant").values
+    for path, tier in tiers.items():
+        kind, more = path.rpartition("/")[2], path.startswith(("block_2/", "block_3/"))
+        assert tier == (2 if kind in ("v_proj", "down_proj") and more else kind in ("v_proj", "down_proj", "o_proj"))
+    for seed in range(4):
+        order = score(source, "ends_random", options={"seed": seed}).ranking()
+        assert order[:3] == ["block_0", "block_1", "block_3"]
+    longer = InMemory(llama_config(9), random_params(llama_config(9)))
+    orders = {tuple(score(longer, "ends_random", options={"seed": seed}).ranking()) for seed in range(8)}
+    assert len(orders) == 8
+    assert {order[:3] for order in orders} == {("block_0", "block_1", "block_8")}
 
 
 def test_scores_survive_json(source, tmp_path):

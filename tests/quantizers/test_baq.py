@@ -23,7 +23,6 @@ from lq.quantizers.baq import (
     allocate_widths,
     baq_segments,
     channel_losses,
-    reverse_water_filling,
 )
 from lq.quantizers.gptq import GPTQOptions, factorize, gptq
 from lq.quantizers.runs import sweep_runs
@@ -55,43 +54,16 @@ def whole(permutation, segments):
 
 def test_widths_by_hand():
     """c = (1, 4, 16) at 2 bits: 1, 2 and 3 bits lose 1/4 each, 0.75 in all; 2 bits each lose 21/16."""
-    c = np.asarray([1.0, 4.0, 16.0])
-    widths = reverse_water_filling(c, 2.0, 0.0, 8.0)
-    np.testing.assert_allclose(widths, [1, 2, 3], atol=1e-12)
-    np.testing.assert_allclose(c * 4.0**-widths, 0.25, rtol=1e-12)
-    assert (c / 16).sum() == 1.3125
-    np.testing.assert_array_equal(allocate_widths(c, 2, 1, 8), [1, 2, 3])
+    np.testing.assert_array_equal(allocate_widths(np.asarray([1.0, 4.0, 16.0]), 2, 1, 8), [1, 2, 3])
 
 
 @pytest.mark.parametrize("slope", [1.6, 2.0])
 def test_equal_losses_get_equal_widths(slope):
-    np.testing.assert_allclose(reverse_water_filling(np.full(7, 3.3), 2.5, 1, 8, slope), 2.5, rtol=1e-12)
     np.testing.assert_array_equal(allocate_widths(np.full(7, 3.3), 3, 1, 8, slope), [3] * 7)
 
 
-@pytest.mark.parametrize(("low", "high", "mean"), [(1, 8, 3.0), (2, 4, 3.3), (0, 16, 2.0), (1, 8, 7.9), (3, 3, 3.0)])
-@pytest.mark.parametrize("slope", [1.6, 2.0])
-def test_water_filling_satisfies_the_conditions_of_an_optimum(low, high, mean, slope):
-    """The mean is met, and a channel loses the level, less than it where `low` holds, more where `high` does."""
-    c = np.exp(2.0 * np.random.default_rng(0).standard_normal(301))
-    widths = reverse_water_filling(c, mean, low, high, slope)
-    assert widths.mean() == pytest.approx(mean, rel=1e-12)
-    losses = c * 2.0 ** (-slope * widths)
-    free = (widths > low) & (widths < high)
-    if not free.any():
-        return
-    level = losses[free].mean()
-    np.testing.assert_allclose(losses[free], level, rtol=1e-9)
-    assert (losses[widths == low] <= level * (1 + 1e-9)).all()
-    assert (losses[widths == high] >= level * (1 - 1e-9)).all()
-    if free.all():
-        assert level == pytest.approx(np.exp(np.log(c).mean()) * 2.0 ** (-slope * mean), rel=1e-9)
-
-
 def test_channels_that_lose_nothing_get_the_least_bits():
-    c = np.asarray([0.0, 1.0, 1.0, 0.0])
-    np.testing.assert_allclose(reverse_water_filling(c, 3.0, 1, 8), [1, 5, 5, 1], atol=1e-9)
-    np.testing.assert_array_equal(allocate_widths(c, 3, 1, 8), [1, 5, 5, 1])
+    np.testing.assert_array_equal(allocate_widths(np.asarray([0.0, 1.0, 1.0, 0.0]), 3, 1, 8), [1, 5, 5, 1])
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -105,13 +77,11 @@ def test_whole_widths_are_the_best_of_all(seed, bits, low, high, slope):
     assert (widths <= high).all()
     every = (w for w in itertools.product(range(low, high + 1), repeat=5) if sum(w) == 5 * bits)
     assert total(widths) <= min(map(total, every)) * (1 + 1e-12)
-    assert total(reverse_water_filling(losses, bits, low, high, slope)) <= total(widths) * (1 + 1e-9)
 
 
 def test_a_mean_out_of_bounds_is_refused():
-    for allocate in (allocate_widths, reverse_water_filling):
-        with pytest.raises(UserError, match="widths from 4 to 8 of mean 3; write a mean between them"):
-            allocate(np.ones(4), 3, 4, 8)
+    with pytest.raises(UserError, match="widths from 4 to 8 of mean 3; write a mean between them"):
+        allocate_widths(np.ones(4), 3, 4, 8)
 
 
 # Losses

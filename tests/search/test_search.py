@@ -12,6 +12,7 @@ from lq.calibration.data import Windows
 from lq.errors import UserError
 from lq.evaluation import evaluate, make_reference
 from lq.importance import score
+from lq.importance.units import members
 from lq.models.source import InMemory
 from lq.numerics.spec import QuantSpec
 from lq.quantizers import PlannedSource, Recipe
@@ -69,11 +70,44 @@ def test_units_change_together_and_what_is_dense_stays(source, plan):
 
 
 @pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("refine", {"generations": 2}),
+        ("amq", {"generations": 2, "initial": 10, "evaluations": 4, "population": 12, "inner": 3}),
+    ],
+)
+def test_the_others_lose_no_more_than_the_start(source, plan, method, options):
+    seen = []
+    found = search(
+        source, plan, WINDOWS, unit="part", method=method, options=options, batch_size=2, on_generation=seen.append
+    )
+    assert found.bpw <= plan.bpw
+    assert lost(source, found) <= lost(source, plan) * (1 + 1e-3)
+    assert seen[-1].loss == pytest.approx(lost(source, found), rel=1e-3, abs=1e-6)
+    assert found.provenance["search"] == method
+    assert ("front" in found.provenance) == (method == "amq")
+    for one in found.provenance.get("front", []):
+        widths = dict(zip(found.provenance["units"], one["options"], strict=True))
+        specs = {
+            path: dataclasses.replace(SPEC, bits=found.provenance["bits"][int(digit)])
+            for unit, digit in widths.items()
+            for path in members(unit, found.specs)
+        }
+        there = dataclasses.replace(found, specs=specs)
+        assert sum(map(there.size_bits, specs)) == one["size_bits"]
+        assert lost(source, there) == pytest.approx(one["loss"], rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize(
     ("change", "given", "line"),
     [
         ({"shapes": {}, "specs": {}}, {}, "plan: made for another model; make it from this model's scores"),
         ({}, {"bits": (2, 4)}, "bits: 2, 4, but the plan has 3; add it"),
-        ({}, {"method": "evolutoin"}, "unknown search 'evolutoin'; known: evolution; did you mean evolution?"),
+        (
+            {},
+            {"method": "evolutoin"},
+            "unknown search 'evolutoin'; known: evolution, amq, refine; did you mean evolution?",
+        ),
         ({}, {"options": {"offspring": 0}}, "offspring: 0; write 1 or more"),
     ],
 )

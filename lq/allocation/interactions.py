@@ -1,0 +1,59 @@
+"""What pairs of units lose beyond the sum of both: from scores to `Interactions`, and their projection."""
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+
+from lq.allocation.problem import Interactions, Problem
+from lq.importance.scores import Scores
+from lq.numerics.spec import QuantSpec
+
+
+def interactions_of(scores: Scores, units: Sequence[str], options: Sequence[QuantSpec]) -> Interactions | None:
+    """The pairs of `units` for which the scores have interactions; 0 for options without. None where there are none.
+
+    Args:
+      scores: with `interactions`.
+      units, options: in the order of the problem.
+    """
+    place, column = {unit: i for i, unit in enumerate(units)}, {str(option): i for i, option in enumerate(options)}
+    pairs, terms = [], []
+    for unit, others in scores.interactions.items():
+        for other, table in others.items():
+            if unit not in place or other not in place:
+                continue
+            term = np.zeros((len(options), len(options)))
+            for mine, row in table.items():
+                for its, value in row.items():
+                    if mine in column and its in column:
+                        term[column[mine], column[its]] = value
+            if term.any():
+                pairs.append((place[unit], place[other]))
+                terms.append(term)
+    return Interactions(pairs=np.array(pairs), terms=np.array(terms)) if pairs else None
+
+
+def psd_projected(problem: Problem) -> Problem:
+    """The problem with the nearest objective that is convex, as CLADO has it (arXiv 2307.05657).
+
+    Written as x^T G x / 2 over the indicators x of all options, with twice the costs on the diagonal of G, G loses its
+    negative eigenvalues: measured pairs are noisy, and the noise is as often below as above. What arises between the
+    options of one unit is dropped, since it has one of them; pairs arise between all units.
+    """
+    units, options = problem.cost.shape
+    G = np.zeros((units, options, units, options))
+    offered = problem.offered
+    each, widths = np.arange(units)[:, None], np.arange(options)
+    G[each, widths, each, widths] = 2 * np.where(offered, problem.cost, 0.0)
+    if problem.interactions is not None:
+        for (a, b), term in zip(problem.interactions.pairs, problem.interactions.terms, strict=True):
+            masked = np.where(offered[a][:, None] & offered[b], term, 0.0)
+            G[a, :, b, :], G[b, :, a, :] = masked, masked.T
+    values, vectors = np.linalg.eigh(G.reshape(units * options, -1))
+    convex = ((vectors * np.maximum(values, 0.0)) @ vectors.T).reshape(G.shape)
+    cost = np.where(offered, convex[each, widths, each, widths] / 2, np.inf)
+    pairs = np.array([*itertools.combinations(range(units), 2)], int).reshape(-1, 2)
+    terms = np.array([convex[a, :, b, :] for a, b in pairs]).reshape(-1, options, options)
+    return dataclasses.replace(problem, cost=cost, interactions=Interactions(pairs=pairs, terms=terms))

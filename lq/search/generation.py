@@ -1,0 +1,23 @@
+"""What a search asks and what it gives: a loss, and generation after generation the best plan so far."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from lq.allocation.problem import Choice
+
+Loss = Callable[[Choice, Sequence[int]], float]  # (choice, batches of text) -> what it loses on them
+
+
+class Evaluated(NamedTuple):
+    """A choice and what it loses."""
+
+    choice: Choice
+    loss: float
+
+
+class Generation(NamedTuple):
+    """The parent behind a generation, and what it lost on the text it was judged on last."""
+
+    parent: Choice
+    loss: float
+    front: tuple[Evaluated, ...] = ()  # of searches that look for all sizes: those no other beats, smallest first
