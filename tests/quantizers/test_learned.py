@@ -10,7 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from layerwise import dequantized, inputs_of, output_error, stats_of, weight_of
+from calibrated_layers import (
+    dequantized_float64,
+    hessian_stats,
+    inputs_with_common_factors,
+    output_error_of_codes,
+    random_weight,
+)
 from small_models import llama_config, random_params
 
 from lq.errors import UserError
@@ -63,10 +69,10 @@ def assert_same(found, expected):
 @pytest.mark.parametrize("start", ["minmax", "mse"])
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
 def test_no_steps_are_round_to_nearest(method, start, bits, symmetric):
-    weight = jnp.asarray(weight_of(80, 6))  # the last group of 32 has 16 rows
+    weight = jnp.asarray(random_weight(80, 6))  # the last group of 32 has 16 rows
     spec = QuantSpec(bits=bits, group_size=32, symmetric=symmetric)
     options = options_of(method, steps=0, start=start)
-    found = QUANTIZERS[method].function(weight, stats_of(inputs_of(80)), spec, options)
+    found = QUANTIZERS[method].function(weight, hessian_stats(inputs_with_common_factors(400, 80)), spec, options)
     assert_same(found, rounded(weight, spec, start))
 
 
@@ -85,7 +91,7 @@ def test_no_steps_are_round_to_nearest(method, start, bits, symmetric):
 def test_what_is_trained_is_what_is_stored(method, kind):
     """With any theta the dequantized export equals the fake-quantized weight to the bit, in a stack too."""
     spec = QuantSpec(**{"bits": 3, "group_size": 32} | kind)
-    weight = jnp.asarray(np.stack([weight_of(80, 6, seed) for seed in (0, 1)]))
+    weight = jnp.asarray(np.stack([random_weight(80, 6, seed=seed) for seed in (0, 1)]))
     options = options_of(method)
     theta, fixed = initial(METHODS[method], weight, spec, options)
     rng = np.random.default_rng(0)
@@ -115,10 +121,10 @@ def test_codes_have_the_gradient_of_what_is_rounded_and_none_where_they_are_clip
 @each_method
 def test_the_last_group_is_not_what_it_is_padded_with(method):
     """A last group whose weights are far from zero: padding that counted as weights would widen its range."""
-    weight = jnp.asarray(weight_of(80, 6) + np.where(np.arange(80) < 64, 0, 3.0)[:, None], jnp.float32)
+    weight = jnp.asarray(random_weight(80, 6) + np.where(np.arange(80) < 64, 0, 60.0)[:, None], jnp.float32)
     spec, options = QuantSpec(bits=4, group_size=32, symmetric=True), options_of(method, start="minmax", steps=20)
-    found = QUANTIZERS[method].function(weight, stats_of(inputs_of(80)), spec, options)
-    assert np.abs(dequantized(found, spec) - np.asarray(weight))[64:].max() < 0.6  # of steps of 3 / 8
+    found = QUANTIZERS[method].function(weight, hessian_stats(inputs_with_common_factors(400, 80)), spec, options)
+    assert np.abs(dequantized_float64(found, spec) - np.asarray(weight))[64:].max() < 12  # of steps of 60 / 8
 
 
 # One matrix
@@ -126,10 +132,10 @@ def test_the_last_group_is_not_what_it_is_padded_with(method):
 
 @functools.cache
 def learned(method, bits, symmetric, **options):
-    weight, x = weight_of(96, 8), inputs_of(96)
+    weight, x = random_weight(96, 8), inputs_with_common_factors(400, 96)
     spec = QuantSpec(bits=bits, group_size=32, symmetric=symmetric)
     quantize = jax.jit(lambda w, s: QUANTIZERS[method].function(w, s, spec, options_of(method, **options)))
-    return weight, x, spec, quantize(jnp.asarray(weight), stats_of(x))
+    return weight, x, spec, quantize(jnp.asarray(weight), hessian_stats(x))
 
 
 @each_method
@@ -138,30 +144,30 @@ def learned(method, bits, symmetric, **options):
 def test_outputs_are_nearer_than_those_of_round_to_nearest(method, bits, symmetric):
     """In float64 from the formula: three quarters of the error of either start, or less."""
     weight, x, spec, found = learned(method, bits, symmetric)
-    starts = [output_error(weight, rounded(weight, spec, start), spec, x) for start in ("minmax", "mse")]
-    assert output_error(weight, found, spec, x) < min(starts) * 3 / 4
+    starts = [output_error_of_codes(weight, rounded(weight, spec, start), spec, x) for start in ("minmax", "mse")]
+    assert output_error_of_codes(weight, found, spec, x) < min(starts) * 3 / 4
 
 
 @each_method
 def test_learning_never_ends_worse_than_it_began(method):
     """With a learning rate that only does harm the start is returned: its step had the least loss."""
-    weight, x = jnp.asarray(weight_of(96, 8)), inputs_of(96)
+    weight, x = jnp.asarray(random_weight(96, 8)), inputs_with_common_factors(400, 96)
     spec, options = QuantSpec(bits=8, group_size=32), options_of(method, start="minmax", learning_rate=50.0, steps=5)
-    found = QUANTIZERS[method].function(weight, stats_of(x), spec, options)
+    found = QUANTIZERS[method].function(weight, hessian_stats(x), spec, options)
     assert_same(found, rounded(weight, spec, "minmax"))
 
 
 @each_method
 def test_inputs_that_are_zero_throughout_leave_round_to_nearest(method):
-    weight, spec = jnp.asarray(weight_of(96, 8)), QuantSpec(bits=3, group_size=32)
-    found = QUANTIZERS[method].function(weight, stats_of(np.zeros((9, 96))), spec, options_of(method, steps=5))
+    weight, spec = jnp.asarray(random_weight(96, 8)), QuantSpec(bits=3, group_size=32)
+    found = QUANTIZERS[method].function(weight, hessian_stats(np.zeros((9, 96))), spec, options_of(method, steps=5))
     assert_same(found, rounded(weight, spec, START[method]))
 
 
 @each_method
 def test_a_stack_of_experts_is_learned_expert_by_expert(method):
-    weight, spec = np.stack([weight_of(64, 6, seed) for seed in (0, 1)]), QuantSpec(bits=3, group_size=32)
-    stats = [stats_of(inputs_of(64, seed=seed)) for seed in (2, 3)]
+    weight, spec = np.stack([random_weight(64, 6, seed=seed) for seed in (0, 1)]), QuantSpec(bits=3, group_size=32)
+    stats = [hessian_stats(inputs_with_common_factors(400, 64, seed=seed)) for seed in (2, 3)]
     quantize = lambda w, s: QUANTIZERS[method].function(jnp.asarray(w), s, spec, options_of(method, steps=20))  # noqa: E731
     stacked = quantize(weight, jax.tree.map(lambda *leaves: jnp.stack(leaves), *stats))
     for i in range(2):
