@@ -179,7 +179,8 @@ def sweep_matrix(weight: Float[Array, "K N"], factor: GPTQFactor, spec: QuantSpe
         grid_of = fixed_grid(rows, factor.order // spec.group_length(K), block)
         difference, _ = sweep(weight, factor.upper, factor.order, grid_of, block)
         return difference, scale, zero
-    block = spec.group_length(K) * -(-options.block // spec.group_length(K))
+    length = spec.group_length(K)
+    block = length * -(-min(options.block, K) // length)
     grid_of = _dynamic_grid(energy(factor), block, spec, options)
     difference, found = sweep(weight, factor.upper, factor.order, grid_of, block)
     scale, zero = (a.reshape(-1, a.shape[-1])[:groups] for a in found)

@@ -479,6 +479,22 @@ def test_compiles_once_for_matrices_of_one_shape():
     assert quantize_matrix._cache_size() == before + 1
 
 
+@pytest.mark.parametrize("group_size", [32, 64])
+def test_a_block_is_no_larger_than_the_matrix(group_size):
+    """Of 80 channels in dynamic groups the last group is filled up, and no more, whatever block is asked for."""
+    weight, _, stats = layer(channels=80, outputs=64)
+    spec, found = QuantSpec(bits=3, group_size=group_size), {}
+    for block in (128, 8192):
+        options = GPTQOptions(act_order=False, static_groups=False, block=block)
+        program = (
+            jax.jit(functools.partial(gptq, spec=spec, options=options)).lower(jnp.asarray(weight), stats).compile()
+        )
+        assert program.memory_analysis().temp_size_in_bytes < 1_000_000
+        found[block] = program(jnp.asarray(weight), stats)
+    for ours, theirs in zip(found[8192], found[128], strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_programs_do_not_grow_with_the_matrix(dynamic):
     """As many operations for 4096 channels as for 1024."""
