@@ -25,6 +25,7 @@ from lq.calibration.statistics import HIGHEST, SAMPLE_ROWS, InputStats
 from lq.errors import UserError
 from lq.numerics.spec import QuantSpec
 from lq.quantizers.rtn import SYMMETRIC, RTNOptions, group_ranges, round_to_codes, rtn, split_groups
+from lq.registry import refuse_idle
 
 NOT_CLIPPED = ("attention/q_proj", "attention/k_proj")
 WHOLE = ("asym0", "asym")  # conventions of asymmetric codes that ranges are searched in
@@ -68,10 +69,17 @@ class AWQOptions(ScalingOptions):
             raise UserError(f"awq: option clip_grid: {self.clip_grid}; write 1 or more")
         if not 0 < self.clip_shrink <= 1:
             raise UserError(f"awq: option clip_shrink: {self.clip_shrink}; write a number above 0, at most 1")
+        if not self.scale:
+            refuse_idle(self, "awq", ("scale_grid", "duo"), "with scale: false no scales are searched")
+        if not self.clip:
+            refuse_idle(self, "awq", ("clip_grid", "clip_shrink"), "with clip: false no ranges are searched")
 
     def for_matrix(self, path: str) -> "AWQOptions":
         """The options of the matrix at `path`: queries and keys are not clipped."""
-        return dataclasses.replace(self, clip=False) if path.endswith(NOT_CLIPPED) else self
+        if not path.endswith(NOT_CLIPPED):
+            return self
+        unused = {"clip_grid": AWQOptions.clip_grid, "clip_shrink": AWQOptions.clip_shrink}
+        return dataclasses.replace(self, clip=False, **unused)
 
 
 def awq(weight: Float[Array, "... K N"], stats: InputStats | None, spec: QuantSpec, options: AWQOptions):

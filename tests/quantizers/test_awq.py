@@ -138,6 +138,7 @@ def test_queries_and_keys_are_not_clipped():
     clipped = {name: per_matrix(AWQOptions(), f"block_0/attention/{name}_proj").clip for name in "qkvo"}
     assert clipped == {"q": False, "k": False, "v": True, "o": True}
     assert per_matrix(AWQOptions(), "block_0/mlp/up_proj") == AWQOptions()
+    assert not per_matrix(AWQOptions(clip_grid=10), "block_0/attention/q_proj").clip
 
 
 # Scales
@@ -434,6 +435,18 @@ def test_conventions_that_do_not_fit_are_refused():
         ({"clip_grid": 0}, "awq: option clip_grid: 0; write 1 or more"),
         ({"clip_shrink": 0.0}, "awq: option clip_shrink: 0.0; write a number above 0, at most 1"),
         ({"clip_shrink": 1.5}, "awq: option clip_shrink: 1.5; write a number above 0, at most 1"),
+        (
+            {"scale": False, "duo": True},
+            "awq: option duo: True, but with scale: false no scales are searched; leave it out",
+        ),
+        (
+            {"scale": False, "scale_grid": 10},
+            "awq: option scale_grid: 10, but with scale: false no scales are searched; leave it out",
+        ),
+        (
+            {"clip": False, "clip_grid": 10},
+            "awq: option clip_grid: 10, but with clip: false no ranges are searched; leave it out",
+        ),
     ],
 )
 def test_searches_that_cannot_be_are_refused(given, message):

@@ -398,6 +398,14 @@ def test_windows_are_drawn_in_shuffled_passes():
         ),
         ({"start": "rtn"}, "quantizer autoround: option start: 'rtn' is not one of minmax, mse or null"),
         ({"unit": "layer"}, "quantizer autoround: option unit: 'layer' is not one of block, matrix"),
+        *(
+            (
+                {"unit": "matrix", name: value},
+                f"autoround: option {name}: {value}, but with unit: matrix every step sees all tokens, and the best is "
+                "kept; leave it out",
+            )
+            for name, value in {"batch_size": 4, "seed": 1, "keep": "best", "guard": False}.items()
+        ),
     ],
 )
 def test_options_that_cannot_be_are_refused(given, message):
