@@ -24,7 +24,7 @@ from lq.calibration.statistics import InputStats
 from lq.errors import UserError
 from lq.numerics.spec import QuantSpec
 from lq.quantizers.cholesky import cholesky
-from lq.quantizers.rtn import RTNOptions, find_ranges, round_to_codes, split_groups, stored_zeros
+from lq.quantizers.rtn import RangeOptions, find_ranges, round_to_codes, split_groups, stored_zeros
 from lq.quantizers.sweep import Grid, GridOf, fixed_grid, sweep
 
 DAMPING_TRIES = 10  # each ten times the one before
@@ -32,8 +32,8 @@ LEAST_RETRY = 1e-4  # of the mean diagonal: where no damping was asked for, what
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GPTQOptions(RTNOptions):
-    """How GPTQ damps, orders and groups. Ranges as in `RTNOptions`, where "opt" weighs the errors by H_kk."""
+class GPTQOptions(RangeOptions):
+    """How GPTQ damps, orders and groups. Ranges as in `RangeOptions`, where "opt" weighs the errors by H_kk."""
 
     method: ClassVar[str] = "gptq"
 

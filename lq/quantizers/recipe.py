@@ -53,7 +53,7 @@ class Recipe:
     @property
     def calibrated(self) -> bool:
         """Whether calibration text is needed."""
-        return "calibration" in self.quantizer.needs or self.scaling is not None or self.bias_correction
+        return "calibration" in self._method_needs or self.scaling is not None or self.bias_correction
 
     @property
     def name(self) -> str:
@@ -64,7 +64,11 @@ class Recipe:
     @property
     def needs(self) -> frozenset[str]:
         """Fields of `InputStats` that are collected for every matrix."""
-        return (self.quantizer.needs - {"calibration"}) | ({"total"} if self.bias_correction else frozenset())
+        return self._method_needs - {"calibration"}
+
+    @property
+    def _method_needs(self) -> frozenset[str]:
+        return self.quantizer.needs | self.quantizer.needs_more(self.options)
 
     def of_matrix(self, path: str) -> "Recipe":
         """The recipe as it is for one matrix: AWQ clips no queries and keys."""

@@ -16,7 +16,13 @@ from lq.registry import Method, Registry
 QUANTIZERS = Registry(
     "quantizer",
     {
-        "rtn": Method(function=rtn, options=RTNOptions, check=RTNOptions.resolve, fractional=RTNOptions.fractional),
+        "rtn": Method(
+            function=rtn,
+            options=RTNOptions,
+            needs_more=lambda options: options.needs,
+            check=RTNOptions.resolve,
+            fractional=RTNOptions.fractional,
+        ),
         "hqq": Method(function=hqq, options=HQQOptions, check=HQQOptions.check, fractional=lambda options, spec: True),
         "gptq": Method(
             function=gptq,

@@ -446,8 +446,11 @@ def test_a_searched_range_may_weigh_channels_by_their_energy(act_order):
     weight, _, stats = layer()
     spec, options = QuantSpec(bits=2, group_size=32), GPTQOptions(clip="opt", act_order=act_order)
     factor = factorize(stats, options)
-    damped = stats.replace(hessian=stats.hessian + factor.damping * jnp.eye(200))
-    plain, weighted = (rtn(jnp.asarray(weight), s, spec, RTNOptions(clip="opt"))[1] for s in (None, damped))
+    damped = stats.replace(square=jnp.diagonal(stats.hessian) + factor.damping)
+    plain, weighted = (
+        rtn(jnp.asarray(weight), damped, spec, RTNOptions(clip="opt", importance=importance))[1]
+        for importance in (False, True)
+    )
     found = run(weight, factor, spec, options)[1]
     # Two candidates may be as good to the last digits of the weights H_kk.
     assert (found != np.asarray(weighted)).mean() <= 0.02
