@@ -8,6 +8,9 @@ statistics that is its singular value decomposition cut after r values, E ~ U S 
 With the Hessian H = sum x x^T of the matrix's inputs the error of its outputs is minimized, ||X (E - L R)||: the same
 of C E with C^T C = H, and L = C^-1 U sqrt(S). H is damped, as in GPTQ, by a hundredth of its mean diagonal.
 
+E is what a matrix's own quantizer leaves. Where the matrices of a block are learned together, it is what their start
+leaves, without statistics: rounding is then learned with the residual in place (`lq.quantizers.reconstruct`).
+
 An error of rounding is nearly white: eight components of 512 hold 6 % of its energy, so that a small rank pays off at 2
 or 3 bits, or where an error has structure. Rounding the factors themselves costs some 1e-4 of what they hold.
 

@@ -5,7 +5,7 @@ Steps are taken in this order, each where the recipe asks for it:
     fold norms, rotate        the model as a whole, `lq.transforms`, before anything is measured
     channel scales            per block: AWQ's search, or SmoothQuant's closed form
     codes                     per block: the quantizer, its clipping search included
-    low-rank residual         per matrix, where its spec has a rank (LoRC)
+    low-rank residual         per matrix, where its spec has a rank (LoRC); before codes that a block learns together
     bias correction           per matrix: the mean error of its output is added to its bias
 """
 

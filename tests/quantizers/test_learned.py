@@ -28,6 +28,7 @@ from lq.numerics.qtensor import QTensor
 from lq.numerics.spec import QuantSpec
 from lq.quantizers import QUANTIZERS, reconstruct
 from lq.quantizers.adaquant import ADAQUANT
+from lq.quantizers.apply import quantize_matrix
 from lq.quantizers.autoround import AUTOROUND
 from lq.quantizers.flexround import FLEXROUND
 from lq.quantizers.parametrization import codes_of, export, fake_quant, initial
@@ -48,10 +49,14 @@ def options_of(method, **given):
 START = {"autoround": "minmax", "flexround": "mse", "adaquant": "mse"}  # when not given, above one bit
 
 
+def start_options(method, start=None, symmetric=False):
+    """Those of `rtn` that a method begins with."""
+    clip = {"minmax": "none", "mse": "mse"}[start or START[method]]
+    return RTNOptions(convention="symf" if symmetric else "asym0", clip=clip)
+
+
 def rounded(weight, spec, start):
-    clip = {"minmax": "none", "mse": "mse"}[start]
-    convention = "symf" if spec.symmetric else "asym0"
-    return rtn(jnp.asarray(weight), None, spec, RTNOptions(convention=convention, clip=clip))
+    return rtn(jnp.asarray(weight), None, spec, start_options(None, start, spec.symmetric))
 
 
 def assert_same(found, expected):
@@ -208,11 +213,11 @@ def outputs(config, params, h):
     return np.asarray(apply_block(config, config.kinds[0], params, h, context_for(jnp.zeros(h.shape[:2], jnp.int32))))
 
 
-def with_codes(params, found, specs):
+def with_codes(params, found, specs, residuals=None):
     """`params` with what was found in the place of the originals."""
     for path, codes in found.items():
         room, layer = path.split("/")
-        kernel = QTensor.from_codes(*codes, specs[path]).dequantize()
+        kernel = QTensor.from_codes(*codes, specs[path], (residuals or {}).get(path)).dequantize()
         params = params | {room: params[room] | {layer: params[room][layer] | {"kernel": kernel}}}
     return params
 
@@ -232,10 +237,10 @@ def learn(method, config=CONFIG, seed=None, block_seed=0, specs=None, on_steps=l
 learn_once = functools.cache(learn)
 
 
-def squared_error(config, found, specs):
+def squared_error(config, found, specs, residuals=None):
     """Mean squared error of the block's output over all windows, in float64."""
     params, h, out = block(config)
-    got = outputs(config, with_codes(params, found, specs), h)
+    got = outputs(config, with_codes(params, found, specs, residuals), h)
     return np.square(got.astype(np.float64) - out.astype(np.float64)).mean()
 
 
@@ -296,6 +301,40 @@ def test_learning_that_does_harm_falls_back_on_the_start(method):
     assert worse.kept == "learned"
     assert worse.after > worse.before
     assert worse.after == pytest.approx(squared_error(CONFIG, unguarded, specs_of()), rel=1e-4)
+
+
+@each_method
+@pytest.mark.parametrize("options", [{}, {"learning_rate": 50.0, "steps": 6}], ids=["learned", "fallen back"])
+def test_with_a_low_rank_residual_what_is_measured_is_what_is_stored(method, options):
+    """The residual is fitted to the start, and rounding learned around it: the guard looks at both together."""
+    specs = {path: dataclasses.replace(SPEC, rank=8) for path in specs_of()}
+    found, how = learn(method, specs=specs, **options)
+    assert how.kept == ("start" if options else "learned")
+    assert how.after == pytest.approx(squared_error(CONFIG, found, specs, how.residuals), rel=1e-4)
+    start, at_start = learn(method, specs=specs, steps=0)
+    assert how.before == pytest.approx(squared_error(CONFIG, start, specs, at_start.residuals), rel=1e-4)
+    assert how.before < learn(method, steps=0)[1].before, "the residual helps"
+    assert how.after <= how.before * (1.0 if options else 0.6)
+    params, path = block()[0], "mlp/up_proj"
+    weight = params["mlp"]["up_proj"]["kernel"]
+    plain = quantize_matrix(weight, None, specs[path], "rtn", start_options(method))
+    ours, theirs = (left.dequantize() @ right.dequantize() for left, right in (how.residuals[path], plain.residual))
+    np.testing.assert_allclose(ours, theirs, atol=0.03 * float(jnp.abs(theirs).max()))  # codes of 8 bits, ties apart
+
+
+def test_experts_that_are_held_stay_as_they_start():
+    params, h, out = block(ROUTED)
+    held = {path: np.asarray([True, False, True, False]) for path in specs_of(ROUTED) if path.startswith("moe")}
+    function, specs = BlockFunction(ROUTED, ROUTED.kinds[0]), specs_of(ROUTED)
+    for method in METHODS:
+        options = options_of(method, steps=20, batch_size=BATCH)
+        found, how = QUANTIZERS[method].block(function, params, h, out, specs, options, held=held)
+        start, _ = QUANTIZERS[method].block(function, params, h, out, specs, dataclasses.replace(options, steps=0))
+        assert how.kept == "learned"
+        for path in held:
+            changed = (np.asarray(found[path][0]) != np.asarray(start[path][0])).any((1, 2))
+            np.testing.assert_array_equal(changed, [False, True, False, True])
+            np.testing.assert_array_equal(found[path][1][::2], start[path][1][::2])
 
 
 def test_what_is_not_a_number_falls_back_on_the_start():
