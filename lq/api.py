@@ -134,6 +134,7 @@ def quantize(
     calibration: Windows | None = None,
     scaling: str | Mapping[str, Any] | None = None,
     bias_correction: bool = False,
+    propagate: bool | None = None,
     batch_size: int = 8,
     quiet: bool = False,
 ) -> Params:
@@ -147,6 +148,8 @@ def quantize(
         `{"name": "awq", "scale_grid": 10}`.
       bias_correction: undo the mean error of every matrix; takes a model with biases, `lq.transform(model, params,
         "add_biases")`.
+      propagate: calibrate every block on what the quantized blocks before it let through, or on the original's states;
+        None: as is usual for the method, which a note says.
       batch_size: calibration windows per device step.
       quiet: shows neither progress nor notes on standard error.
 
@@ -158,7 +161,7 @@ def quantize(
     _check_windows(calibration, "calibration")
     if any(is_packed(leaf) for leaf in jax.tree.leaves(params, is_leaf=is_packed)):
         raise UserError("params: packed already; give the original model's")
-    recipe, progress = _recipe(method, options, scaling, bias_correction), Progress(quiet=quiet)
+    recipe, progress = _recipe(method, options, scaling, bias_correction, propagate), Progress(quiet=quiet)
     source = quantized_source(
         InMemory(model.config, params), plan.specs, recipe, calibration, batch_size=batch_size, note=progress.note
     )
@@ -202,7 +205,7 @@ def search(
     """
     _check_windows(calibration, "calibration")
     chosen = SEARCHES.options(method, options or {})
-    recipe = _recipe(quantizer, quantizer_options, None, False)
+    recipe = _recipe(quantizer, quantizer_options)
     with Progress(quiet=quiet).stage(f"search ({method})", chosen.generations) as step:
         return search_source(
             InMemory(model.config, params),
@@ -255,6 +258,7 @@ def save(
     transforms: Sequence[str | Mapping[str, Any]] = (),
     scaling: str | Mapping[str, Any] | None = None,
     bias_correction: bool = False,
+    propagate: bool | None = None,
     batch_size: int = 8,
 ) -> None:
     """Writes quantized parameters as a checkpoint `lq.load` and every command read.
@@ -274,14 +278,14 @@ def save(
     """
     check_output(out)
     _check_windows(calibration, "calibration")
-    read = Pipeline.read(method, options, [*transforms, *_scalings(scaling)], bias_correction)
+    read = Pipeline.read(method, options, [*transforms, *_scalings(scaling)], bias_correction, propagate)
     record = read.record(calibration, batch_size)
     description = open_checkpoint(resolve_model(str(original))).path
     write_quantized(InMemory(model.config, qparams), plan, Path(out), quantizer=record, description=description)
 
 
-def _recipe(method: str, options, scaling, bias_correction: bool) -> Recipe:
-    return Pipeline.read(method, options, _scalings(scaling), bias_correction).recipe
+def _recipe(method: str, options, scaling=None, bias_correction: bool = False, propagate: bool | None = None) -> Recipe:
+    return Pipeline.read(method, options, _scalings(scaling), bias_correction, propagate).recipe
 
 
 def _scalings(scaling: str | Mapping[str, Any] | None) -> list[str | Mapping[str, Any]]:

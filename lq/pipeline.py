@@ -41,11 +41,15 @@ class Pipeline:
         options: Mapping[str, Any] | None = None,
         transforms: Sequence[str | Mapping[str, Any]] = (),
         bias_correction: bool = False,
+        propagate: bool | None = None,
     ) -> "Pipeline":
         """From names and options as a config gives them; a transform is a name, or a mapping with `name` and options.
 
-        Raises UserError for an unknown name or option, and for an order that cannot be.
+        `propagate` is `Recipe.propagate`. Raises UserError for an unknown name or option, for an order that cannot be,
+        and for what is said twice in two ways.
         """
+        if propagate is not None and (options or {}).get("propagate", propagate) is not propagate:
+            raise UserError(f"propagate: {str(propagate).lower()}, and another one as an option of {method}; keep one")
         whole, scaling = [], None
         for given in transforms:
             name, fields = _named(given)
@@ -74,6 +78,7 @@ class Pipeline:
             scaling=scaling and scaling[0],
             scaling_options=scaling and scaling[1],
             bias_correction=bias_correction,
+            propagate=propagate,
         )
         return cls(transforms=tuple(whole), recipe=recipe)
 

@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from lq.errors import UserError
@@ -17,6 +17,7 @@ class Method:
     function: Callable
     options: type  # a frozen dataclass, every field with a default
     needs: frozenset[str] = frozenset()  # what must be supplied: "calibration"; of quantizers fields of `InputStats`
+    needs_more: Callable = lambda options: frozenset()  # and what else with these options
     # Of quantizers, see `lq.quantizers`:
     prepare: Callable | None = None  # what of the statistics serves every matrix that reads the input
     per_matrix: Callable | None = None  # the options of one matrix, from the options and its path
@@ -68,6 +69,14 @@ class Registry(Mapping[str, Method]):
             if not _fits(value, hints[key]):
                 raise UserError(f"{self.kind} {name}: option {key}: {value!r} is not {_describe(hints[key])}")
         return cls(**given)
+
+
+def refuse_idle(options, method: str, names: Iterable[str], why: str) -> None:
+    """Raises UserError for the first of the fields `names` that is not at its default: it would be ignored."""
+    defaults = {field.name: field.default for field in dataclasses.fields(options)}
+    for name in names:
+        if (value := getattr(options, name)) != defaults[name]:
+            raise UserError(f"{method}: option {name}: {value}, but {why}; leave it out")
 
 
 def _fits(value, hint) -> bool:

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lq.calibration.statistics import InputStats, reduce_inputs
+from lq.numerics.spec import QuantSpec
 
 
 def correlated_inputs(tokens: int, channels: int, seed: int = 0, spread: float = 1.0) -> np.ndarray:
@@ -15,21 +16,36 @@ def correlated_inputs(tokens: int, channels: int, seed: int = 0, spread: float =
     return (rng.standard_normal((tokens, channels)) @ mixing * scales).astype(np.float32)
 
 
-def random_weight(*shape: int, seed: int = 1) -> np.ndarray:
-    """float32, with heavy tails."""
-    return np.random.default_rng(seed).standard_t(5, shape).astype(np.float32)
+def inputs_with_common_factors(tokens: int, channels: int, seed: int = 1, factors: int = 8) -> np.ndarray:
+    """float64 `[tokens, channels]`: common factors and noise, channels whose sizes differ by a factor of ten."""
+    rng = np.random.default_rng(seed)
+    common = rng.standard_normal((tokens, factors)) @ rng.standard_normal((factors, channels)) / 2
+    return (common + rng.standard_normal((tokens, channels))) * 10.0 ** rng.uniform(-0.5, 0.5, channels)
+
+
+def random_weight(*shape: int, seed: int = 1, freedom: int = 5) -> np.ndarray:
+    """float32, with the tails of Student's t."""
+    return np.random.default_rng(seed).standard_t(freedom, shape).astype(np.float32)
 
 
 def hessian_stats(inputs: np.ndarray) -> InputStats:
     """What a quantizer of the second moment gets of `[tokens, K]`, or of a stack of experts' `[E, tokens, K]`."""
     reduce = lambda x: reduce_inputs(x, frozenset({"hessian"}))  # noqa: E731
-    x = jnp.asarray(inputs)
+    x = jnp.asarray(inputs, jnp.float32)
     return reduce(x) if x.ndim == 2 else jax.vmap(reduce)(x)
 
 
 def per_channel(of_groups, channels: int, group: int) -> np.ndarray:
     """`[groups, N]` as float64 `[channels, N]`."""
     return np.repeat(np.asarray(of_groups, np.float64), group, axis=0)[:channels]
+
+
+def dequantized_float64(found, spec: QuantSpec) -> np.ndarray:
+    """s (q - z), of the codes `[..., K, N]`, scales and zero points that a quantizer returns."""
+    codes, scales, zeros = (None if array is None else np.asarray(array, np.float64) for array in found)
+    K, g = codes.shape[-2], spec.group_length(codes.shape[-2])
+    rows = lambda array: np.repeat(array, g, axis=-2)[..., :K, :]  # noqa: E731
+    return rows(scales) * (codes - (spec.zero_point if zeros is None else rows(zeros)))
 
 
 def codes_in_float64(weight, hessian, damping, order, scale, zero, top) -> np.ndarray:
@@ -61,3 +77,8 @@ def output_error_float64(weight, dequantized, inputs) -> float:
     """||X (W - Q)||^2 / ||X W||^2"""
     x, weight = np.asarray(inputs, np.float64), np.asarray(weight, np.float64)
     return float(np.square(x @ (weight - dequantized)).sum() / np.square(x @ weight).sum())
+
+
+def output_error_of_codes(weight, found, spec: QuantSpec, inputs) -> float:
+    """The same, of what a quantizer returns."""
+    return output_error_float64(weight, dequantized_float64(found, spec), inputs)

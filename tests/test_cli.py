@@ -278,6 +278,7 @@ def test_a_reference_that_does_not_fit(small_model, quantized, tmp_path, text_fi
         (("generate", "MODEL", "--prompt", "a", "--kv-bits", "5"), "kv_bits: 5; write 4 or 8, or 16 for a cache"),
         (("quantize", "MODEL", "--out", "q", "--plan", "p", "--method", "gtpq"), "did you mean gptq?"),
         (("quantize", "MODEL", "--out", "q", "--plan", "p", "--option", "clip=never"), "clip: 'never' is not one of"),
+        (("quantize", "MODEL", "--out", "q", "--plan", "p", "--no-propagate"), "propagate: rtn reads no calibration"),
         (("report", "nowhere"), "no such file"),
         (("eval", "MODEL", "--dtype", "int8"), "--dtype int8: write float32"),
         (("generate", "MODEL", "--prompt", ""), "prompt"),

@@ -50,6 +50,11 @@ def quantized(pipeline, spec=SPEC, config=CONFIG):
         ({"transforms": [{"seed": 1}]}, "has no name; write for example"),
         ({"transforms": [{"name": "hadamard", "sed": 1}]}, "transform hadamard: unknown option 'sed'"),
         ({"method": "gptq", "options": {"damp": 1}}, "quantizer gptq: unknown option 'damp'"),
+        ({"propagate": False}, "propagate: rtn reads no calibration text; leave it out"),
+        (
+            {"method": "gptq", "options": {"propagate": True}, "propagate": False},
+            "propagate: false, and another one as an option of gptq; keep one",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused_with_the_reason(given, message):
@@ -111,8 +116,8 @@ def test_matrices_that_keep_one_width_are_named():
     config, notes = dataclasses.replace(llama_config(1), intermediate_size=256), []
     plan = uniform_plan(config, dataclasses.replace(SPEC, mixed=True))
     Pipeline.read("baq").quantized(InMemory(config, {}), plan, WINDOWS, note=notes.append)
-    assert len(notes) == 1
-    assert notes[0].startswith("mixed: 6 of 7 matrices keep one width (block_0/attention/")
+    assert len(notes) == 2
+    assert notes[1].startswith("mixed: 6 of 7 matrices keep one width (block_0/attention/")
 
 
 def test_names():
@@ -130,9 +135,35 @@ def test_a_record_tells_pipelines_apart():
         {"method": "gptq", "transforms": ["awq"]},
         {"method": "gptq", "bias_correction": True},
         {"method": "gptq", "options": {"damping": 0.02}},
+        {"transforms": ["awq"]},
+        {"transforms": ["awq"], "propagate": True},
     ]
     records = [str(Pipeline.read(**fields).to_dict()) for fields in given]
     assert len(set(records)) == len(given)
+
+
+@pytest.mark.parametrize(
+    ("given", "propagate"),
+    [
+        ({}, None),
+        ({"method": "gptq"}, True),
+        ({"method": "awq"}, False),
+        ({"method": "autoround"}, True),
+        ({"transforms": ["awq"]}, False),
+        ({"method": "hqq", "transforms": ["smoothquant"]}, False),
+        ({"transforms": ["awq"], "bias_correction": True}, True),
+        ({"method": "gptq", "options": {"propagate": False}}, False),
+        ({"method": "gptq", "propagate": False}, False),
+        ({"method": "gptq", "options": {"propagate": False}, "propagate": False}, False),
+        ({"transforms": ["awq"], "propagate": True}, True),
+        ({"options": {"clip": "opt", "importance": True}}, False),
+    ],
+)
+def test_whether_calibration_goes_through_quantized_blocks_is_recorded(given, propagate):
+    recipe = Pipeline.read(**given).recipe
+    assert recipe.propagate is propagate
+    assert recipe.to_dict().get("propagate") is propagate
+    assert getattr(recipe.options, "propagate", propagate) is propagate, "of two there is one"
 
 
 def test_bias_correction_leaves_no_mean_error():

@@ -22,6 +22,7 @@ class InputStats:
     """Reductions over the tokens x `[K]` that a matrix `[K, N]` was applied to, each counted with its weight."""
 
     tokens: Float[Array, "..."]  # sum of weights; the number of tokens where none are given
+    seen: Float[Array, "..."] | None = None  # the number of tokens of positive weight
     hessian: Float[Array, "... K K"] | None = None  # sum of x x^T
     total: Float[Array, "... K"] | None = None  # sum of x
     absolute: Float[Array, "... K"] | None = None  # sum of |x|
@@ -75,10 +76,29 @@ def reduce_inputs(
     counted = True if weights is None else weights[:, None] > 0
     return InputStats(
         tokens=jnp.float32(x.shape[0]) if weights is None else weights.sum(),
+        seen=jnp.float32(x.shape[0]) if weights is None else jnp.sum(weights > 0, dtype=jnp.float32),
         hessian=jnp.matmul(weighted.T, x, precision=HIGHEST) if "hessian" in needs else None,
         total=weighted.sum(0) if "total" in needs else None,
         absolute=jnp.abs(weighted).sum(0) if "absolute" in needs else None,
         square=(weighted * x).sum(0) if "square" in needs else None,
         peak=jnp.max(jnp.abs(x), axis=0, initial=0.0, where=counted) if "peak" in needs else None,
         sample=x[:: max(-(-x.shape[0] // rows), 1)] if "sample" in needs else None,
+    )
+
+
+def lookup_statistics(channels: int, needs: frozenset[str]) -> InputStats:
+    """Those of a lookup, which reads a row of its table as it is: every channel alone, once, with 1.
+
+    There is no sample that is smaller than all of that; for what asks for one there is `square` instead, which of
+    inputs that never meet says as much.
+    """
+    ones = jnp.ones(channels, jnp.float32)
+    return InputStats(
+        tokens=jnp.float32(channels),
+        seen=jnp.float32(channels),
+        hessian=jnp.eye(channels, dtype=jnp.float32) if "hessian" in needs else None,
+        total=ones if "total" in needs else None,
+        absolute=ones if "absolute" in needs else None,
+        square=ones if needs & {"square", "sample"} else None,
+        peak=ones if "peak" in needs else None,
     )

@@ -6,6 +6,7 @@ traceback (status 1). Ctrl-C exits with 130.
 
 import functools
 import os
+import shlex
 import sys
 from typing import Any
 
@@ -42,7 +43,7 @@ def command(function):
             print(f"lq: {error.filename or error}: {error.strerror or 'cannot be used'}", file=sys.stderr)
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
-            again = " ".join(["lq", *sys.argv[1:]])
+            again = shlex.join(["lq", *sys.argv[1:]])
             resumable = function.__name__ in ("run", "quantize") and "--resume" not in sys.argv
             hint = f"; go on with: {again} --resume" if resumable else ""
             print(f"\nlq: interrupted{hint}", file=sys.stderr)

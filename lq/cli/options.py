@@ -38,6 +38,14 @@ Transforms = Annotated[
     list[str] | None,
     typer.Option("--transform", help="NAME or NAME:KEY=VALUE,..., see lq list transforms; repeat in order."),
 ]
+Propagate = Annotated[
+    bool | None,
+    typer.Option(
+        "--propagate/--no-propagate",
+        help="Calibrate every block on quantized states, or on the original's; as is usual for the method.",
+        show_default=False,
+    ),
+]
 Pins = Annotated[
     list[str] | None, typer.Option("--pin", help="REGEX=BITS for matrices that match; 16 leaves them dense.")
 ]

@@ -25,6 +25,7 @@ from lq.cli.options import (
     Mixed,
     Model,
     Pins,
+    Propagate,
     Quiet,
     Rank,
     Samples,
@@ -177,6 +178,7 @@ def quantize(
     bias_correction: Annotated[
         bool, typer.Option("--bias-correction", help="Undo the mean error of every matrix; gives biases to all.")
     ] = False,
+    propagate: Propagate = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Calibration windows per device step.")] = 8,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted write.")] = False,
     quiet: Quiet = False,
@@ -190,7 +192,8 @@ def quantize(
     from lq.models.loading import open_checkpoint
     from lq.pipeline import Pipeline
 
-    pipeline = Pipeline.read(method, arguments.settings(option), arguments.transforms(transform), bias_correction)
+    options, transforms = arguments.settings(option), arguments.transforms(transform)
+    pipeline = Pipeline.read(method, options, transforms, bias_correction, propagate)
     check_output(out, resume)
     reading = [metric] if plan is None and (bpw is not None or bytes_ is not None) else []
     if not pipeline.recipe.calibrated and not _read_text(reading):

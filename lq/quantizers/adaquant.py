@@ -9,6 +9,10 @@ round to nearest, which is therefore what no steps give. Adam has a rate of its 
 both in units of the scale and range at the start; the published ones, 1e-5 and 1e-3 as they stand, are for vision
 models. They are constant there. Here they fall to zero along a cosine: at a constant rate the codes of the last step
 are still those of a random walk, and a block's error is more than twice as large.
+
+The original works layer by layer, each towards its own output, which is `unit="matrix"` here; the default is a block at
+once. It also learns a bias for every layer, and the ranges of quantized activations. Here no bias is learned (see
+`lq.quantizers.bias` for a closed form), and activations stay as they are.
 """
 
 import dataclasses

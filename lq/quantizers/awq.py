@@ -10,11 +10,14 @@ of the output is least wrong on a sample X of the inputs:
 
 with w and x the channels of one group. The first of equal candidates wins, so the range is left alone where the
 inputs are all zero. Queries and keys are not clipped: their errors meet in the product q k, which this does not see.
+Of a lookup, whose inputs are the channels one by one, the mean is that of the squared errors of the weights.
 
 Ranges are the minimum and maximum of the clipped group (`asym`), zero inside or not; symmetric codes are `symr`.
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -25,6 +28,7 @@ from lq.calibration.statistics import HIGHEST, SAMPLE_ROWS, InputStats
 from lq.errors import UserError
 from lq.numerics.spec import QuantSpec
 from lq.quantizers.rtn import SYMMETRIC, RTNOptions, group_ranges, round_to_codes, rtn, split_groups
+from lq.registry import refuse_idle
 
 NOT_CLIPPED = ("attention/q_proj", "attention/k_proj")
 WHOLE = ("asym0", "asym")  # conventions of asymmetric codes that ranges are searched in
@@ -68,10 +72,17 @@ class AWQOptions(ScalingOptions):
             raise UserError(f"awq: option clip_grid: {self.clip_grid}; write 1 or more")
         if not 0 < self.clip_shrink <= 1:
             raise UserError(f"awq: option clip_shrink: {self.clip_shrink}; write a number above 0, at most 1")
+        if not self.scale:
+            refuse_idle(self, "awq", ("scale_grid", "duo"), "with scale: false no scales are searched")
+        if not self.clip:
+            refuse_idle(self, "awq", ("clip_grid", "clip_shrink"), "with clip: false no ranges are searched")
 
     def for_matrix(self, path: str) -> "AWQOptions":
         """The options of the matrix at `path`: queries and keys are not clipped."""
-        return dataclasses.replace(self, clip=False) if path.endswith(NOT_CLIPPED) else self
+        if not path.endswith(NOT_CLIPPED):
+            return self
+        unused = {"clip_grid": AWQOptions.clip_grid, "clip_shrink": AWQOptions.clip_shrink}
+        return dataclasses.replace(self, clip=False, **unused)
 
 
 def awq(weight: Float[Array, "... K N"], stats: InputStats | None, spec: QuantSpec, options: AWQOptions):
@@ -79,7 +90,8 @@ def awq(weight: Float[Array, "... K N"], stats: InputStats | None, spec: QuantSp
 
     Args:
       weight: in rescaled channels, as `lq.quantizers.awq_scaling` leaves it.
-      stats: with a `sample` of the rescaled inputs; None where `options.clip` is false.
+      stats: with a `sample` of the rescaled inputs, or the `square` of inputs that never meet, those of a lookup; None
+        where `options.clip` is false.
       spec, options: static.
 
     Returns:
@@ -91,39 +103,53 @@ def awq(weight: Float[Array, "... K N"], stats: InputStats | None, spec: QuantSp
     rounding = options.rounding(spec)
     if not options.clip:
         return rtn(weight, None, spec, rounding)
-    if stats is None or stats.sample is None:
+    inputs = None if stats is None else stats.square if stats.sample is None else stats.sample
+    if inputs is None:
         raise UserError("awq: ranges are clipped by the inputs; give calibration data, or write clip: false")
 
-    def clip_and_round(weight, sample):
+    def clip_and_round(weight, inputs):
         weight = weight.astype(jnp.float32)
-        return rtn(_clip(weight, clip_search(weight, sample, spec, options), spec), None, spec, rounding)
+        return rtn(_clip(weight, clip_search(weight, inputs, spec, options), spec), None, spec, rounding)
 
     for _ in weight.shape[:-2]:
         clip_and_round = jax.vmap(clip_and_round)
-    return clip_and_round(weight, stats.sample)
+    return clip_and_round(weight, inputs)
 
 
 def clip_search(
-    weight: Float[Array, "K N"], sample: Float[Array, "S K"], spec: QuantSpec, options: AWQOptions
+    weight: Float[Array, "K N"], inputs: Float[Array, "S K"] | Float[Array, " K"], spec: QuantSpec, options: AWQOptions
 ) -> Float[Array, "groups N"]:
     """The largest magnitude m* to keep of every group of every output channel; see the module's docstring.
 
-    Of a sample of more than 512 rows an evenly spaced part is used. Computed in float32, `CHUNK` output channels at a
-    time: the partial products of all would be `512 * groups * N` numbers.
+    `inputs` are a sample, or one number for each channel: the mean squares of inputs that never meet. Of a sample of
+    more than 512 rows an evenly spaced part is used. Computed in float32, `CHUNK` output channels at a time: the
+    partial products of all would be `512 * groups * N` numbers.
     """
     (K, N), groups = weight.shape, spec.num_groups(weight.shape[0])
-    x = sample[:: -(-sample.shape[0] // SAMPLE_ROWS)].astype(jnp.float32)
-    x = jnp.pad(x, ((0, 0), (0, groups * spec.group_length(K) - K)))
-    x = x.reshape(x.shape[0], groups, -1).swapaxes(0, 1)  # [groups, S, g]
+    if inputs.ndim == 1:
+        x, _ = split_groups(inputs[:, None], spec)  # [groups, g, 1]
+    else:
+        x = inputs[:: -(-inputs.shape[0] // SAMPLE_ROWS)].astype(jnp.float32)
+        x = jnp.pad(x, ((0, 0), (0, groups * spec.group_length(K) - K)))
+        x = x.reshape(x.shape[0], groups, -1).swapaxes(0, 1)  # [groups, S, g]
     width = min(CHUNK, N)
     chunks = -(-N // width)
     columns = jnp.pad(weight.astype(jnp.float32), ((0, 0), (0, chunks * width - N)))
     columns = columns.reshape(K, chunks, width).swapaxes(0, 1)
-    found = jax.lax.map(lambda columns: _search_columns(columns, x, spec, options), columns)
+    lost = functools.partial(_weighed if inputs.ndim == 1 else _of_products, x)
+    found = jax.lax.map(lambda columns: _search_columns(columns, lost, spec, options), columns)
     return found.swapaxes(0, 1).reshape(groups, -1)[:, :N]
 
 
-def _search_columns(weight: Float[Array, "K n"], x: Float[Array, "groups S g"], spec: QuantSpec, options: AWQOptions):
+def _of_products(x: Float[Array, "groups S g"], change: Float[Array, "groups g n"]) -> Float[Array, "groups 1 n"]:
+    return jnp.square(jnp.matmul(x, change, precision=HIGHEST)).sum(axis=1, keepdims=True)
+
+
+def _weighed(square: Float[Array, "groups g 1"], change: Float[Array, "groups g n"]) -> Float[Array, "groups 1 n"]:
+    return (square * jnp.square(change)).sum(axis=1, keepdims=True)
+
+
+def _search_columns(weight: Float[Array, "K n"], lost: Callable, spec: QuantSpec, options: AWQOptions):
     convention = options.rounding(spec).resolve(spec)
     grouped, real = split_groups(weight, spec)
     largest = jnp.abs(grouped).max(axis=1, keepdims=True)  # the padding is zero
@@ -133,8 +159,7 @@ def _search_columns(weight: Float[Array, "K n"], x: Float[Array, "groups S g"], 
         clipped = jnp.clip(grouped, -clip, clip)
         scale, zero = group_ranges(clipped, real, 1.0, spec, convention)
         change = (round_to_codes(clipped, scale, zero, spec) - zero) * scale - grouped
-        error = jnp.square(jnp.matmul(x, change, precision=HIGHEST)).sum(axis=1, keepdims=True)
-        return error, clip
+        return lost(change), clip
 
     def step(i, best):
         least, best_clip = best

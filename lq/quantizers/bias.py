@@ -7,11 +7,10 @@ Source: Nagel et al., Data-Free Quantization Through Weight Equalization and Bia
 4.2, with the mean of x measured.
 """
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lq.calibration.statistics import InputStats
+from lq.calibration.statistics import HIGHEST, InputStats
 
 
 def bias_correction(
@@ -22,4 +21,4 @@ def bias_correction(
     An expert that no token was sent to gets none. Raises ValueError when `stats.total` was not collected.
     """
     error = weight.astype(jnp.float32) - dequantized.astype(jnp.float32)
-    return jnp.einsum("...k,...kn->...n", stats.mean, error, precision=jax.lax.Precision.HIGHEST)
+    return jnp.einsum("...k,...kn->...n", stats.mean, error, precision=HIGHEST)

@@ -31,10 +31,11 @@ def output_error(
         raise ValueError("the output error needs statistics with a hessian")
     every = 1 if channels is None else -(-weight.shape[-1] // channels)
     weight, dequantized = (a[..., ::every].astype(jnp.float32) for a in (weight, dequantized))
-    lost, whole = _energy(weight - dequantized, stats.hessian), _energy(weight, stats.hessian)
+    lost, whole = (output_energy(w, stats.hessian) for w in (weight - dequantized, weight))
     return jnp.where(lost == 0, 0.0, lost / whole)
 
 
-def _energy(weight: Array, hessian: Array) -> Array:
-    """tr(W^T H W)"""
-    return jnp.sum(weight * jnp.matmul(hessian, weight, precision=HIGHEST), axis=(-2, -1))
+def output_energy(weight: Float[Array, "... K N"], hessian: Float[Array, "... K K"] | None) -> Float[Array, "..."]:
+    """||X W||^2 = tr(W^T H W) with H = X^T X; ||W||^2 where H is None: of inputs that all count alike."""
+    weighed = weight if hessian is None else jnp.matmul(hessian, weight, precision=HIGHEST)
+    return jnp.sum(weight * weighed, axis=(-2, -1))

@@ -7,6 +7,9 @@ The weight is divided by a learned positive matrix before it is rounded, and sca
 with s1 per group, S2 per weight, s3 per output channel, z and s those of round to nearest. All deltas start at 0, which
 is round to nearest. The gradient of W^ in S2 is -W / (S2^2 s3): large weights travel furthest. S2 and s3 are not
 stored. The authors' symmetric codes begin with the scale `symu` of `lq.quantizers.rtn`, these with `symf`.
+
+Not here: the authors' code can mix the inputs of a block, each number of which then is, with a probability of 1/2, the
+original model's and not that of the quantized blocks before (as QDrop does). Here they are all of the latter.
 """
 
 import dataclasses

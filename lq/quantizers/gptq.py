@@ -24,7 +24,7 @@ from lq.calibration.statistics import InputStats
 from lq.errors import UserError
 from lq.numerics.spec import QuantSpec
 from lq.quantizers.cholesky import cholesky
-from lq.quantizers.rtn import RTNOptions, find_ranges, round_to_codes, split_groups, stored_zeros
+from lq.quantizers.rtn import RangeOptions, find_ranges, round_to_codes, split_groups, stored_zeros
 from lq.quantizers.sweep import Grid, GridOf, fixed_grid, sweep
 
 DAMPING_TRIES = 10  # each ten times the one before
@@ -32,8 +32,8 @@ LEAST_RETRY = 1e-4  # of the mean diagonal: where no damping was asked for, what
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GPTQOptions(RTNOptions):
-    """How GPTQ damps, orders and groups. Ranges as in `RTNOptions`, where "opt" weighs the errors by H_kk."""
+class GPTQOptions(RangeOptions):
+    """How GPTQ damps, orders and groups. Ranges as in `RangeOptions`, where "opt" weighs the errors by H_kk."""
 
     method: ClassVar[str] = "gptq"
 
@@ -179,7 +179,8 @@ def sweep_matrix(weight: Float[Array, "K N"], factor: GPTQFactor, spec: QuantSpe
         grid_of = fixed_grid(rows, factor.order // spec.group_length(K), block)
         difference, _ = sweep(weight, factor.upper, factor.order, grid_of, block)
         return difference, scale, zero
-    block = spec.group_length(K) * -(-options.block // spec.group_length(K))
+    length = spec.group_length(K)
+    block = length * -(-min(options.block, K) // length)
     grid_of = _dynamic_grid(energy(factor), block, spec, options)
     difference, found = sweep(weight, factor.upper, factor.order, grid_of, block)
     scale, zero = (a.reshape(-1, a.shape[-1])[:groups] for a in found)

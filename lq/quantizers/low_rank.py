@@ -8,6 +8,9 @@ statistics that is its singular value decomposition cut after r values, E ~ U S 
 With the Hessian H = sum x x^T of the matrix's inputs the error of its outputs is minimized, ||X (E - L R)||: the same
 of C E with C^T C = H, and L = C^-1 U sqrt(S). H is damped, as in GPTQ, by a hundredth of its mean diagonal.
 
+E is what a matrix's own quantizer leaves. Where the matrices of a block are learned together, it is what their start
+leaves, without statistics: rounding is then learned with the residual in place (`lq.quantizers.reconstruct`).
+
 An error of rounding is nearly white: eight components of 512 hold 6 % of its energy, so that a small rank pays off at 2
 or 3 bits, or where an error has structure. Rounding the factors themselves costs some 1e-4 of what they hold.
 
@@ -21,12 +24,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from lq.calibration.statistics import HIGHEST
 from lq.numerics.qtensor import QTensor
 from lq.numerics.spec import QuantSpec
+from lq.quantizers.errors import output_energy
 from lq.quantizers.rtn import RTNOptions, rtn
 
 DAMPING = 0.01  # of the mean diagonal of H
-HIGHEST = jax.lax.Precision.HIGHEST
 
 
 @functools.partial(jax.jit, static_argnames="rank")
@@ -67,7 +71,7 @@ def low_rank_residual(
     factors = low_rank_factors(error, rank, hessian)
     left, right = (_packed(factor, factor_spec) for factor, (factor_spec, _) in zip(factors, specs, strict=True))
     product = jnp.matmul(left.dequantize(), right.dequantize(), precision=HIGHEST)
-    reduced = (_energy(error - product, hessian) < _energy(error, hessian))[..., None, None]
+    reduced = (output_energy(error - product, hessian) < output_energy(error, hessian))[..., None, None]
     left, right = (dataclasses.replace(f, scales=jnp.where(reduced, f.scales, 0)) for f in (left, right))
     return left, right
 
@@ -95,9 +99,3 @@ def _split_svd(matrix: Float[Array, "... K N"], rank: int) -> tuple[Array, Array
     U, values, Vt = jnp.linalg.svd(matrix, full_matrices=False)
     root = jnp.sqrt(values[..., :rank])
     return U[..., :rank] * root[..., None, :], root[..., :, None] * Vt[..., :rank, :]
-
-
-def _energy(error: Float[Array, "... K N"], hessian: Float[Array, "... K K"] | None) -> Float[Array, "..."]:
-    """||X error||^2, or ||error||^2."""
-    weighed = error if hessian is None else jnp.matmul(hessian, error, precision=HIGHEST)
-    return jnp.sum(error * weighed, axis=(-2, -1))

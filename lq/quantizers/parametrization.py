@@ -26,6 +26,7 @@ from lq.quantizers.rtn import (
     stored_zeros,
     symmetric_scale,
 )
+from lq.registry import refuse_idle
 
 Theta = Any  # a pytree of float32 arrays
 Exported = tuple[Array, Array, Array | None]  # codes, scales, zeros, as every quantizer returns them
@@ -59,6 +60,9 @@ class LearnedOptions:
                 self._refuse(name, f"{least} or more")
         if self.learning_rate is not None and not 0 < self.learning_rate < float("inf"):
             self._refuse("learning_rate", "a number above 0, or null for the method's own")
+        if self.unit == "matrix":
+            why = "with unit: matrix every step sees all tokens, and the best is kept"
+            refuse_idle(self, self.method, ("batch_size", "seed", "keep", "guard"), why)
 
     def _refuse(self, option: str, instead: str):
         raise UserError(f"{self.method}: option {option}: {getattr(self, option)}; write {instead}")

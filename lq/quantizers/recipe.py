@@ -5,7 +5,7 @@ Steps are taken in this order, each where the recipe asks for it:
     fold norms, rotate        the model as a whole, `lq.transforms`, before anything is measured
     channel scales            per block: AWQ's search, or SmoothQuant's closed form
     codes                     per block: the quantizer, its clipping search included
-    low-rank residual         per matrix, where its spec has a rank (LoRC)
+    low-rank residual         per matrix, where its spec has a rank (LoRC); before codes that a block learns together
     bias correction           per matrix: the mean error of its output is added to its bias
 """
 
@@ -34,10 +34,15 @@ class Recipe:
     scaling: str | None = None  # a name in `SCALINGS`: channel scales folded into the block before it is quantized
     scaling_options: Any = None
     bias_correction: bool = False
+    # Whether a block is calibrated on what the quantized blocks before it let through, or on the original model's
+    # states. None: as the method's option of this name says; of a method that has none, if biases are corrected.
+    # Afterwards it is what holds, and still None where nothing is calibrated.
+    propagate: bool | None = None
 
     def __post_init__(self):
         if self.options is None:
             object.__setattr__(self, "options", QUANTIZERS.options(self.method, {}))
+        self._resolve_propagation()
         if getattr(self.options, "scale", False):
             if self.scaling is not None:
                 raise UserError(
@@ -48,6 +53,15 @@ class Recipe:
         if self.scaling is not None and self.scaling_options is None:
             object.__setattr__(self, "scaling_options", SCALINGS.options(self.scaling, {}))
 
+    def _resolve_propagation(self):
+        """Makes one thing of `propagate` and the method's option of this name."""
+        if self.propagate is None and self.calibrated:
+            object.__setattr__(self, "propagate", getattr(self.options, "propagate", self.bias_correction))
+        elif self.propagate is not None and not self.calibrated:
+            raise UserError(f"propagate: {self.name} reads no calibration text; leave it out")
+        elif hasattr(self.options, "propagate"):
+            object.__setattr__(self, "options", dataclasses.replace(self.options, propagate=self.propagate))
+
     @property
     def quantizer(self) -> Method:
         return QUANTIZERS[self.method]
@@ -55,7 +69,7 @@ class Recipe:
     @property
     def calibrated(self) -> bool:
         """Whether calibration text is needed."""
-        return "calibration" in self.quantizer.needs or self.scaling is not None or self.bias_correction
+        return "calibration" in self._method_needs or self.scaling is not None or self.bias_correction
 
     @property
     def name(self) -> str:
@@ -66,7 +80,11 @@ class Recipe:
     @property
     def needs(self) -> frozenset[str]:
         """Fields of `InputStats` that are collected for every matrix."""
-        return (self.quantizer.needs - {"calibration"}) | ({"total"} if self.bias_correction else frozenset())
+        return self._method_needs - {"calibration"}
+
+    @property
+    def _method_needs(self) -> frozenset[str]:
+        return self.quantizer.needs | self.quantizer.needs_more(self.options)
 
     def of_matrix(self, path: str) -> "Recipe":
         """The recipe as it is for one matrix: AWQ clips no queries and keys."""
@@ -75,11 +93,6 @@ class Recipe:
         return dataclasses.replace(
             self, options=self.quantizer.per_matrix(self.options, path), scaling=None, scaling_options=None
         )
-
-    @property
-    def propagates(self) -> bool:
-        """Whether a block is calibrated on the outputs of the quantized blocks before it, or of the original ones."""
-        return bool(getattr(self.options, "propagate", True))
 
     @property
     def true_sequential(self) -> bool:
@@ -146,12 +159,17 @@ class Recipe:
         return [path for path, spec in specs.items() if spec.mixed and not spec.mixes(shapes[path])]
 
     def notes(self, config: ModelConfig, specs: Mapping[str, QuantSpec]) -> list[str]:
-        """Lines for the user on what will not be done as asked."""
-        unmixed = self.unmixed(config, specs)
-        if not unmixed:
-            return []
-        few = ", ".join(unmixed[:2]) + (" ..." if len(unmixed) > 2 else "")
-        return [f"mixed: {len(unmixed)} of {len(specs)} matrices keep one width ({few}); several take {MIXABLE}"]
+        """Lines for the user on how it is calibrated, and what will not be done as asked."""
+        found = []
+        if self.calibrated:
+            states = "what the quantized blocks before it let through" if self.propagate else "the original's states"
+            setting = f"propagate: {str(self.propagate).lower()}"
+            found.append(f"{self.name}: every block is calibrated on {states} ({setting})")
+        if unmixed := self.unmixed(config, specs):
+            few = ", ".join(unmixed[:2]) + (" ..." if len(unmixed) > 2 else "")
+            kept = f"{len(unmixed)} of {len(specs)} matrices keep one width ({few})"
+            found.append(f"mixed: {kept}; several take {MIXABLE}")
+        return found
 
     def to_dict(self) -> dict:
         """As JSON; what makes a write the same one."""
@@ -160,4 +178,6 @@ class Recipe:
             found |= {"scaling": self.scaling, "scaling_options": dataclasses.asdict(self.scaling_options)}
         if self.bias_correction:
             found["bias_correction"] = True
+        if self.calibrated:
+            found["propagate"] = self.propagate
         return found

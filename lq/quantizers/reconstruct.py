@@ -8,6 +8,9 @@ In a block's loop every step draws `batch_size` windows. Their loss says more ab
 where the step of least loss is asked for (`keep`), it is divided by the loss at the start on the same windows first.
 Finally the start and the result are measured on all windows, as they will be stored, and the better one is returned.
 
+A low-rank residual (LoRC) is fitted before anything is learned, to what the start leaves of the weights W - W^, all of
+them alike. It is part of W^ from then on: rounding is learned around it, and it is in all that is measured.
+
 Block parameters, inputs, targets and the drawn windows are arguments of the compiled functions, so that blocks of one
 kind whose matrices have the same specs compile once.
 """
@@ -22,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from lq.calibration.statistics import HIGHEST, InputStats
 from lq.errors import UserError
@@ -30,13 +33,17 @@ from lq.models.config import BlockKind, ModelConfig
 from lq.models.context import context_for
 from lq.models.decoder import apply_block
 from lq.models.source import Params
+from lq.numerics.qtensor import QTensor
 from lq.numerics.spec import QuantSpec
+from lq.quantizers.low_rank import low_rank_residual
 from lq.quantizers.parametrization import Exported, LearnedOptions, Parametrization, export, fake_quant, initial
+from lq.quantizers.placement import Place, beside
 
 CHUNK = 50  # steps between two returns to the host
 TINY = 1e-30  # a start without error divides by this
 
 Kernels = dict[str, Array]  # path -> weight [..., K, N], float32
+Residual = tuple[QTensor, QTensor]  # the packed factors
 Block = Callable[[Params, Array], Array]  # (parameters, h [B, S, D]) -> [B, S, D]
 
 
@@ -59,6 +66,14 @@ class Reconstruction:
     after: float  # of what was returned
     kept: Literal["learned", "start"]
     losses: np.ndarray  # float32 [steps], each over the loss at the start on the same windows
+    residuals: Mapping[str, Residual]  # by path, of the matrices whose spec has a rank
+
+
+class Fixed(NamedTuple):
+    """What does not change while a block is learned. Trees by path."""
+
+    of_method: dict[str, Any]  # what the parametrization keeps
+    residual: dict[str, Residual]  # of matrices whose spec has a rank
 
 
 class State(NamedTuple):
@@ -78,16 +93,23 @@ class Learner:
     specs: tuple[tuple[str, QuantSpec], ...]
     options: LearnedOptions
 
-    def start(self, weights: Kernels) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Theta and what stays fixed, by path."""
+    def start(self, weights: Kernels) -> tuple[dict[str, Any], Fixed]:
+        """Theta by path, and what stays fixed."""
         found = {path: initial(self.method, weights[path], spec, self.options) for path, spec in self.specs}
-        return {path: theta for path, (theta, _) in found.items()}, {path: fixed for path, (_, fixed) in found.items()}
+        theta = {path: of_path for path, (of_path, _) in found.items()}
+        fixed = Fixed({path: of_path for path, (_, of_path) in found.items()}, {})
+        left = self.kernels(theta, fixed, weights)
+        residual = {p: low_rank_residual(weights[p] - left[p], spec) for p, spec in self.specs if spec.rank}
+        return theta, fixed._replace(residual=residual)
 
-    def kernels(self, theta, fixed, weights: Kernels) -> Kernels:
+    def kernels(self, theta, fixed: Fixed, weights: Kernels) -> Kernels:
         """The dequantized weights, differentiable in theta."""
-        return self._each(fake_quant, theta, fixed, weights)
+        found = self._each(fake_quant, theta, fixed, weights)
+        for path, (left, right) in fixed.residual.items():
+            found[path] += jnp.matmul(left.dequantize(), right.dequantize(), precision=HIGHEST)
+        return found
 
-    def export(self, theta, fixed, weights: Kernels) -> dict[str, Exported]:
+    def export(self, theta, fixed: Fixed, weights: Kernels) -> dict[str, Exported]:
         """Codes, scales and zeros by path."""
         return self._each(export, theta, fixed, weights)
 
@@ -95,18 +117,19 @@ class Learner:
         """The optimizers' state before the first step."""
         return {path: self.method.optimizer(spec, self.options).init(theta[path]) for path, spec in self.specs}
 
-    def move(self, theta, moments, gradient, fixed) -> tuple[dict[str, Any], dict[str, Any]]:
+    def move(self, theta, moments, gradient, fixed: Fixed) -> tuple[dict[str, Any], dict[str, Any]]:
         """Theta and moments after one step."""
         moved, after = {}, {}
         for path, spec in self.specs:
             optimizer = self.method.optimizer(spec, self.options)
             update, after[path] = optimizer.update(gradient[path], moments[path], theta[path])
-            moved[path] = self.method.project(optax.apply_updates(theta[path], update), fixed[path], self.options)
+            updated = optax.apply_updates(theta[path], update)
+            moved[path] = self.method.project(updated, fixed.of_method[path], self.options)
         return moved, after
 
-    def _each(self, function: Callable, theta, fixed, weights: Kernels) -> dict[str, Any]:
+    def _each(self, function: Callable, theta, fixed: Fixed, weights: Kernels) -> dict[str, Any]:
         return {
-            path: function(self.method, theta[path], fixed[path], weights[path], spec, self.options)
+            path: function(self.method, theta[path], fixed.of_method[path], weights[path], spec, self.options)
             for path, spec in self.specs
         }
 
@@ -121,7 +144,8 @@ def reconstruct_block(
     options: LearnedOptions,
     seed: int | None = None,
     on_steps: Callable[[int], None] = lambda done: None,
-    place: Callable[[Array], Array] = lambda weight: weight,
+    place: Place = lambda weight: weight,
+    held: Mapping[str, Bool[np.ndarray, " E"]] | None = None,
 ) -> tuple[dict[str, Exported], Reconstruction]:
     """Quantizes matrices of a block so that its output is near a target.
 
@@ -140,24 +164,28 @@ def reconstruct_block(
       seed: draws the windows; `options.seed` when None.
       on_steps: called with how many steps are done: 0, and now and then.
       place: lays a weight out over devices. What is kept per weight follows it; the block is computed from the parts.
+      held: which experts of a stack stay as they start, by its path; none of those that are not named.
 
     Returns:
       Per path codes uint32 `[..., K, N]`, scales float32 and zeros `[..., groups, N]`, as every quantizer returns them;
-      and how it went.
+      and how it went, low-rank residuals included.
     """
     if inputs.shape != targets.shape or not specs:
         raise ValueError(f"inputs {inputs.shape} and targets {targets.shape} of a block with {len(specs)} matrices")
     learner = Learner(method, tuple(specs.items()), _of_the_program(options))
     flat = flatten_dict(params, sep="/")
     weights = {path: place(jnp.asarray(flat[f"{path}/kernel"], jnp.float32)) for path in specs}
+    params = beside(params, next(iter(weights.values())))
+    held = {path: jnp.asarray(experts) for path, experts in (held or {}).items()}
     samples, batch_size = len(inputs), min(options.batch_size, len(inputs))
     data = (jnp.asarray(inputs), jnp.asarray(targets))
 
     theta, fixed = _start(learner, weights)
+    residuals = fixed.residual
     started, errors = _measured(apply, learner, batch_size, params, theta, fixed, weights, *data)
     before = float(errors.mean())
     if options.steps == 0:
-        return started, Reconstruction(before, before, "start", np.zeros(0, np.float32))
+        return started, Reconstruction(before, before, "start", np.zeros(0, np.float32), residuals)
 
     drawn = drawn_windows(samples, batch_size, options.steps, options.seed if seed is None else seed)
     expected, drawn = errors[drawn].mean(1), jnp.asarray(drawn)
@@ -165,15 +193,15 @@ def reconstruct_block(
     on_steps(0)
     for first in range(0, options.steps, CHUNK):
         last = min(first + CHUNK, options.steps)
-        state = _advance(apply, learner, params, fixed, weights, state, *data, drawn, expected, first, last)
+        state = _advance(apply, learner, params, fixed, weights, held, state, *data, drawn, expected, first, last)
         jax.block_until_ready(state)
         on_steps(last)
     theta = state.theta if options.keep == "last" else state.best
     learned, errors = _measured(apply, learner, batch_size, params, theta, fixed, weights, *data)
     after, losses = float(errors.mean()), np.asarray(state.losses)
     if options.guard and not after <= before:  # NaN falls back on the start too
-        return started, Reconstruction(before, before, "start", losses)
-    return learned, Reconstruction(before, after, "learned", losses)
+        return started, Reconstruction(before, before, "start", losses, residuals)
+    return learned, Reconstruction(before, after, "learned", losses, residuals)
 
 
 def reconstruct_matrix(
@@ -261,7 +289,7 @@ def _measured(apply: Block, learner: Learner, batch_size: int, params, theta, fi
 
 
 @functools.partial(jax.jit, static_argnames=("apply", "learner"), donate_argnames="state")
-def _advance(apply, learner, params, fixed, weights, state: State, inputs, targets, drawn, expected, first, last):
+def _advance(apply, learner, params, fixed, weights, held, state: State, inputs, targets, drawn, expected, first, last):
     """Steps `first` to `last`, both traced: chunks of any length are one program."""
     # Gradients are those of the loss over the start's: far above the epsilon of Adam, whatever the scale of h.
     unit = jnp.maximum(expected.mean(), TINY)
@@ -276,7 +304,14 @@ def _advance(apply, learner, params, fixed, weights, state: State, inputs, targe
         if learner.options.keep == "best":
             less = ratio < state.losses.min()
             best = jax.tree.map(lambda new, old: jnp.where(less, new, old), state.theta, best)
+        gradient |= {path: _without(gradient[path], experts) for path, experts in held.items()}
         theta, moments = learner.move(state.theta, state.moments, gradient, fixed)
         return State(theta, moments, best, state.losses.at[t].set(ratio))
 
     return jax.lax.fori_loop(first, last, step, state)
+
+
+def _without(gradient, experts: Bool[Array, " E"]):
+    """Zero for these experts, whom no optimizer moves then."""
+    rows = lambda leaf: experts.reshape(-1, *[1] * (leaf.ndim - 1))  # noqa: E731
+    return jax.tree.map(lambda leaf: jnp.where(rows(leaf), 0.0, leaf), gradient)

@@ -20,6 +20,7 @@ QUANTIZERS = Registry(
         "rtn": Method(
             function=rtn,
             options=RTNOptions,
+            needs_more=lambda options: options.needs,
             widths=rtn_widths,
             check=RTNOptions.resolve,
             fractional=RTNOptions.fractional,

@@ -11,6 +11,11 @@ everywhere where all are equal. All are then scaled to mean one within each sequ
 sum_j r_j x_j x_j^T weighs what it does without them. A block's r serves all of its matrices.
 
 Early tokens are seen by more queries and an attention sink takes most of the mass; the reference code keeps both.
+
+Not here: its dataset expansion, by which every sequence is used eight times over, rolled on by an eighth of its length
+each time, so that tokens stand at several positions; and importance by the change of a token in the block, by rarity
+and by likeness to others. Its GPTQ has symmetric codes, one searched range an output channel and no act-order, which
+are options here and not the defaults.
 """
 
 import dataclasses
@@ -29,6 +34,7 @@ from lq.models.context import Context, context_for
 from lq.models.layers import attention_scores, stack_queries
 from lq.numerics.spec import QuantSpec
 from lq.quantizers.gptq import GPTQFactor, GPTQOptions, gptq
+from lq.registry import refuse_idle
 
 SLICE = 128  # queries whose attention is there at once
 
@@ -46,6 +52,10 @@ class ImportanceOptions:
             raise UserError(f"rsq: option r_min: {self.r_min}; write a number from 0 to 1")
         if self.first is not None and self.first < 1:
             raise UserError(f"rsq: option first: {self.first}; write 1 or more tokens, or null")
+        if self.importance != "firstn":
+            refuse_idle(self, "rsq", ("first",), f"importance is {self.importance}, not firstn")
+        if self.importance in ("firstn", "uniform"):
+            refuse_idle(self, "rsq", ("r_min",), f"importance {self.importance} is not stretched to it")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -27,7 +27,7 @@ The clipping search (`clip`) multiplies the range by each of the factors p, and 
     opt         1/p = 1 +- 0.0075 i, i = 0 ... 100        sum h_k error^2         AutoRound's opt-RTN, of its `symf`
                 1/p = 1 +- 0.005 i, i = 0 ... 90 at 2 bit
 
-h_k is the mean square of input k, `diag(hessian)` of the statistics (llama.cpp's importance matrix), or 1 without any.
+h_k is 1, or with `importance` the mean square of input k on calibration text (llama.cpp's importance matrix).
 
 Scales and zero points are rounded to the stored dtype first and codes are chosen with the rounded ones.
 
@@ -54,10 +54,10 @@ SMALLEST_RANGE = 1e-5  # a group whose range is below this gets this range
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RTNOptions:
+class RangeOptions:
     """How ranges are chosen."""
 
-    method: ClassVar[str] = "rtn"  # whose options these are
+    method: ClassVar[str]  # whose options these are
 
     # None: symf when symmetric, asymf when the spec has a zero_dtype, otherwise asym0
     convention: Literal["asym0", "asym", "asymf", "mlx", "symu", "symr", "symf"] | None = None
@@ -84,6 +84,24 @@ class RTNOptions:
         return self.resolve(spec) == FRACTIONAL
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RTNOptions(RangeOptions):
+    """How ranges are chosen, and by what."""
+
+    method: ClassVar[str] = "rtn"
+
+    importance: bool = False  # clip "opt" weighs errors by the inputs' mean squares, which takes calibration text
+
+    def __post_init__(self):
+        if self.importance and self.clip != "opt":
+            raise UserError(f"rtn: option importance: it weighs errors of clip opt, not {self.clip}; write clip: opt")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Of the inputs."""
+        return frozenset({"calibration", "square"}) if self.importance else frozenset()
+
+
 def rtn(
     weight: Float[Array, "... K N"], stats: InputStats | None, spec: QuantSpec, options: RTNOptions
 ) -> tuple[Array, Array, Array | None]:
@@ -92,15 +110,16 @@ def rtn(
     Returns codes uint32 `[..., K, N]`, scales float32 `[..., groups, N]` and zeros of the same shape: uint32, float32
     when `spec.zero_dtype` is set, None when symmetric. Pure and jittable; `spec` and `options` are static.
 
-    Needs no calibration: of `stats` the Hessian weighs the errors of `clip="opt"` where there is one, nothing else is
-    looked at.
+    Needs no calibration but with `options.importance`; then `stats` has a `square`, and UserError is raised otherwise.
     """
     if weight.ndim > 2:
         return jax.vmap(lambda w, s: rtn(w, s, spec, options))(weight, stats)
     grouped, real = split_groups(weight.astype(jnp.float32), spec)
     importance = None
-    if stats is not None and stats.hessian is not None:
-        importance = split_groups(jnp.diagonal(stats.hessian)[:, None], spec)[0]
+    if options.importance:
+        if stats is None or stats.square is None:
+            raise UserError("rtn: importance is that of the inputs; give calibration data, or write importance: false")
+        importance = split_groups(stats.square[:, None], spec)[0]
     scale, zero = find_ranges(grouped, real, spec, options, importance)
     codes = round_to_codes(grouped, scale, zero, spec)
     codes = codes.reshape(-1, weight.shape[-1])[: weight.shape[0]].astype(jnp.uint32)
@@ -115,7 +134,7 @@ def split_groups(weight: Float[Array, "K N"], spec: QuantSpec):
     return padded, (jnp.arange(groups * g) < K).reshape(groups, g, 1)
 
 
-def find_ranges(grouped, real, spec: QuantSpec, options: RTNOptions, importance=None):
+def find_ranges(grouped, real, spec: QuantSpec, options: RangeOptions, importance=None):
     """Scale and zero as `group_ranges` gives them, of the ranges that the options ask for.
 
     `importance` `[groups, g, 1]` is the h_k of `clip="opt"`; None: all channels count alike.
@@ -214,7 +233,7 @@ def stored_scale(scale, spec: QuantSpec):
     return jnp.where(stored == 0, jnp.copysign(tiny, scale), stored)
 
 
-def search_shrink(grouped, real, spec: QuantSpec, options: RTNOptions, importance=None):
+def search_shrink(grouped, real, spec: QuantSpec, options: RangeOptions, importance=None):
     """The factor p of each group's range that leaves the least error, `[groups, 1, N]`; the first of equal ones."""
     convention = options.resolve(spec)
     weights = importance if options.clip == "opt" and importance is not None else 1.0
@@ -237,7 +256,7 @@ def search_shrink(grouped, real, spec: QuantSpec, options: RTNOptions, importanc
     return jax.lax.fori_loop(0, len(shrinks), step, (least, jnp.ones_like(least)))[1]
 
 
-def _shrinks(spec: QuantSpec, options: RTNOptions) -> np.ndarray:
+def _shrinks(spec: QuantSpec, options: RangeOptions) -> np.ndarray:
     """The factors that are tried beside 1, in the order of the original."""
     if options.clip == "mse":
         return 1.0 - np.arange(1, 80) / 100

@@ -7,9 +7,13 @@ are held, whatever the depth.
 A method that *propagates* calibrates a block on what the quantized blocks before it let through, so that it makes up
 for their errors. One that reconstructs blocks besides aims at the original model's states, a second chain:
 
-    GPTQ, RSQ                       propagate; matrix after matrix inside a block (true sequential)
+    GPTQ, RSQ, BAQ                  propagate; matrix after matrix inside a block (true sequential)
     AWQ                             does not: states are the original model's throughout
     AutoRound, FlexRound, AdaQuant  propagate, aim at the original block's output on the original chain
+    rtn, HQQ                        read no text; what goes with them does: channel scales and importance are found on
+                                    the original states, biases corrected on the quantized ones
+
+`Recipe.propagate` decides otherwise, for any of them.
 """
 
 import dataclasses
@@ -87,8 +91,8 @@ class QuantizedStream(ParameterSource):
         self.report: dict[str, dict[str, float]] = {}
         self._source, self._specs, self._recipe = source, specs, recipe
         self._windows, self._tokens = windows, batches(windows.tokens, batch_size)
-        self._batch_size, self._place, self._note = batch_size, place, note
-        self._cache = None if recipe.propagates else cache  # what propagates depends on every block before
+        self._batch_size, self._place, self._note = batch_size, place or over_local_devices(), note
+        self._cache = None if recipe.propagate else cache  # what propagates depends on every block before
         self._chains: Chains | None = None
         self._embed: Params | None = None
 
@@ -107,7 +111,7 @@ class QuantizedStream(ParameterSource):
         if self._chains is None:
             states = self._first_states()
             original = None
-            if self._recipe.propagates and self._recipe.reconstructs_blocks:
+            if self._recipe.propagate and self._recipe.reconstructs_blocks:
                 original = embed_batches(self._source, self._windows.tokens, self._batch_size)
             self._chains = Chains(0, states, original)
         return self._chains
@@ -118,7 +122,7 @@ class QuantizedStream(ParameterSource):
 
     def _first_states(self) -> list[np.ndarray]:
         source: ParameterSource = self._source
-        if EMBEDDING in self._specs and self._recipe.propagates:
+        if EMBEDDING in self._specs and self._recipe.propagate:
             source = _Embedding(self.config, self.part("embed", jnp.float32))
         return embed_batches(source, self._windows.tokens, self._batch_size)
 
@@ -137,7 +141,7 @@ class QuantizedStream(ParameterSource):
         if self.chains().position > index:
             self._chains = None
         while self.chains().position < index:
-            if self._recipe.propagates:
+            if self._recipe.propagate:
                 self._next_block()
             else:
                 block, _ = self._calibrated_block()
@@ -160,13 +164,13 @@ class QuantizedStream(ParameterSource):
         index = chains.position
         block, stored = self._calibrated_block()
         targets = None
-        if recipe.reconstructs_blocks or not recipe.propagates:
+        if recipe.reconstructs_blocks or not recipe.propagate:
             targets = block.outputs(block.params, chains.original)
         specs = self._block_specs(index)
         packed, report = quantize_block(block, specs, recipe, targets, place=self._place, note=self._note)
         self.report |= {block.path(path): found for path, found in report.items()}
         packed = as_stored(packed, stored)
-        if recipe.propagates:
+        if recipe.propagate:
             self._chains = Chains(index + 1, block.outputs(dense(packed)), targets)
         else:
             self._chains = Chains(index + 1, targets or [], None)

@@ -22,9 +22,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from lq.calibration.statistics import HIGHEST
 from lq.quantizers.rtn import nearest_code
 
-HIGHEST = jax.lax.Precision.HIGHEST
 TILE = 8  # channels in one unrolled piece of program, which compiles to one kernel
 CHUNK = 8  # blocks of finished channels that one product sums over
 

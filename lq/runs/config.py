@@ -117,6 +117,7 @@ class QuantizationSection(Section):
         default_factory=list
     )  # names, or {name: hadamard, seed: 1}; in order
     bias_correction: bool = False
+    propagate: bool | None = None  # calibrate on quantized states, or the original's; null: as is usual for the method
     group_size: Literal[32, 64, 128, 256] | None = 128  # null: the whole column
     symmetric: bool = False
     scale_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
@@ -140,7 +141,7 @@ class QuantizationSection(Section):
     @property
     def pipeline(self) -> Pipeline:
         """Raises UserError for what does not exist or cannot be combined."""
-        return Pipeline.read(self.method, self.options, self.transforms, self.bias_correction)
+        return Pipeline.read(self.method, self.options, self.transforms, self.bias_correction, self.propagate)
 
     @field_validator("options")
     @classmethod

@@ -88,6 +88,7 @@ class Run:
         self.pipeline = experiment.quantization.pipeline
         self.packed = {} if 2 * parameter_count(self.source.config) < CACHE_LIMIT else None
         self.earlier: dict = {}  # what run.json held when this session began
+        self.said: set[str] = set()  # notes of the quantizer, which are the same for many candidates
 
     def _cut_windows(self) -> tuple[Windows | None, Windows]:
         """Calibration windows, where an order or the quantizer needs them, and those to evaluate on."""
@@ -230,7 +231,7 @@ class Run:
                 self.calibration,
                 batch_size=x.calibration.batch_size,
                 cache=self.packed,
-                note=self.progress.note,
+                note=self._note_once,
             )
         result = evaluate(
             source,
@@ -256,6 +257,11 @@ class Run:
             bits_per_block=() if plan is None else plan.bits_per_block(),
             seconds=time.perf_counter() - started,
         )
+
+    def _note_once(self, line: str) -> None:
+        if line not in self.said:
+            self.said.add(line)
+            self.progress.note(line)
 
     def results(self, scores: dict, rows: list[Row]) -> Results:
         """Everything the report needs."""

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from layerwise import stats_of, weight_of
+from calibrated_layers import hessian_stats, random_weight
 
 from lq.errors import UserError
 from lq.numerics.spec import QuantSpec
@@ -30,7 +30,7 @@ def moved_theta(weight, spec, seed=0):
 @pytest.mark.parametrize("zero", ["code", "number", "constant"])
 def test_gradients_in_closed_form(bits, zero):
     """Inside the range W^ = s round((W + V) / s), beyond it s (q - z) with z = -l / s, l the lower end."""
-    weight, cotangent = weight_of(64, 5), np.random.default_rng(1).standard_normal((64, 5))
+    weight, cotangent = random_weight(64, 5), np.random.default_rng(1).standard_normal((64, 5))
     kind = {"code": {}, "number": {"zero_dtype": "bfloat16"}, "constant": {"symmetric": True}}[zero]
     spec = QuantSpec(bits=bits, group_size=32, **kind)
     theta, fixed = moved_theta(jnp.asarray(weight), spec)
@@ -61,7 +61,7 @@ def test_gradients_in_closed_form(bits, zero):
 
 
 def test_zero_points_that_are_numbers_need_not_be_whole():
-    weight = jnp.asarray(weight_of(64, 5))
+    weight = jnp.asarray(random_weight(64, 5))
     whole, number = QuantSpec(bits=3, group_size=32), QuantSpec(bits=3, group_size=32, zero_dtype="bfloat16")
     theta, fixed = moved_theta(weight, whole)
     codes = export(ADAQUANT, theta, fixed, weight, whole, OPTIONS)[2]
@@ -76,16 +76,16 @@ def test_zero_points_that_are_numbers_need_not_be_whole():
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_nothing_is_gained_where_inputs_are_uncorrelated_and_ranges_fixed(symmetric):
     """With H = I the error is a sum over weights, and round to nearest has the least of each."""
-    weight = jnp.asarray(weight_of(96, 8))
+    weight = jnp.asarray(random_weight(96, 8))
     spec = QuantSpec(bits=3, group_size=32, symmetric=symmetric)
     options = AdaQuantOptions(start="minmax", range_learning_rate=0.0)
-    found = adaquant(weight, stats_of(np.eye(96)), spec, options)
+    found = adaquant(weight, hessian_stats(np.eye(96)), spec, options)
     for ours, nearest in zip(found, rtn(weight, None, spec, RTNOptions(clip="none")), strict=True):
         np.testing.assert_array_equal(np.asarray(ours), np.asarray(nearest))
 
 
 def test_no_range_is_driven_through_zero():
-    weight = jnp.asarray(weight_of(64, 5))
+    weight = jnp.asarray(random_weight(64, 5))
     for symmetric in (False, True):
         spec = QuantSpec(bits=2, group_size=32, symmetric=symmetric)
         theta, fixed = initial(ADAQUANT, weight, spec, OPTIONS)
@@ -97,7 +97,7 @@ def test_no_range_is_driven_through_zero():
 
 def test_weights_and_ranges_have_their_own_rates():
     options = AdaQuantOptions(steps=40, learning_rate=0.02, range_learning_rate=0.003)
-    theta, _ = initial(ADAQUANT, jnp.asarray(weight_of(64, 5)), QuantSpec(bits=3, group_size=32), options)
+    theta, _ = initial(ADAQUANT, jnp.asarray(random_weight(64, 5)), QuantSpec(bits=3, group_size=32), options)
     optimizer = ADAQUANT.optimizer(QuantSpec(bits=3), options)
     gradient = {name: jnp.full_like(value, -7.0) for name, value in theta.items()}
     update, _ = optimizer.update(gradient, optimizer.init(theta), theta)  # Adam moves by the rate, at first

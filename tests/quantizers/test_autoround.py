@@ -1,6 +1,5 @@
 """AutoRound: the same steps and the same codes as the original program, gradients in closed form, bounds."""
 
-import dataclasses
 import itertools
 from pathlib import Path
 
@@ -8,7 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from layerwise import inputs_of, output_error, stats_of, weight_of
+from calibrated_layers import (
+    hessian_stats,
+    inputs_with_common_factors,
+    output_error_of_codes,
+    random_weight,
+)
 from small_models import llama_config
 
 from lq.numerics.spec import QuantSpec
@@ -104,7 +108,7 @@ def random_theta(weight, spec, options, seed=0):
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_gradients_in_closed_form(bits, symmetric):
     """Inside the range W^ = s round(W / s + V), beyond it s (q - z) with z = -l / s, l the lower end."""
-    weight, cotangent = weight_of(64, 5), np.random.default_rng(1).standard_normal((64, 5))
+    weight, cotangent = random_weight(64, 5), np.random.default_rng(1).standard_normal((64, 5))
     spec = QuantSpec(bits=bits, group_size=32, symmetric=symmetric)
     options = AutoRoundOptions(start="minmax")
     theta, fixed = random_theta(jnp.asarray(weight), spec, options)
@@ -153,7 +157,7 @@ def test_the_learning_rate_falls_to_zero_and_its_sum_bounds_the_offsets():
 
 
 def test_codes_move_by_one_at_most_while_ranges_are_fixed():
-    weight, stats = jnp.asarray(weight_of(96, 8)), stats_of(inputs_of(96))
+    weight, stats = jnp.asarray(random_weight(96, 8)), hessian_stats(inputs_with_common_factors(400, 96))
     spec = QuantSpec(bits=4, group_size=32)
     codes, scales, zeros = autoround(weight, stats, spec, AutoRoundOptions(start="minmax", tune_range=False))
     nearest = rtn(weight, None, spec, RTNOptions(clip="none"))
@@ -170,9 +174,9 @@ def test_codes_move_by_one_at_most_while_ranges_are_fixed():
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_nothing_is_gained_where_inputs_are_uncorrelated_and_ranges_fixed(symmetric):
     """With H = I the error is a sum over weights, and round to nearest has the least of each."""
-    weight = jnp.asarray(weight_of(96, 8))
+    weight = jnp.asarray(random_weight(96, 8))
     spec = QuantSpec(bits=3, group_size=32, symmetric=symmetric)
-    found = autoround(weight, stats_of(np.eye(96)), spec, AutoRoundOptions(start="minmax", tune_range=False))
+    found = autoround(weight, hessian_stats(np.eye(96)), spec, AutoRoundOptions(start="minmax", tune_range=False))
     for ours, nearest in zip(found, rtn(weight, None, spec, RTNOptions(clip="none")), strict=True):
         np.testing.assert_array_equal(np.asarray(ours), np.asarray(nearest))
 
@@ -180,26 +184,26 @@ def test_nothing_is_gained_where_inputs_are_uncorrelated_and_ranges_fixed(symmet
 def test_against_the_best_of_all_roundings():
     """Eight channels, codes one up or down: 3^8 choices per column, the best of which is found by trying them all."""
     K, N = 8, 16
-    weight, x = weight_of(K, N, tail=100), inputs_of(K, factors=2)
+    weight, x = random_weight(K, N, freedom=100), inputs_with_common_factors(400, K, factors=2)
     spec = QuantSpec(bits=3, group_size=None, scale_dtype="float32")
     nearest = rtn(jnp.asarray(weight), None, spec, RTNOptions(clip="none"))
-    found = autoround(jnp.asarray(weight), stats_of(x), spec, AutoRoundOptions(start="minmax", tune_range=False))
+    found = autoround(jnp.asarray(weight), hessian_stats(x), spec, AutoRoundOptions(start="minmax", tune_range=False))
     moves = np.asarray(list(itertools.product((-1, 0, 1), repeat=K)))  # [3^K, K]
     q, s, z = (np.asarray(array, np.float64) for array in nearest)
     codes = np.clip(q[None] + moves[:, :, None], 0, spec.max_code)
     error = np.einsum("mkn,kj,mjn->mn", (D := (codes - z) * s - weight), x.T @ x, D, optimize=True)
     best = error.min(0).sum() / np.square(x @ weight.astype(np.float64)).sum()
-    plain, ours = output_error(weight, nearest, spec, x), output_error(weight, found, spec, x)
+    plain, ours = (output_error_of_codes(weight, codes, spec, x) for codes in (nearest, found))
     assert best <= ours * (1 + 1e-6)
     assert best < 0.75 * plain, "there is something to gain"
     assert (plain - ours) / (plain - best) > 0.8
 
 
 def test_offsets_of_dead_inputs_stay():
-    weight, x = jnp.asarray(weight_of(96, 8)), inputs_of(96)
+    weight, x = jnp.asarray(random_weight(96, 8)), inputs_with_common_factors(400, 96)
     x[:, 40:50] = 0
     spec = QuantSpec(bits=3, group_size=32)
-    codes, _, _ = autoround(weight, stats_of(x), spec, AutoRoundOptions(start="minmax", tune_range=False))
+    codes, _, _ = autoround(weight, hessian_stats(x), spec, AutoRoundOptions(start="minmax", tune_range=False))
     nearest, _, _ = rtn(weight, None, spec, RTNOptions(clip="none"))
     same = np.asarray(codes) == np.asarray(nearest)
     assert same[40:50].all()
@@ -207,7 +211,7 @@ def test_offsets_of_dead_inputs_stay():
 
 
 def test_a_searched_range_grows_to_that_of_the_weights_and_no_further():
-    weight = jnp.asarray(weight_of(64, 8))
+    weight = jnp.asarray(random_weight(64, 8))
     for symmetric in (False, True):
         spec = QuantSpec(bits=2, group_size=32, symmetric=symmetric)
         options = AutoRoundOptions(start="mse", learning_rate=1.0)
@@ -218,9 +222,3 @@ def test_a_searched_range_grows_to_that_of_the_weights_and_no_further():
         whole = rtn(weight, None, spec, RTNOptions(clip="none"))[1]
         # shrink times its inverse is 1 to the last bit of float32, which may fall on the other side of a bfloat16.
         np.testing.assert_allclose(np.asarray(scales), np.asarray(whole), rtol=2.0**-7)
-
-
-def test_options_of_the_original():
-    options = dataclasses.asdict(AutoRoundOptions())
-    assert options["steps"] == 200
-    assert options["tune_range"]

@@ -92,6 +92,20 @@ def test_clip_search_finds_the_least_output_error(bits, symmetric):
     assert (found < np.abs(weight[:32]).max(0)).any(), "and something is clipped"
 
 
+@pytest.mark.parametrize("g", [32, None])
+def test_inputs_that_never_meet_are_told_by_their_mean_squares(g):
+    """Each channel alone, as a lookup reads it: the ranges are those of a sample with a row for each."""
+    weight = jnp.asarray(np.random.default_rng(0).standard_t(3, (80, 20)), jnp.float32)
+    sizes = np.random.default_rng(1).uniform(0.5, 2.0, 80).astype(np.float32)
+    spec = QuantSpec(bits=3, group_size=g)
+    by_rows, by_squares = (
+        np.asarray(clip_search(weight, jnp.asarray(inputs), spec, AWQOptions()))
+        for inputs in (np.diag(sizes), np.square(sizes))
+    )
+    assert (by_rows != by_squares).mean() <= 0.02, "sums in another order"
+    assert (by_squares < float(jnp.abs(weight).max())).any()
+
+
 def test_an_only_candidate_clips_nothing():
     weight, x = jnp.asarray(np.random.default_rng(0).standard_normal((96, 20)), jnp.float32), jnp.ones((8, 96))
     stats = reduce_inputs(x, frozenset({"sample"}))
@@ -138,6 +152,7 @@ def test_queries_and_keys_are_not_clipped():
     clipped = {name: per_matrix(AWQOptions(), f"block_0/attention/{name}_proj").clip for name in "qkvo"}
     assert clipped == {"q": False, "k": False, "v": True, "o": True}
     assert per_matrix(AWQOptions(), "block_0/mlp/up_proj") == AWQOptions()
+    assert not per_matrix(AWQOptions(clip_grid=10), "block_0/attention/q_proj").clip
 
 
 # Scales
@@ -434,6 +449,18 @@ def test_conventions_that_do_not_fit_are_refused():
         ({"clip_grid": 0}, "awq: option clip_grid: 0; write 1 or more"),
         ({"clip_shrink": 0.0}, "awq: option clip_shrink: 0.0; write a number above 0, at most 1"),
         ({"clip_shrink": 1.5}, "awq: option clip_shrink: 1.5; write a number above 0, at most 1"),
+        (
+            {"scale": False, "duo": True},
+            "awq: option duo: True, but with scale: false no scales are searched; leave it out",
+        ),
+        (
+            {"scale": False, "scale_grid": 10},
+            "awq: option scale_grid: 10, but with scale: false no scales are searched; leave it out",
+        ),
+        (
+            {"clip": False, "clip_grid": 10},
+            "awq: option clip_grid: 10, but with clip: false no ranges are searched; leave it out",
+        ),
     ],
 )
 def test_searches_that_cannot_be_are_refused(given, message):

@@ -173,29 +173,39 @@ def test_equals_mlx(bits):
 def test_opt_weighs_errors_with_the_mean_square_of_the_inputs(bits):
     rng = np.random.default_rng(5)
     x = (rng.standard_normal((512, K)) * np.exp(rng.normal(0, 1, K))).astype(np.float32)
-    stats = InputStats(tokens=jnp.float32(512), hessian=jnp.asarray(x.T @ x))
+    stats = InputStats(tokens=jnp.float32(512), square=jnp.asarray(np.square(x).sum(0)))
     importance = np.square(x.astype(np.float64)).sum(0)
     loss = lambda q: (importance[:, None] * np.square(q - W)).sum()  # noqa: E731
     spec = spec_for("symf", bits)
-    weighed, even = (dequantized(W, spec, s, clip="opt") for s in (stats, None))
+    weighed, even = (dequantized(W, spec, stats, clip="opt", importance=weigh) for weigh in (True, False))
     # Candidates whose losses tie in float32 may be exchanged, at no loss.
     assert loss(weighed) == pytest.approx(loss(reference("symf", "opt", bits, importance)), rel=1e-5)
     assert loss(weighed) < 0.95 * loss(even)
-    np.testing.assert_array_equal(dequantized(W, spec, InputStats(tokens=jnp.float32(512)), clip="opt"), even)
+    np.testing.assert_array_equal(dequantized(W, spec, None, clip="opt"), even)
 
 
 def test_opt_weighs_the_errors_of_each_expert_with_its_own_inputs():
     stack = jnp.asarray(np.stack([W[:64], W[64:128]]))
     squares = np.random.default_rng(6).exponential(1, (2, 64)) ** 2
-    stats = InputStats(tokens=jnp.ones(2), hessian=jnp.asarray([np.diag(h) for h in squares], jnp.float32))
-    spec, options = spec_for("symf", 3), RTNOptions(clip="opt")
+    stats = InputStats(tokens=jnp.ones(2), square=jnp.asarray(squares, jnp.float32))
+    spec, options = spec_for("symf", 3), RTNOptions(clip="opt", importance=True)
     stacked = rtn(stack, stats, spec, options)
     for i in range(2):
-        own = InputStats(tokens=jnp.float32(1), hessian=stats.hessian[i])
+        own = InputStats(tokens=jnp.float32(1), square=stats.square[i])
         codes, scales, _ = rtn(stack[i], own, spec, options)
         np.testing.assert_array_equal(stacked[0][i], codes)
         np.testing.assert_array_equal(stacked[1][i], scales)
-        assert (np.asarray(rtn(stack[i], None, spec, options)[1]) != np.asarray(scales)).any()
+        assert (np.asarray(rtn(stack[i], None, spec, RTNOptions(clip="opt"))[1]) != np.asarray(scales)).any()
+
+
+def test_importance_is_of_inputs_and_of_clip_opt_alone():
+    options = RTNOptions(clip="opt", importance=True)
+    with pytest.raises(UserError, match=r"^rtn: importance is that of the inputs; give calibration data, or write imp"):
+        rtn(jnp.asarray(W), None, spec_for("symf", 3), options)
+    with pytest.raises(
+        UserError, match=r"^rtn: option importance: it weighs errors of clip opt, not mse; write clip: "
+    ):
+        RTNOptions(importance=True)
 
 
 @pytest.mark.parametrize("bits", range(1, 9))

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from layerwise import dequantized, weight_of
+from calibrated_layers import dequantized_float64, random_weight
 
 from lq.numerics.spec import QuantSpec
 from lq.quantizers.flexround import FLEXROUND, LARGEST_DELTA, FlexRoundOptions
@@ -23,7 +23,7 @@ def moved_theta(weight, spec, size=0.3, seed=0):
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_gradients_in_closed_form(bits, symmetric):
     """Inside the range dW^ / dS2 = -W / (S2^2 s3), in log S2 therefore -W / (S2 s3)."""
-    weight, cotangent = weight_of(64, 5), np.random.default_rng(1).standard_normal((64, 5))
+    weight, cotangent = random_weight(64, 5), np.random.default_rng(1).standard_normal((64, 5))
     spec = QuantSpec(bits=bits, group_size=32, symmetric=symmetric)
     theta, fixed = moved_theta(jnp.asarray(weight), spec)
     arguments = (fixed, jnp.asarray(weight), spec, OPTIONS)
@@ -52,7 +52,7 @@ def test_gradients_in_closed_form(bits, symmetric):
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_every_code_on_a_weights_side_of_zero_can_be_reached(symmetric):
     """exp(delta2) = W / (s1 k) gives the level k of the sign of W, and more than 2 |W| / s1 gives 0."""
-    weight = jnp.asarray(weight_of(64, 5))
+    weight = jnp.asarray(random_weight(64, 5))
     spec = QuantSpec(bits=3, group_size=32, symmetric=symmetric)
     theta, fixed = initial(FLEXROUND, weight, spec, OPTIONS)
     scale, zero = (np.repeat(np.asarray(fixed[name], np.float64)[:, 0], 32, 0) for name in ("scale", "zero"))
@@ -73,18 +73,18 @@ def test_every_code_on_a_weights_side_of_zero_can_be_reached(symmetric):
 
 
 def test_the_divisors_are_not_needed_once_codes_are_stored():
-    weight = jnp.asarray(weight_of(80, 5))
+    weight = jnp.asarray(random_weight(80, 5))
     spec = QuantSpec(bits=3, group_size=32)
     theta, fixed = moved_theta(weight, spec)
     found = export(FLEXROUND, theta, fixed, weight, spec, OPTIONS)
     trained = fake_quant(FLEXROUND, theta, fixed, weight, spec, OPTIONS)
-    np.testing.assert_allclose(dequantized(found, spec), np.asarray(trained), rtol=2.0**-23)
+    np.testing.assert_allclose(dequantized_float64(found, spec), np.asarray(trained), rtol=2.0**-23)
     learned = np.asarray(fixed["scale"][:, 0]) * np.exp(np.asarray(theta["delta1"][:, 0]))
     np.testing.assert_allclose(np.asarray(found[1]), learned, rtol=2.0**-8)  # rounded to bfloat16
 
 
 def test_deltas_stay_where_the_exponential_is_harmless():
-    theta, fixed = moved_theta(jnp.asarray(weight_of(64, 5)), QuantSpec(bits=2, group_size=32), size=50)
+    theta, fixed = moved_theta(jnp.asarray(random_weight(64, 5)), QuantSpec(bits=2, group_size=32), size=50)
     for delta in FLEXROUND.project(theta, fixed, OPTIONS).values():
         assert np.abs(np.asarray(delta)).max() == LARGEST_DELTA
 

@@ -446,8 +446,11 @@ def test_a_searched_range_may_weigh_channels_by_their_energy(act_order):
     weight, _, stats = layer()
     spec, options = QuantSpec(bits=2, group_size=32), GPTQOptions(clip="opt", act_order=act_order)
     factor = factorize(stats, options)
-    damped = stats.replace(hessian=stats.hessian + factor.damping * jnp.eye(200))
-    plain, weighted = (rtn(jnp.asarray(weight), s, spec, RTNOptions(clip="opt"))[1] for s in (None, damped))
+    damped = stats.replace(square=jnp.diagonal(stats.hessian) + factor.damping)
+    plain, weighted = (
+        rtn(jnp.asarray(weight), damped, spec, RTNOptions(clip="opt", importance=importance))[1]
+        for importance in (False, True)
+    )
     found = run(weight, factor, spec, options)[1]
     # Two candidates may be as good to the last digits of the weights H_kk.
     assert (found != np.asarray(weighted)).mean() <= 0.02
@@ -477,6 +480,22 @@ def test_compiles_once_for_matrices_of_one_shape():
         weight, _, stats = layer(channels=96, outputs=8, seed=seed)
         quantize_matrix(jnp.asarray(weight), factorize(stats, options), spec, "gptq", options)
     assert quantize_matrix._cache_size() == before + 1
+
+
+@pytest.mark.parametrize("group_size", [32, 64])
+def test_a_block_is_no_larger_than_the_matrix(group_size):
+    """Of 80 channels in dynamic groups the last group is filled up, and no more, whatever block is asked for."""
+    weight, _, stats = layer(channels=80, outputs=64)
+    spec, found = QuantSpec(bits=3, group_size=group_size), {}
+    for block in (128, 8192):
+        options = GPTQOptions(act_order=False, static_groups=False, block=block)
+        program = (
+            jax.jit(functools.partial(gptq, spec=spec, options=options)).lower(jnp.asarray(weight), stats).compile()
+        )
+        assert program.memory_analysis().temp_size_in_bytes < 1_000_000
+        found[block] = program(jnp.asarray(weight), stats)
+    for ours, theirs in zip(found[8192], found[128], strict=True):
+        np.testing.assert_array_equal(ours, theirs)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

@@ -10,7 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from layerwise import dequantized, inputs_of, output_error, stats_of, weight_of
+from calibrated_layers import (
+    dequantized_float64,
+    hessian_stats,
+    inputs_with_common_factors,
+    output_error_of_codes,
+    random_weight,
+)
 from small_models import llama_config, random_params
 
 from lq.errors import UserError
@@ -22,6 +28,7 @@ from lq.numerics.qtensor import QTensor
 from lq.numerics.spec import QuantSpec
 from lq.quantizers import QUANTIZERS, reconstruct
 from lq.quantizers.adaquant import ADAQUANT
+from lq.quantizers.apply import quantize_matrix
 from lq.quantizers.autoround import AUTOROUND
 from lq.quantizers.flexround import FLEXROUND
 from lq.quantizers.parametrization import codes_of, export, fake_quant, initial
@@ -42,10 +49,14 @@ def options_of(method, **given):
 START = {"autoround": "minmax", "flexround": "mse", "adaquant": "mse"}  # when not given, above one bit
 
 
+def start_options(method, start=None, symmetric=False):
+    """Those of `rtn` that a method begins with."""
+    clip = {"minmax": "none", "mse": "mse"}[start or START[method]]
+    return RTNOptions(convention="symf" if symmetric else "asym0", clip=clip)
+
+
 def rounded(weight, spec, start):
-    clip = {"minmax": "none", "mse": "mse"}[start]
-    convention = "symf" if spec.symmetric else "asym0"
-    return rtn(jnp.asarray(weight), None, spec, RTNOptions(convention=convention, clip=clip))
+    return rtn(jnp.asarray(weight), None, spec, start_options(None, start, spec.symmetric))
 
 
 def assert_same(found, expected):
@@ -63,10 +74,10 @@ def assert_same(found, expected):
 @pytest.mark.parametrize("start", ["minmax", "mse"])
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
 def test_no_steps_are_round_to_nearest(method, start, bits, symmetric):
-    weight = jnp.asarray(weight_of(80, 6))  # the last group of 32 has 16 rows
+    weight = jnp.asarray(random_weight(80, 6))  # the last group of 32 has 16 rows
     spec = QuantSpec(bits=bits, group_size=32, symmetric=symmetric)
     options = options_of(method, steps=0, start=start)
-    found = QUANTIZERS[method].function(weight, stats_of(inputs_of(80)), spec, options)
+    found = QUANTIZERS[method].function(weight, hessian_stats(inputs_with_common_factors(400, 80)), spec, options)
     assert_same(found, rounded(weight, spec, start))
 
 
@@ -85,7 +96,7 @@ def test_no_steps_are_round_to_nearest(method, start, bits, symmetric):
 def test_what_is_trained_is_what_is_stored(method, kind):
     """With any theta the dequantized export equals the fake-quantized weight to the bit, in a stack too."""
     spec = QuantSpec(**{"bits": 3, "group_size": 32} | kind)
-    weight = jnp.asarray(np.stack([weight_of(80, 6, seed) for seed in (0, 1)]))
+    weight = jnp.asarray(np.stack([random_weight(80, 6, seed=seed) for seed in (0, 1)]))
     options = options_of(method)
     theta, fixed = initial(METHODS[method], weight, spec, options)
     rng = np.random.default_rng(0)
@@ -115,10 +126,10 @@ def test_codes_have_the_gradient_of_what_is_rounded_and_none_where_they_are_clip
 @each_method
 def test_the_last_group_is_not_what_it_is_padded_with(method):
     """A last group whose weights are far from zero: padding that counted as weights would widen its range."""
-    weight = jnp.asarray(weight_of(80, 6) + np.where(np.arange(80) < 64, 0, 3.0)[:, None], jnp.float32)
+    weight = jnp.asarray(random_weight(80, 6) + np.where(np.arange(80) < 64, 0, 60.0)[:, None], jnp.float32)
     spec, options = QuantSpec(bits=4, group_size=32, symmetric=True), options_of(method, start="minmax", steps=20)
-    found = QUANTIZERS[method].function(weight, stats_of(inputs_of(80)), spec, options)
-    assert np.abs(dequantized(found, spec) - np.asarray(weight))[64:].max() < 0.6  # of steps of 3 / 8
+    found = QUANTIZERS[method].function(weight, hessian_stats(inputs_with_common_factors(400, 80)), spec, options)
+    assert np.abs(dequantized_float64(found, spec) - np.asarray(weight))[64:].max() < 12  # of steps of 60 / 8
 
 
 # One matrix
@@ -126,10 +137,10 @@ def test_the_last_group_is_not_what_it_is_padded_with(method):
 
 @functools.cache
 def learned(method, bits, symmetric, **options):
-    weight, x = weight_of(96, 8), inputs_of(96)
+    weight, x = random_weight(96, 8), inputs_with_common_factors(400, 96)
     spec = QuantSpec(bits=bits, group_size=32, symmetric=symmetric)
     quantize = jax.jit(lambda w, s: QUANTIZERS[method].function(w, s, spec, options_of(method, **options)))
-    return weight, x, spec, quantize(jnp.asarray(weight), stats_of(x))
+    return weight, x, spec, quantize(jnp.asarray(weight), hessian_stats(x))
 
 
 @each_method
@@ -138,30 +149,30 @@ def learned(method, bits, symmetric, **options):
 def test_outputs_are_nearer_than_those_of_round_to_nearest(method, bits, symmetric):
     """In float64 from the formula: three quarters of the error of either start, or less."""
     weight, x, spec, found = learned(method, bits, symmetric)
-    starts = [output_error(weight, rounded(weight, spec, start), spec, x) for start in ("minmax", "mse")]
-    assert output_error(weight, found, spec, x) < min(starts) * 3 / 4
+    starts = [output_error_of_codes(weight, rounded(weight, spec, start), spec, x) for start in ("minmax", "mse")]
+    assert output_error_of_codes(weight, found, spec, x) < min(starts) * 3 / 4
 
 
 @each_method
 def test_learning_never_ends_worse_than_it_began(method):
     """With a learning rate that only does harm the start is returned: its step had the least loss."""
-    weight, x = jnp.asarray(weight_of(96, 8)), inputs_of(96)
+    weight, x = jnp.asarray(random_weight(96, 8)), inputs_with_common_factors(400, 96)
     spec, options = QuantSpec(bits=8, group_size=32), options_of(method, start="minmax", learning_rate=50.0, steps=5)
-    found = QUANTIZERS[method].function(weight, stats_of(x), spec, options)
+    found = QUANTIZERS[method].function(weight, hessian_stats(x), spec, options)
     assert_same(found, rounded(weight, spec, "minmax"))
 
 
 @each_method
 def test_inputs_that_are_zero_throughout_leave_round_to_nearest(method):
-    weight, spec = jnp.asarray(weight_of(96, 8)), QuantSpec(bits=3, group_size=32)
-    found = QUANTIZERS[method].function(weight, stats_of(np.zeros((9, 96))), spec, options_of(method, steps=5))
+    weight, spec = jnp.asarray(random_weight(96, 8)), QuantSpec(bits=3, group_size=32)
+    found = QUANTIZERS[method].function(weight, hessian_stats(np.zeros((9, 96))), spec, options_of(method, steps=5))
     assert_same(found, rounded(weight, spec, START[method]))
 
 
 @each_method
 def test_a_stack_of_experts_is_learned_expert_by_expert(method):
-    weight, spec = np.stack([weight_of(64, 6, seed) for seed in (0, 1)]), QuantSpec(bits=3, group_size=32)
-    stats = [stats_of(inputs_of(64, seed=seed)) for seed in (2, 3)]
+    weight, spec = np.stack([random_weight(64, 6, seed=seed) for seed in (0, 1)]), QuantSpec(bits=3, group_size=32)
+    stats = [hessian_stats(inputs_with_common_factors(400, 64, seed=seed)) for seed in (2, 3)]
     quantize = lambda w, s: QUANTIZERS[method].function(jnp.asarray(w), s, spec, options_of(method, steps=20))  # noqa: E731
     stacked = quantize(weight, jax.tree.map(lambda *leaves: jnp.stack(leaves), *stats))
     for i in range(2):
@@ -202,11 +213,11 @@ def outputs(config, params, h):
     return np.asarray(apply_block(config, config.kinds[0], params, h, context_for(jnp.zeros(h.shape[:2], jnp.int32))))
 
 
-def with_codes(params, found, specs):
+def with_codes(params, found, specs, residuals=None):
     """`params` with what was found in the place of the originals."""
     for path, codes in found.items():
         room, layer = path.split("/")
-        kernel = QTensor.from_codes(*codes, specs[path]).dequantize()
+        kernel = QTensor.from_codes(*codes, specs[path], (residuals or {}).get(path)).dequantize()
         params = params | {room: params[room] | {layer: params[room][layer] | {"kernel": kernel}}}
     return params
 
@@ -226,10 +237,10 @@ def learn(method, config=CONFIG, seed=None, block_seed=0, specs=None, on_steps=l
 learn_once = functools.cache(learn)
 
 
-def squared_error(config, found, specs):
+def squared_error(config, found, specs, residuals=None):
     """Mean squared error of the block's output over all windows, in float64."""
     params, h, out = block(config)
-    got = outputs(config, with_codes(params, found, specs), h)
+    got = outputs(config, with_codes(params, found, specs, residuals), h)
     return np.square(got.astype(np.float64) - out.astype(np.float64)).mean()
 
 
@@ -290,6 +301,40 @@ def test_learning_that_does_harm_falls_back_on_the_start(method):
     assert worse.kept == "learned"
     assert worse.after > worse.before
     assert worse.after == pytest.approx(squared_error(CONFIG, unguarded, specs_of()), rel=1e-4)
+
+
+@each_method
+@pytest.mark.parametrize("options", [{}, {"learning_rate": 50.0, "steps": 6}], ids=["learned", "fallen back"])
+def test_with_a_low_rank_residual_what_is_measured_is_what_is_stored(method, options):
+    """The residual is fitted to the start, and rounding learned around it: the guard looks at both together."""
+    specs = {path: dataclasses.replace(SPEC, rank=8) for path in specs_of()}
+    found, how = learn(method, specs=specs, **options)
+    assert how.kept == ("start" if options else "learned")
+    assert how.after == pytest.approx(squared_error(CONFIG, found, specs, how.residuals), rel=1e-4)
+    start, at_start = learn(method, specs=specs, steps=0)
+    assert how.before == pytest.approx(squared_error(CONFIG, start, specs, at_start.residuals), rel=1e-4)
+    assert how.before < learn(method, steps=0)[1].before, "the residual helps"
+    assert how.after <= how.before * (1.0 if options else 0.6)
+    params, path = block()[0], "mlp/up_proj"
+    weight = params["mlp"]["up_proj"]["kernel"]
+    plain = quantize_matrix(weight, None, specs[path], "rtn", start_options(method))
+    ours, theirs = (left.dequantize() @ right.dequantize() for left, right in (how.residuals[path], plain.residual))
+    np.testing.assert_allclose(ours, theirs, atol=0.03 * float(jnp.abs(theirs).max()))  # codes of 8 bits, ties apart
+
+
+def test_experts_that_are_held_stay_as_they_start():
+    params, h, out = block(ROUTED)
+    held = {path: np.asarray([True, False, True, False]) for path in specs_of(ROUTED) if path.startswith("moe")}
+    function, specs = BlockFunction(ROUTED, ROUTED.kinds[0]), specs_of(ROUTED)
+    for method in METHODS:
+        options = options_of(method, steps=20, batch_size=BATCH)
+        found, how = QUANTIZERS[method].block(function, params, h, out, specs, options, held=held)
+        start, _ = QUANTIZERS[method].block(function, params, h, out, specs, dataclasses.replace(options, steps=0))
+        assert how.kept == "learned"
+        for path in held:
+            changed = (np.asarray(found[path][0]) != np.asarray(start[path][0])).any((1, 2))
+            np.testing.assert_array_equal(changed, [False, True, False, True])
+            np.testing.assert_array_equal(found[path][1][::2], start[path][1][::2])
 
 
 def test_what_is_not_a_number_falls_back_on_the_start():
@@ -392,6 +437,14 @@ def test_windows_are_drawn_in_shuffled_passes():
         ),
         ({"start": "rtn"}, "quantizer autoround: option start: 'rtn' is not one of minmax, mse or null"),
         ({"unit": "layer"}, "quantizer autoround: option unit: 'layer' is not one of block, matrix"),
+        *(
+            (
+                {"unit": "matrix", name: value},
+                f"autoround: option {name}: {value}, but with unit: matrix every step sees all tokens, and the best is "
+                "kept; leave it out",
+            )
+            for name, value in {"batch_size": 4, "seed": 1, "keep": "best", "guard": False}.items()
+        ),
     ],
 )
 def test_options_that_cannot_be_are_refused(given, message):

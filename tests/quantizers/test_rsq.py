@@ -147,6 +147,11 @@ def test_the_first_tokens_alone_give_their_own_second_moment(first, kept):
         ({"r_min": -0.1}, "rsq: option r_min: -0.1; write a number from 0 to 1"),
         ({"r_min": 1.5}, "rsq: option r_min: 1.5; write a number from 0 to 1"),
         ({"first": 0}, "rsq: option first: 0; write 1 or more tokens, or null"),
+        ({"first": 9}, "rsq: option first: 9, but importance is attncon, not firstn; leave it out"),
+        (
+            {"importance": "uniform", "r_min": 0.1},
+            "rsq: option r_min: 0.1, but importance uniform is not stretched to it; leave it out",
+        ),
     ],
 )
 def test_numbers_out_of_range_are_refused(given, message):

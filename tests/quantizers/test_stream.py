@@ -140,18 +140,34 @@ def test_a_propagating_method_sees_what_the_quantized_blocks_let_through():
         np.testing.assert_array_equal(ours, theirs)
 
 
-def test_without_propagation_it_sees_the_original_states():
-    options = QUANTIZERS.options("gptq", {"propagate": False})
-    params = random_params(CONFIG)
-    plain = Recipe(method="gptq", options=options)
-    source = QuantizedStream(InMemory(CONFIG, params), specs_of(CONFIG), plain, windows(), batch_size=2)
-    source.block(1)
+@pytest.mark.parametrize(
+    ("fields", "propagated"),
+    [
+        ({"method": "gptq", "options": QUANTIZERS.options("gptq", {"propagate": False})}, False),
+        ({"method": "gptq", "propagate": False}, False),
+        ({"method": "rtn", "scaling": "awq"}, False),
+        ({"method": "rtn", "scaling": "awq", "propagate": True}, True),
+        ({"method": "awq", "propagate": True}, True),
+    ],
+    ids=str,
+)
+def test_whether_it_sees_the_original_states_or_the_quantized_ones(fields, propagated):
+    params, said, chosen = random_params(CONFIG), [], Recipe(**fields)
+    original = InMemory(CONFIG, params)
+    source = QuantizedStream(original, specs_of(CONFIG), chosen, windows(), batch_size=2, note=said.append)
+    blocks = [source.block(i) for i in range(2)] if propagated else [params[f"block_{i}"] for i in range(2)]
+    if not propagated:
+        source.block(1)
     rows = [tokens()[i : i + 2] for i in range(0, 6, 2)]
-    h = embed_batches(InMemory(CONFIG, params), tokens(), 2)
+    h = embed_batches(original, tokens(), 2)
     for i in range(2):
-        h = through_block(CONFIG, CONFIG.kinds[i], dense(params[f"block_{i}"]), rows, h)
+        h = through_block(CONFIG, CONFIG.kinds[i], dense(blocks[i]), rows, h)
     for ours, theirs in zip(source.chains().states, h, strict=True):
         np.testing.assert_array_equal(ours, theirs)
+    states = "what the quantized blocks before it let through" if propagated else "the original's states"
+    setting = f"propagate: {str(propagated).lower()}"
+    assert said[:1] == [f"{chosen.name}: every block is calibrated on {states} ({setting})"]
+    assert chosen.to_dict()["propagate"] is propagated
 
 
 @pytest.mark.parametrize("true_sequential", [True, False])

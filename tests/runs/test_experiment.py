@@ -347,3 +347,19 @@ def test_overwriting_needs_an_experiment_of_the_same_title(finished):
     with pytest.raises(UserError, match="a run of another experiment"):
         run_experiment(experiment.model_copy(update={"title": "another"}), overwrite=True)
     assert (out / "rows.jsonl").read_bytes() == before
+
+
+def test_a_note_that_holds_for_every_candidate_is_shown_once(small_model, text_file, tmp_path, capsys):
+    experiment = experiment_for(
+        small_model,
+        text_file,
+        tmp_path / "r",
+        quantization={"method": "gptq", "group_size": 64, "propagate": False},
+        allocation={},
+        baselines={"uniform": [4, 2], "finer_groups": False},
+        moves=None,
+    )
+    results = run_experiment(experiment, progress=Progress())
+    assert len(results.rows) == 3
+    assert results.quantizer["propagate"] is False
+    assert capsys.readouterr().err.count("gptq: every block is calibrated on the original's states") == 1
