@@ -16,6 +16,8 @@ from lq.allocation.milp import integer_program, quickest
 from lq.allocation.problem import Problem
 from lq.errors import UserError
 
+pytestmark = pytest.mark.once
+
 EXACT = {"knapsack": knapsack, "milp": integer_program}
 exact = pytest.mark.parametrize("solve", EXACT.values(), ids=EXACT)
 

@@ -16,6 +16,8 @@ from lq.errors import UserError
 from lq.importance.scores import Scores
 from lq.numerics.spec import QuantSpec
 
+pytestmark = pytest.mark.once
+
 
 def objective(problem, choice) -> float:
     """By definition, in Python."""

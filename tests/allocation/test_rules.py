@@ -15,6 +15,8 @@ from lq.allocation.rounding import frontier, rounded
 from lq.allocation.water_filling import reverse_water_filling, water_filling
 from lq.errors import UserError
 
+pytestmark = pytest.mark.once
+
 
 def falling(losses, bits, weights=None, budget=0.0) -> Problem:
     """Units that lose r 4^-b; `budget` in bits per weight."""

@@ -26,6 +26,8 @@ from lq.models.source import InMemory
 from lq.numerics.spec import QuantSpec
 from lq.quantizers import PlannedSource, Recipe
 
+pytestmark = pytest.mark.once
+
 ALL = ShapleyOptions(significance=0.0)
 
 

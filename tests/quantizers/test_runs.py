@@ -13,6 +13,8 @@ from lq.quantizers.gptq import GPTQOptions, factorize
 from lq.quantizers.rtn import RTNOptions
 from lq.quantizers.runs import sweep_runs
 
+pytestmark = pytest.mark.once
+
 K, N = 256, 64
 WIDTHS = (4, 3, 2, 2)
 

@@ -11,6 +11,8 @@ from lq.allocation.problem import Problem
 from lq.errors import UserError
 from lq.search.amq import AMQOptions, amq, pareto, surrogate, widest_gaps
 
+pytestmark = pytest.mark.once
+
 QUICK = {"initial": 40, "evaluations": 8, "population": 40, "inner": 8}
 
 

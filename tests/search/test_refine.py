@@ -12,6 +12,8 @@ from lq.errors import UserError
 from lq.search.bisection import longest_prefix, lowered
 from lq.search.refine import RefineOptions, measured_around, refine
 
+pytestmark = pytest.mark.once
+
 
 def toy(units=10, seed=0, mean=3.0):
     rng = np.random.default_rng(seed)
