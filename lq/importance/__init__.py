@@ -9,10 +9,12 @@ from lq.importance.alpha import AlphaOptions, alpha
 from lq.importance.controls import NoOptions, RandomOptions, first_last, parameter_count, random, reverse
 from lq.importance.kurtosis import KurtosisOptions, kurtosis
 from lq.importance.lim import LIMOptions, lim
+from lq.importance.logit_lens import logit_lens
 from lq.importance.measured import MeasuredOptions, measured_kl
 from lq.importance.owl import OWLOptions, owl
 from lq.importance.scores import Scores
 from lq.importance.similarity import InfluenceOptions, StreamOptions, angular, block_influence, contribution
+from lq.importance.skip_effect import SkipOptions, skip_effect
 from lq.importance.zd import ZDOptions, zd
 from lq.models.fingerprint import fingerprint
 from lq.models.matrices import model_shapes, other_weights
@@ -27,6 +29,8 @@ METRICS = Registry(
         "block_influence": Method(function=block_influence, options=InfluenceOptions, needs=frozenset({"calibration"})),
         "angular": Method(function=angular, options=StreamOptions, needs=frozenset({"calibration"})),
         "contribution": Method(function=contribution, options=StreamOptions, needs=frozenset({"calibration"})),
+        "logit_lens": Method(function=logit_lens, options=StreamOptions, needs=frozenset({"calibration"})),
+        "skip_effect": Method(function=skip_effect, options=SkipOptions, needs=frozenset({"calibration"})),
         "owl": Method(function=owl, options=OWLOptions, needs=frozenset({"calibration"})),
         "kl": Method(function=measured_kl, options=MeasuredOptions, needs=frozenset({"calibration"})),
         "alpha": Method(function=alpha, options=AlphaOptions),
