@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from lq.calibration.data import Windows
 from lq.errors import UserError
 from lq.importance.alpha import AlphaOptions, alpha
+from lq.importance.cfsp import CFSPOptions, cfsp
 from lq.importance.controls import NoOptions, RandomOptions, first_last, parameter_count, random, reverse
+from lq.importance.jaccard import JaccardOptions, jaccard
 from lq.importance.kurtosis import KurtosisOptions, kurtosis
 from lq.importance.lim import LIMOptions, lim
 from lq.importance.logit_lens import logit_lens
@@ -29,7 +31,9 @@ METRICS = Registry(
         "block_influence": Method(function=block_influence, options=InfluenceOptions, needs=frozenset({"calibration"})),
         "angular": Method(function=angular, options=StreamOptions, needs=frozenset({"calibration"})),
         "contribution": Method(function=contribution, options=StreamOptions, needs=frozenset({"calibration"})),
+        "cfsp": Method(function=cfsp, options=CFSPOptions, needs=frozenset({"calibration"})),
         "logit_lens": Method(function=logit_lens, options=StreamOptions, needs=frozenset({"calibration"})),
+        "jaccard": Method(function=jaccard, options=JaccardOptions, needs=frozenset({"calibration"})),
         "skip_effect": Method(function=skip_effect, options=SkipOptions, needs=frozenset({"calibration"})),
         "owl": Method(function=owl, options=OWLOptions, needs=frozenset({"calibration"})),
         "kl": Method(function=measured_kl, options=MeasuredOptions, needs=frozenset({"calibration"})),
