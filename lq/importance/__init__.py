@@ -18,6 +18,7 @@ from lq.importance.scores import Scores
 from lq.importance.similarity import InfluenceOptions, StreamOptions, angular, block_influence, contribution
 from lq.importance.skip_effect import SkipOptions, skip_effect
 from lq.importance.zd import ZDOptions, zd
+from lq.importance.zeroth_order import ZerothOrderOptions, zeroth_order
 from lq.models.fingerprint import fingerprint
 from lq.models.matrices import model_shapes, other_weights
 from lq.models.source import ParameterSource
@@ -35,6 +36,7 @@ METRICS = Registry(
         "logit_lens": Method(function=logit_lens, options=StreamOptions, needs=frozenset({"calibration"})),
         "jaccard": Method(function=jaccard, options=JaccardOptions, needs=frozenset({"calibration"})),
         "skip_effect": Method(function=skip_effect, options=SkipOptions, needs=frozenset({"calibration"})),
+        "zeroth_order": Method(function=zeroth_order, options=ZerothOrderOptions, needs=frozenset({"calibration"})),
         "owl": Method(function=owl, options=OWLOptions, needs=frozenset({"calibration"})),
         "kl": Method(function=measured_kl, options=MeasuredOptions, needs=frozenset({"calibration"})),
         "alpha": Method(function=alpha, options=AlphaOptions),

@@ -6,12 +6,12 @@ group    block_3/attention/q_proj+k_proj+v_proj       matrices that read the sam
 matrix   block_3/attention/q_proj
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 from lq.calibration.taps import block_inputs
 from lq.models.config import ModelConfig
-from lq.models.matrices import matrices
+from lq.models.matrices import block_of, matrices
 
 Unit = Literal["block", "part", "group", "matrix"]
 
@@ -22,6 +22,11 @@ def units_of(config: ModelConfig, unit: Unit) -> dict[str, list[str]]:
     for path in matrices(config):
         found.setdefault(_name(config, path, unit), []).append(path)
     return found
+
+
+def units_in(units: Mapping[str, list[str]], block: int) -> dict[str, list[str]]:
+    """Those of the units that lie in a block."""
+    return {unit: paths for unit, paths in units.items() if block_of(paths[0]) == block}
 
 
 def members(unit: str, paths: Iterable[str]) -> list[str]:
