@@ -13,6 +13,7 @@ from lq.importance.kurtosis import KurtosisOptions, kurtosis
 from lq.importance.lim import LIMOptions, lim
 from lq.importance.logit_lens import logit_lens
 from lq.importance.measured import MeasuredOptions, measured_kl
+from lq.importance.output_mse import OutputMSEOptions, output_mse
 from lq.importance.owl import OWLOptions, owl
 from lq.importance.scores import Scores
 from lq.importance.similarity import InfluenceOptions, StreamOptions, angular, block_influence, contribution
@@ -39,6 +40,7 @@ METRICS = Registry(
         "zeroth_order": Method(function=zeroth_order, options=ZerothOrderOptions, needs=frozenset({"calibration"})),
         "owl": Method(function=owl, options=OWLOptions, needs=frozenset({"calibration"})),
         "kl": Method(function=measured_kl, options=MeasuredOptions, needs=frozenset({"calibration"})),
+        "output_mse": Method(function=output_mse, options=OutputMSEOptions, needs=frozenset({"calibration"})),
         "alpha": Method(function=alpha, options=AlphaOptions),
         "kurtosis": Method(function=kurtosis, options=KurtosisOptions),
         "first_last": Method(function=first_last, options=NoOptions),
