@@ -11,6 +11,7 @@ from lq.importance.controls import NoOptions, RandomOptions, first_last, paramet
 from lq.importance.jaccard import JaccardOptions, jaccard
 from lq.importance.kurtosis import KurtosisOptions, kurtosis
 from lq.importance.lim import LIMOptions, lim
+from lq.importance.linearity import LinearityOptions, linearity
 from lq.importance.logit_lens import logit_lens
 from lq.importance.measured import MeasuredOptions, measured_kl
 from lq.importance.output_mse import OutputMSEOptions, output_mse
@@ -41,6 +42,7 @@ METRICS = Registry(
         "owl": Method(function=owl, options=OWLOptions, needs=frozenset({"calibration"})),
         "kl": Method(function=measured_kl, options=MeasuredOptions, needs=frozenset({"calibration"})),
         "output_mse": Method(function=output_mse, options=OutputMSEOptions, needs=frozenset({"calibration"})),
+        "linearity": Method(function=linearity, options=LinearityOptions, needs=frozenset({"calibration"})),
         "alpha": Method(function=alpha, options=AlphaOptions),
         "kurtosis": Method(function=kurtosis, options=KurtosisOptions),
         "first_last": Method(function=first_last, options=NoOptions),
