@@ -14,6 +14,7 @@ from lq.importance.lim import LIMOptions, lim
 from lq.importance.linearity import LinearityOptions, linearity
 from lq.importance.logit_lens import logit_lens
 from lq.importance.measured import MeasuredOptions, measured_kl
+from lq.importance.nsds import NSDSOptions, nsds
 from lq.importance.output_mse import OutputMSEOptions, output_mse
 from lq.importance.owl import OWLOptions, owl
 from lq.importance.scores import Scores
@@ -45,6 +46,7 @@ METRICS = Registry(
         "linearity": Method(function=linearity, options=LinearityOptions, needs=frozenset({"calibration"})),
         "alpha": Method(function=alpha, options=AlphaOptions),
         "kurtosis": Method(function=kurtosis, options=KurtosisOptions),
+        "nsds": Method(function=nsds, options=NSDSOptions),
         "first_last": Method(function=first_last, options=NoOptions),
         "parameter_count": Method(function=parameter_count, options=NoOptions),
         "random": Method(function=random, options=RandomOptions),
