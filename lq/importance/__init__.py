@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from lq.calibration.data import Windows
 from lq.errors import UserError
 from lq.importance.alpha import AlphaOptions, alpha
+from lq.importance.cfsp import CFSPOptions, cfsp
 from lq.importance.controls import (
     NoOptions,
     RandomOptions,
@@ -17,14 +18,21 @@ from lq.importance.controls import (
     random,
     reverse,
 )
+from lq.importance.jaccard import JaccardOptions, jaccard
 from lq.importance.kurtosis import KurtosisOptions, kurtosis
 from lq.importance.lim import LIMOptions, lim
+from lq.importance.linearity import LinearityOptions, linearity
+from lq.importance.logit_lens import logit_lens
 from lq.importance.measured import MeasuredOptions, measured_kl
+from lq.importance.nsds import NSDSOptions, nsds
+from lq.importance.output_mse import OutputMSEOptions, output_mse
 from lq.importance.owl import OWLOptions, owl
 from lq.importance.scores import Scores
 from lq.importance.shapley import ShapleyOptions, shapley
 from lq.importance.similarity import InfluenceOptions, StreamOptions, angular, block_influence, contribution
+from lq.importance.skip_effect import SkipOptions, skip_effect
 from lq.importance.zd import ZDOptions, zd
+from lq.importance.zeroth_order import ZerothOrderOptions, zeroth_order
 from lq.models.fingerprint import fingerprint
 from lq.models.matrices import model_shapes, other_weights
 from lq.models.source import ParameterSource
@@ -38,11 +46,19 @@ METRICS = Registry(
         "block_influence": Method(function=block_influence, options=InfluenceOptions, needs=frozenset({"calibration"})),
         "angular": Method(function=angular, options=StreamOptions, needs=frozenset({"calibration"})),
         "contribution": Method(function=contribution, options=StreamOptions, needs=frozenset({"calibration"})),
+        "cfsp": Method(function=cfsp, options=CFSPOptions, needs=frozenset({"calibration"})),
+        "logit_lens": Method(function=logit_lens, options=StreamOptions, needs=frozenset({"calibration"})),
+        "jaccard": Method(function=jaccard, options=JaccardOptions, needs=frozenset({"calibration"})),
+        "skip_effect": Method(function=skip_effect, options=SkipOptions, needs=frozenset({"calibration"})),
+        "zeroth_order": Method(function=zeroth_order, options=ZerothOrderOptions, needs=frozenset({"calibration"})),
         "owl": Method(function=owl, options=OWLOptions, needs=frozenset({"calibration"})),
         "kl": Method(function=measured_kl, options=MeasuredOptions, needs=frozenset({"calibration"})),
         "shapley": Method(function=shapley, options=ShapleyOptions, needs=frozenset({"calibration"})),
+        "output_mse": Method(function=output_mse, options=OutputMSEOptions, needs=frozenset({"calibration"})),
+        "linearity": Method(function=linearity, options=LinearityOptions, needs=frozenset({"calibration"})),
         "alpha": Method(function=alpha, options=AlphaOptions),
         "kurtosis": Method(function=kurtosis, options=KurtosisOptions),
+        "nsds": Method(function=nsds, options=NSDSOptions),
         "first_last": Method(function=first_last, options=NoOptions),
         "ends_random": Method(function=ends_random, options=RandomOptions),
         "k_quant": Method(function=k_quant, options=RecipeOptions),

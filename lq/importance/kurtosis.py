@@ -44,7 +44,7 @@ def kurtosis(source: ParameterSource, windows: None, options: KurtosisOptions) -
     found = {}
     for unit, weights in weights_of(source, units_of(source.config, options.unit), "kurtosis"):
         found[unit] = pooled_kurtosis(list(weights.values()))
-    return {"values": found if options.rule == "value" else _spikes(found)}
+    return {"values": found if options.rule == "value" else spikes_of_types(found)}
 
 
 def pooled_kurtosis(weights: list[Array]) -> float:
@@ -63,10 +63,11 @@ def central_moments(weight: Array, mean) -> Float[Array, " 2"]:
     return jnp.stack([square.mean(), jnp.square(square).mean()])
 
 
-def _spikes(found: dict[str, float]) -> dict[str, float]:
+def spikes_of_types(found: dict[str, float]) -> dict[str, float]:
+    """`spikes` along the depth, of the units of every type (all query projections, all blocks) for themselves."""
     by_type = defaultdict(dict)
     for path, value in found.items():
-        by_type[path.split("/", 1)[1]][path] = value
+        by_type[path.partition("/")[2]][path] = value
     jumps = {}
     for series in by_type.values():
         jumps |= dict(zip(series, spikes(np.array(list(series.values()))), strict=True))

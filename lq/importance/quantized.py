@@ -2,17 +2,21 @@
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
+
+from jaxtyping import Array
 
 from lq.calibration.data import Windows
 from lq.errors import UserError
 from lq.evaluation.candidates import Candidates
 from lq.importance.units import Unit
-from lq.models.matrices import matrices, model_shapes
+from lq.importance.weights import weight_at
+from lq.models.matrices import block_of, matrices, model_shapes
 from lq.models.source import ParameterSource
 from lq.numerics.spec import QuantSpec, smallest_first
 from lq.quantizers import QUANTIZERS, Recipe, quantized_source
+from lq.quantizers.apply import read_matrix
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,6 +57,34 @@ class QuantizedOptions:
     @property
     def recipe(self) -> Recipe:
         return Recipe(method=self.method, options=QUANTIZERS.options(self.method, self.options))
+
+
+def quantized_matrices(
+    source: ParameterSource, options: QuantizedOptions, windows: Windows, metric: str
+) -> Iterator[list[dict[str, Array]]]:
+    """Block by block, its matrices by full path as each of `options.specs` leaves them: dequantized, float32.
+
+    Raises UserError for a recipe behind which the matrices stand for others than the original's, and, naming the
+    matrix, for one that is packed already or not finite.
+    """
+    recipe, batch_size = options.recipe, options.batch_size
+    if recipe.scaling is not None:
+        raise UserError(
+            f"metric {metric}: {recipe.name} scales channels, and its matrices no longer stand for the original ones; "
+            "write options scale: false, or another method"
+        )
+    text = windows if recipe.calibrated else None
+    paths = list(matrices(source.config))
+    models = [
+        quantized_source(source, dict.fromkeys(paths, spec), recipe, text, batch_size=batch_size)
+        for spec in options.specs
+    ]
+    for index in range(source.config.num_blocks):
+        original, mine = source.block(index), [path for path in paths if block_of(path) == index]
+        for path in mine:
+            weight_at(original, path, metric)
+        blocks = [model.block(index) for model in models]
+        yield [{path: read_matrix(block, path).dequantize() for path in mine} for block in blocks]
 
 
 def candidates_of(

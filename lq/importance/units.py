@@ -10,12 +10,12 @@ Embedding and head, where they count, are units of their own: embed/tokens, head
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 from lq.calibration.taps import block_inputs
 from lq.models.config import ModelConfig
-from lq.models.matrices import matrices, table_matrices
+from lq.models.matrices import block_of, matrices, table_matrices
 
 Unit = Literal["block", "part", "group", "matrix"]  # segments are units of the scores that price them
 
@@ -37,6 +37,11 @@ def segment_of(unit: str) -> tuple[str, int, int] | None:
     """Matrix, index and count of a unit that is a segment; None for one that is not."""
     found = re.fullmatch(r"(.+):(\d+)/(\d+)", unit)
     return (found[1], int(found[2]), int(found[3])) if found else None
+
+
+def units_in(units: Mapping[str, list[str]], block: int) -> dict[str, list[str]]:
+    """Those of the units that lie in a block."""
+    return {unit: paths for unit, paths in units.items() if block_of(paths[0]) == block}
 
 
 def members(unit: str, paths: Iterable[str]) -> list[str]:

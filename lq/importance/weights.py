@@ -8,6 +8,7 @@ from jaxtyping import Array
 from lq.errors import UserError
 from lq.models.source import ParameterSource, Params
 from lq.numerics.segmented import is_packed
+from lq.quantizers.apply import with_matrix
 
 
 def weights_of(
@@ -22,10 +23,18 @@ def weights_of(
         name = paths[0].split("/")[0]
         if name != block:
             block, params = name, source.part(name)
-        yield unit, {path: _weight(params, path, metric) for path in paths}
+        yield unit, {path: weight_at(params, path, metric) for path in paths}
 
 
-def _weight(params: Params, path: str, metric: str) -> Array:
+def with_weights(params: Params, weights: Mapping[str, Array]) -> Params:
+    """The parameters of a block with other weights at some of its matrices, given by full path."""
+    for path, weight in weights.items():
+        params = with_matrix(params, path, weight)
+    return params
+
+
+def weight_at(params: Params, path: str, metric: str) -> Array:
+    """The weight of a matrix, out of the parameters of its block. Raises as `weights_of`."""
     leaf = params
     for key in path.split("/")[1:]:
         leaf = leaf[key]
