@@ -12,7 +12,8 @@ sum is the answer. What is left is spent where it saves most per bit; the origin
 their order, and so favours the first.
 
 The original makes 1000 proposals at each of some 2000 temperatures, about a thousand for each option of a 7B model.
-Here their number grows with the problem, and all runs of a set go side by side.
+Here their number grows with the problem, and all runs of a set go side by side. It is what the result hangs on: since
+one unit changes at a time, an exchange at the edge of the budget must first lose.
 
 Source: the code of exllamav2 (conversion/optimize.py and its extension).
 """
@@ -32,7 +33,7 @@ NORMS, NEAR = (1.5, 3.5), 0.075  # of the first set; how far the second goes fro
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AnnealingOptions:
     runs: int = 80  # of each set
-    proposals: int = 30  # of a run, for each option of each unit
+    proposals: int = 200  # of a run, for each option of each unit
     hottest: float = 2.0  # T at the beginning, in units of the largest cost
     coldest: float = 1e-4  # at the end
     norm: float | None = None  # fixed, one set alone; 2 for the least sum of costs. None: searched for

@@ -104,12 +104,14 @@ def local_search(problem: Problem, starts: int = 8, seed: int = 0) -> Choice:
 def improved(problem: Problem, choice: Choice) -> Choice:
     """`choice` after changes of one unit, or of two at once, that improve it, until there is none."""
     choice, pairs = choice.copy(), problem.interactions
-    partners = [[] for _ in choice]
-    for p, (a, b) in enumerate(pairs.pairs.tolist() if pairs else []):
-        partners[a].append((b, pairs.terms[p]))
-        partners[b].append((a, pairs.terms[p].T))
+    partners: list[list[tuple[int, np.ndarray]]] = [[] for _ in choice]
     scale = max(float(np.abs(problem.cost[problem.offered]).max(initial=0)), np.finfo(float).tiny)
-    least = NOISE * max(scale, float(np.abs(pairs.terms).max(initial=0)) if pairs else 0)
+    if pairs is not None:
+        for (a, b), term in zip(pairs.pairs.tolist(), pairs.terms, strict=True):
+            partners[a].append((b, term))
+            partners[b].append((a, term.T))
+        scale = max(scale, float(np.abs(pairs.terms).max(initial=0)))
+    least = NOISE * scale
     moved = True
     while moved:
         moved = False

@@ -12,7 +12,7 @@ import numpy as np
 
 from lq.errors import UserError
 from lq.importance.scores import Scores
-from lq.models.matrices import block_matrices, block_of, matrices
+from lq.models.matrices import block_matrices
 from lq.models.source import ParameterSource
 
 
@@ -75,11 +75,11 @@ def k_quant(source: ParameterSource, windows: None, options: RecipeOptions) -> d
     """
     del windows, options
     values, count = {}, source.config.num_blocks
-    for path in matrices(source.config):
-        raised = path.endswith(("v_proj", "down_proj"))
-        values[path] = float(
-            2 if raised and use_more_bits(block_of(path), count) else raised or path.endswith("o_proj")
-        )
+    for index, kind in enumerate(source.config.kinds):
+        for path in block_matrices(source.config, kind):
+            raised = path.endswith(("v_proj", "down_proj"))
+            tier = 2 if raised and use_more_bits(index, count) else raised or path.endswith("o_proj")
+            values[f"block_{index}/{path}"] = float(tier)
     return {"values": values}
 
 

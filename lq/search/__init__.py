@@ -7,6 +7,7 @@ options have `generations`, the most there are.
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -85,7 +86,11 @@ def search(
         best, front = found.parent, found.front
         on_generation(found)
     bits_of = {path: specs[option] for path, option in _by_path(units.values(), best).items()}
-    provenance = {"search": method, "search_options": dataclasses.asdict(chosen_options), "passes": judge.passes}
+    provenance: dict[str, Any] = {
+        "search": method,
+        "search_options": dataclasses.asdict(chosen_options),
+        "passes": judge.passes,
+    }
     provenance |= {"recipe": recipe.to_dict(), "calibration": windows.fingerprint, "began_with": plan.provenance}
     if front:  # a digit for each unit, which tells its width by its place in `bits`
         provenance |= {"units": list(units), "bits": widths}
