@@ -96,6 +96,12 @@ def test_widths_of_their_own_for_runs_of_channels():
     assert any(len(set(leaf.widths)) > 1 for leaf in packed.values()), "the random block has channels of unequal energy"
 
 
+def test_widths_of_their_own_are_the_same_each_time():
+    config = llama_config(blocks=1, hidden=256)
+    first, second = (stream_of("baq", config, specs=specs_of(config, mixed=True)).block(0) for _ in range(2))
+    assert_same(first, second)
+
+
 def test_widths_of_their_own_need_a_method_and_specs_that_have_them():
     config = llama_config(blocks=1, hidden=256)
     with pytest.raises(UserError, match=r"baq: chooses widths for runs of channels.*write mixed: true"):
