@@ -140,6 +140,8 @@ def quantize(
 ) -> Params:
     """The parameters with every matrix of the plan packed; what stays dense is in 16 bits. `params` is left alone.
 
+    Where this process has several devices, output channels are shared out among them; the result is on one.
+
     Args:
       model, params, plan: the original, transformed or not (`lq.transform`), and what each matrix becomes.
       method, options: the quantizer, see `lq list quantizers`.

@@ -13,14 +13,12 @@ import dataclasses
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
-import jax
-
 from lq.allocation.plan import Plan, adapted
 from lq.calibration.data import Windows
 from lq.errors import UserError
 from lq.models.config import ModelConfig
 from lq.models.source import ParameterSource, Params
-from lq.quantizers import QUANTIZERS, Recipe, quantized_source
+from lq.quantizers import QUANTIZERS, Place, Recipe, quantized_source
 from lq.quantizers.registry import SCALINGS
 from lq.transforms import TRANSFORMS, TransformedSource
 
@@ -102,7 +100,7 @@ class Pipeline:
         *,
         batch_size: int = 8,
         cache: MutableMapping | None = None,
-        place: Callable[[jax.Array], jax.Array] = lambda weight: weight,
+        place: Place | None = None,
         note: Callable[[str], None] = lambda line: None,
     ) -> tuple[ParameterSource, Plan]:
         """The model packed by `plan`, and the plan as it is true of the transformed model; see `quantized_source`."""

@@ -2,6 +2,9 @@
 
 import json
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -120,6 +123,14 @@ def test_a_checkpoint_says_how_it_was_made(windows, small_model, tmp_path):
     assert record["options"]["damping"] == 0.02
     assert record["scaling"] == "awq"
     assert record["calibration"] == {"tokens": windows.fingerprint, "how": "random", "batch_size": 8}
+
+
+def test_output_channels_are_shared_out_over_the_devices_there_are():
+    """By every function of the library, nobody having asked; and what comes back is on one device."""
+    script = Path(__file__).parent / "several_devices.py"
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.strip() == "ok"
 
 
 def test_weights_that_are_not_finite_are_refused_by_name():

@@ -1,5 +1,6 @@
 """The command: what it prints, what it exits with, and that nothing is left behind by a mistake."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -10,8 +11,10 @@ import pytest
 from small_models import llama_config, random_params, write_directory
 from typer.testing import CliRunner
 
+from lq import assets
 from lq.allocation import Plan
 from lq.cli import app, main
+from lq.quantizers import QUANTIZERS
 
 
 def lq(*args):
@@ -106,6 +109,63 @@ def test_quantize_can_score_and_allocate_itself(small_model, text_file, tmp_path
     )  # fmt: skip
     assert status == 0
     assert float(printed.split()[0]) <= 2.85
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """One block, one of whose matrices has two runs of 128 input channels."""
+    config = dataclasses.replace(llama_config(1), intermediate_size=256)
+    return write_directory(tmp_path_factory.mktemp("tiny") / "model", config, random_params(config))
+
+
+@pytest.mark.parametrize("method", QUANTIZERS)
+def test_every_quantizer_from_the_command_line(method, tiny, text_file, tmp_path):
+    own = {"hqq": ("--zero-dtype", "bfloat16"), "baq": ("--mixed",)}.get(method, ())
+    if QUANTIZERS[method].block:
+        own += ("--option", "steps=2")
+    reads = "calibration" in QUANTIZERS[method].needs
+    text = ("--calibration", text_file, "--samples", 2, "--length", 32) if reads else ()
+    out = tmp_path / "q"
+    status, printed, error = lq(
+        "quantize", tiny, "--bits", 3, "--group-size", 32, "--method", method, *own, *text, "--out", out
+    )
+    assert status == 0, error
+    assert "bits per weight" in printed
+    record = json.loads((out / "lq.json").read_text())["quantizer"]
+    assert record["method"] == method
+    assert re.search(rf"quantize \({method}\) 2/3, .* left, .*: block_0", error), "progress, block by block"
+    assert (f"{method}: every block is calibrated on" in error) == reads
+    assert record.get("propagate") == (None if not reads else method != "awq")
+
+
+def test_calibration_can_be_asked_of_methods_that_need_none(tiny, text_file, tmp_path):
+    """Channel scales and importance before plain rounding, on states of either kind."""
+    given = ("--bits", 3, "--group-size", 32, "--calibration", text_file, "--samples", 2, "--length", 32)
+    weighed = ("--option", "clip=opt", "--option", "importance=true")
+    for number, (own, propagate) in enumerate(
+        [(weighed, False), (("--transform", "awq"), False), (("--transform", "awq", "--propagate"), True)]
+    ):
+        out = tmp_path / str(number)
+        status, _, error = lq("quantize", tiny, *given, *own, "--out", out)
+        assert status == 0, error
+        assert f"(propagate: {str(propagate).lower()})" in error
+        assert json.loads((out / "lq.json").read_text())["quantizer"]["propagate"] is propagate
+    plain = tmp_path / "plain"
+    lq("quantize", tiny, "--bits", 3, "--group-size", 32, "--option", "clip=opt", "--out", plain)
+    name = "block_0.safetensors"
+    assert (plain / name).read_bytes() != (tmp_path / "0" / name).read_bytes(), "inputs have a say"
+
+
+def test_an_interrupted_command_says_how_to_go_on_in_words_a_shell_reads(monkeypatch, tmp_path):
+    def interrupt(name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(assets, "resolve_model", interrupt)
+    args = ["quantize", "my model", "--bits", "3", "--out", str(tmp_path / "q")]
+    monkeypatch.setattr(sys, "argv", ["lq", *args])
+    status, _, error = lq(*args)
+    assert status == 130
+    assert f"go on with: lq quantize 'my model' --bits 3 --out {tmp_path / 'q'} --resume" in error
 
 
 def test_a_search_finds_a_plan_of_the_same_size(small_model, plan, text_file, tmp_path):

@@ -212,7 +212,7 @@ def _recorded(file: Path) -> dict[str, Any]:
 def _measured(source: ParameterSource, part: str) -> dict[str, Any]:
     """What quantizing the part has shown of its matrices, where it was measured."""
     report = source.report if isinstance(source, QuantizedStream) else {}
-    found = {path: errors for path, errors in report.items() if errors and path.startswith(f"{part}/")}
+    found = {path: errors for path, errors in report.items() if errors and path.split("/")[0] == part}
     return {"measured": found} if found else {}
 
 

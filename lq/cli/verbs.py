@@ -426,12 +426,10 @@ def _write(source, plan, out: Path, pipeline, windows, batch_size: int, resume: 
     from lq.checkpoint import write_quantized
     from lq.models.source import part_names
     from lq.progress import Progress
-    from lq.quantizers import described, over_local_devices
+    from lq.quantizers import described
 
     progress = Progress(quiet=quiet)
-    packed, plan = pipeline.quantized(
-        source, plan, windows, batch_size=batch_size, place=over_local_devices(), note=progress.note
-    )
+    packed, plan = pipeline.quantized(source, plan, windows, batch_size=batch_size, note=progress.note)
     quantized = {path.split("/")[0] for path in plan.specs}
     with progress.stage(f"quantize ({pipeline.name})", len(part_names(source))) as step:
         write_quantized(

@@ -8,17 +8,16 @@ done around it.
 
 from collections.abc import Callable, Mapping, MutableMapping
 
-import jax
-
 from lq.calibration.data import Windows
 from lq.errors import UserError
 from lq.models.source import ParameterSource
 from lq.numerics.spec import QuantSpec
 from lq.quantizers.apply import quantize_matrix, quantize_part
+from lq.quantizers.placement import Place, over_columns, over_local_devices
 from lq.quantizers.planned import PlannedSource
 from lq.quantizers.recipe import Recipe
 from lq.quantizers.registry import QUANTIZERS, SCALINGS
-from lq.quantizers.stream import QuantizedStream, over_columns, over_local_devices
+from lq.quantizers.stream import QuantizedStream
 
 
 def quantized_source(
@@ -29,7 +28,7 @@ def quantized_source(
     *,
     batch_size: int = 8,
     cache: MutableMapping | None = None,
-    place: Callable[[jax.Array], jax.Array] = lambda weight: weight,
+    place: Place | None = None,
     note: Callable[[str], None] = lambda line: None,
 ) -> ParameterSource:
     """The parts of `source` quantized as they are read: any at any time, or in order where text is needed.
@@ -46,7 +45,7 @@ def quantized_source(
     Raises UserError for a recipe that cannot be carried out on this model, or that lacks its calibration text.
     """
     if not recipe.calibrated:
-        return PlannedSource(source, specs, recipe, cache)
+        return PlannedSource(source, specs, recipe, cache, place=place)
     if windows is None:
         raise UserError(f"{recipe.name} needs calibration text; give --calibration FILE, or wikitext2 or c4")
     return QuantizedStream(source, specs, recipe, windows, batch_size=batch_size, cache=cache, place=place, note=note)
@@ -59,7 +58,7 @@ def described(source: ParameterSource, part: str) -> str:
     rounding's error" that of the error which learning began with.
     """
     report = source.report if isinstance(source, QuantizedStream) else {}
-    found = [measured for path, measured in report.items() if path.startswith(f"{part}/")]
+    found = [measured for path, measured in report.items() if path.split("/")[0] == part]
     names = dict.fromkeys(name for measured in found for name in measured)
     means = {name: [m[name] for m in found if name in m] for name in names}
     return ", ".join([part, *(f"{sum(values) / len(values):.2%} {name}" for name, values in means.items())])
@@ -68,6 +67,7 @@ def described(source: ParameterSource, part: str) -> str:
 __all__ = [
     "QUANTIZERS",
     "SCALINGS",
+    "Place",
     "PlannedSource",
     "QuantizedStream",
     "Recipe",

@@ -20,6 +20,7 @@ from lq.numerics.qtensor import QTensor
 from lq.numerics.segmented import Packed, SegmentedQTensor, is_packed
 from lq.numerics.spec import QuantSpec
 from lq.quantizers.low_rank import with_residual
+from lq.quantizers.placement import Place, back
 from lq.quantizers.recipe import WIDTHS_REFUSED, Recipe
 from lq.quantizers.registry import QUANTIZERS
 
@@ -72,10 +73,12 @@ def planned_matrix(weight: Array, prepared: Any, spec: QuantSpec, recipe: Recipe
     return SegmentedQTensor.from_segments(permutation, found, spec, weight.shape)
 
 
-def quantize_part(params: Params, part: str, specs: Mapping[str, QuantSpec], recipe: Recipe) -> Params:
+def quantize_part(
+    params: Params, part: str, specs: Mapping[str, QuantSpec], recipe: Recipe, place: Place = lambda weight: weight
+) -> Params:
     """One part of a model ("embed", "block_3", "head") with the matrices that `specs` names by full path packed.
 
-    For recipes that need no calibration.
+    For recipes that need no calibration. `place` lays a weight out over devices while it is quantized.
 
     Raises UserError, naming the matrix, when a weight is not finite or needs a scale beyond the largest of its dtype.
     """
@@ -83,7 +86,8 @@ def quantize_part(params: Params, part: str, specs: Mapping[str, QuantSpec], rec
         if path == part or path.startswith(f"{part}/"):
             weight = read_matrix(params, path)
             check_weight(weight, path)
-            params = with_matrix(params, path, check_packed(quantize_leaf(weight, None, None, spec, recipe), path))
+            tensor = back(quantize_leaf(place(weight), None, None, spec, recipe), weight)
+            params = with_matrix(params, path, check_packed(tensor, path))
     return params
 
 

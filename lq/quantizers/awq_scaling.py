@@ -13,12 +13,13 @@ s = 1 is one more candidate, the first.
 
 All lines of a block are searched on its original weights and inputs, then folded together. Query heads that share a
 key/value head share their scale, made of their mean. An expert has its own scale and alpha inside, and none of its own
-on its input, which the router reads too.
+on its input, which the router reads too. One that saw too few tokens lacks them in both, mean|X| and the errors that
+alpha is chosen by: they are filled up from all experts (`lq.quantizers.experts`).
 """
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -38,6 +39,7 @@ from lq.numerics.matmul import expert_matmul, matmul
 from lq.numerics.spec import QuantSpec
 from lq.quantizers.awq import ScalingOptions
 from lq.quantizers.channel_lines import Line, fold, in_float32, leaf_at, with_leaf
+from lq.quantizers.experts import Shortage, fill_in
 from lq.quantizers.line_inputs import line_statistics
 from lq.quantizers.rtn import RTNOptions, rtn, split_groups
 
@@ -65,6 +67,7 @@ def scale_block(
     specs: Mapping[str, QuantSpec],
     options: ScalingOptions,
     name: str = "block",
+    note: Callable[[str], None] = lambda line: None,
 ) -> tuple[Params, tuple[ScaledLine, ...]]:
     """AWQ's scales of every line of a block, those whose rounding changes its outputs least, folded.
 
@@ -77,6 +80,7 @@ def scale_block(
         readers is there is left alone.
       options: of the search; those of `awq` will do.
       name: of the block, in errors.
+      note: takes lines for the user.
 
     Returns:
       The block's parameters in float32, computing what `block_params` do, and what was found, line by line.
@@ -93,6 +97,12 @@ def scale_block(
         rounding = tuple((path, specs[path], options.rounding(specs[path])) for path in line.readers if path in specs)
         if not rounding:
             continue
+        elements = max(float(np.sum(stats.tokens)), 1.0) * config.hidden_size
+        shortage = None
+        if line.experts is not None:
+            shortage = Shortage.of(stats, line.channels, moment=False)
+            shortage.tell(f"{name}/{rounding[0][0]}", "their channel scales are found with the tokens of all", note)
+            stats = fill_in(stats, shortage)
         alphas, scales = candidates(line, stats, params, rounding, options)
         total = np.zeros(())  # [candidates, 1 or experts]
         for h, batch in zip(hidden, tokens, strict=True):
@@ -102,15 +112,22 @@ def scale_block(
             raise UserError(
                 f"{name}/{line.inspected}: its output is NaN or infinite on the calibration text; the model is damaged"
             )
-        elements = max(float(np.sum(stats.tokens)), 1.0) * config.hidden_size
-        found.append(_best(line, alphas, scales, total, elements))
+        judged = total if shortage is None else shortage.filled(total.T).T
+        found.append(_best(line, alphas, scales, total, judged, elements))
         folded = fold(folded, line, jnp.asarray(found[-1].scale))
     return folded, tuple(found)
 
 
-def _best(line: Line, alphas: list[float | None], scales: np.ndarray, total: np.ndarray, elements: float) -> ScaledLine:
-    """Of each expert, or of the line, the first of the candidates with the least error."""
-    best = np.where(np.isfinite(total), total, np.inf).argmin(axis=0)
+def _best(
+    line: Line,
+    alphas: list[float | None],
+    scales: np.ndarray,
+    total: np.ndarray,
+    judged: np.ndarray,
+    elements: float,
+) -> ScaledLine:
+    """Of each expert, or of the line, the first of the candidates that is `judged` best; `total` are its own errors."""
+    best = np.where(np.isfinite(judged), judged, np.inf).argmin(axis=0)
     each = np.arange(len(best))
     before, after = (float(errors.sum() / elements) for errors in (total[0], total[best, each]))
     return ScaledLine(line, tuple(alphas[i] for i in best), before, after, scales[best, each].reshape(line.shape))

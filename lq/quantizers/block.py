@@ -1,7 +1,7 @@
 """One block quantized on its calibration states: statistics, codes, what is done about their errors."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -10,35 +10,22 @@ import numpy as np
 
 from lq.calibration.statistics import SAMPLE_ROWS, InputStats
 from lq.calibration.stream import through_block
-from lq.calibration.taps import Input, block_inputs, input_statistics
+from lq.calibration.taps import block_inputs, input_statistics
 from lq.errors import UserError
 from lq.models.config import BlockKind, ModelConfig
 from lq.models.source import Params
 from lq.numerics.qtensor import QTensor
 from lq.numerics.segmented import Packed, is_packed
 from lq.numerics.spec import QuantSpec
-from lq.quantizers.apply import (
-    check_packed,
-    check_weight,
-    finite,
-    quantize_leaf,
-    read_bias,
-    read_matrix,
-    with_bias,
-    with_matrix,
-)
+from lq.quantizers.apply import check_packed, check_weight, read_bias, read_matrix, with_bias, with_matrix
 from lq.quantizers.bias import bias_correction
 from lq.quantizers.channel_lines import with_storable_gains
-from lq.quantizers.errors import output_error
-from lq.quantizers.experts import fill_in
-from lq.quantizers.gptq import GPTQFactor
-from lq.quantizers.low_rank import with_residual
+from lq.quantizers.experts import Shortage
+from lq.quantizers.matrix import NOTHING, MeasuredInput, Note, check_finite
+from lq.quantizers.placement import Place, back, over_local_devices
 from lq.quantizers.recipe import Recipe
 from lq.quantizers.reconstruct import BlockFunction
 from lq.quantizers.registry import SCALINGS
-
-REPORTED = 512  # output channels of a matrix whose error is measured for the user
-Note = Callable[[str], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +74,7 @@ def quantize_block(
     recipe: Recipe,
     targets: list[np.ndarray] | None,
     *,
-    place: Callable[[jax.Array], jax.Array] = lambda weight: weight,
+    place: Place | None = None,
     note: Note = lambda line: None,
 ) -> tuple[Params, dict[str, dict[str, float]]]:
     """Packs the matrices of a block.
@@ -97,7 +84,7 @@ def quantize_block(
       specs: path within the block -> spec; the other matrices stay dense.
       recipe: method, options and what goes with it.
       targets: the original block's outputs, for methods that reconstruct blocks.
-      place: lays a weight out over devices.
+      place: lays a weight out over devices while it is quantized; those of this process when None.
       note: takes lines for the user.
 
     Returns:
@@ -108,10 +95,11 @@ def quantize_block(
         return block.params, report
     for path in specs:
         check_weight(read_matrix(block.params, block.path(path)), block.path(path))
+    place = place or over_local_devices()
     if recipe.scaling is not None:
-        block = _scaled(block, specs, recipe)
+        block = _scaled(block, specs, recipe, note)
     if recipe.reconstructs_blocks:
-        tensors = _reconstructed(block, specs, recipe, targets, report, place)
+        tensors = _reconstructed(block, specs, recipe, targets, report, place, note)
     else:
         tensors = _matrix_by_matrix(block, specs, recipe, report, place, note)
     params = block.params
@@ -122,39 +110,60 @@ def quantize_block(
     return params, report
 
 
-def _scaled(block: CalibratedBlock, specs, recipe: Recipe) -> CalibratedBlock:
+def _scaled(block: CalibratedBlock, specs, recipe: Recipe, note: Note) -> CalibratedBlock:
     """The block with channel scales folded in, which computes the same."""
     function = SCALINGS[recipe.scaling or ""].function
-    where = (block.config, block.kind)
-    params, _ = function(*where, block.params, block.states, block.tokens, specs, recipe.scaling_options, block.name)
+    where, data = (block.config, block.kind), (block.params, block.states, block.tokens)
+    params, _ = function(*where, *data, specs, recipe.scaling_options, block.name, note)
     params = with_storable_gains(*where, params, block.dtype)
     return dataclasses.replace(block, params=params)
 
 
-def _reconstructed(block: CalibratedBlock, specs, recipe: Recipe, targets, report, place) -> dict[str, Packed]:
+def _reconstructed(
+    block: CalibratedBlock, specs, recipe: Recipe, targets, report, place: Place, note: Note
+) -> dict[str, Packed]:
     """All matrices found together, so that the block's output is near `targets`."""
     reconstruct = recipe.quantizer.block
     if reconstruct is None or targets is None:
         raise ValueError(f"{recipe.method} reconstructs no blocks, or has no targets")
-    plain = {path: dataclasses.replace(spec, rank=0) for path, spec in specs.items()}
     apply = BlockFunction(block.config, block.kind)
     states, targets_of_all = np.concatenate(block.states), np.concatenate(targets)
     if not (np.isfinite(states).all() and np.isfinite(targets_of_all).all()):
         raise UserError(
             f"{block.name}: its calibration states are NaN or infinite; the model is damaged, give an intact one"
         )
-    found, outcome = reconstruct(apply, block.params, states, targets_of_all, plain, recipe.options, place=place)
+    held = _starved_experts(block, specs, note)
+    data = (block.params, states, targets_of_all)
+    found, outcome = reconstruct(apply, *data, specs, recipe.options, place=place, held=held)
     tensors: dict[str, Packed] = {}
     for path, (codes, scales, zeros) in found.items():
         report[path]["of rounding's error"] = outcome.after / outcome.before if outcome.before else 1.0
-        tensor = QTensor.from_codes(codes, scales, zeros, plain[path])
-        if rank := specs[path].rank:
-            tensor = with_residual(tensor, read_matrix(block.params, block.path(path)), rank)
-        tensors[path] = tensor
+        tensor = QTensor.from_codes(codes, scales, zeros, specs[path], outcome.residuals.get(path))
+        tensors[path] = back(tensor, read_matrix(block.params, block.path(path)))
     return tensors
 
 
-def _matrix_by_matrix(block: CalibratedBlock, specs, recipe: Recipe, report, place, note: Note) -> dict[str, Packed]:
+def _starved_experts(block: CalibratedBlock, specs, note: Note) -> dict[str, np.ndarray]:
+    """Of every stack of experts, which saw too few tokens to learn from: bool `[E]`, by path.
+
+    As many as there are channels are asked for: of fewer a rounding can be learned that suits just these.
+    """
+    found = {}
+    for i, one in enumerate(block_inputs(block.config, block.kind)):
+        readers = [path for path in one.readers if path in specs]
+        if one.experts is None or not readers:
+            continue
+        (stats,) = block.statistics(block.params, (i,), frozenset())
+        where = block.path(readers[0])
+        shortage = Shortage.of(stats, read_matrix(block.params, where).shape[-2], moment=True)
+        shortage.tell(where, "they are not learned, but keep their start", note)
+        found |= dict.fromkeys(readers, shortage.starved)
+    return found
+
+
+def _matrix_by_matrix(
+    block: CalibratedBlock, specs, recipe: Recipe, report, place: Place, note: Note
+) -> dict[str, Packed]:
     """In true-sequential order every input is measured with the matrices before it quantized already."""
     tensors: dict[str, Packed] = {}
     inputs = block_inputs(block.config, block.kind)
@@ -162,56 +171,19 @@ def _matrix_by_matrix(block: CalibratedBlock, specs, recipe: Recipe, report, pla
     weights = _token_weights(block, recipe)
     current = block.params
     for stage in [(i,) for i in wanted] if recipe.true_sequential else [tuple(wanted)]:
-        measured = block.statistics(current, stage, recipe.needs, weights)
+        measured = block.statistics(current, stage, recipe.needs, weights) if recipe.needs else [None] * len(stage)
         for i, stats in zip(stage, measured, strict=True):
-            stats = _usable(block, inputs[i], stats, note)
-            prepared = _prepared(block, inputs[i], stats, recipe, note)
+            where = block.path(inputs[i].readers[0])
+            channels = read_matrix(block.params, where).shape[-2]
+            of_input = NOTHING if stats is None else MeasuredInput.of(stats, where, channels, recipe, note)
             for path in inputs[i].readers:
                 if path in specs:
-                    weight = place(read_matrix(block.params, block.path(path)))
-                    tensor = quantize_leaf(weight, stats, prepared, specs[path], recipe.of_matrix(path))
-                    if stats.hessian is not None:
-                        error = output_error(weight, tensor.dequantize(), stats, REPORTED)
-                        report[path]["output error"] = float(error.mean())
+                    weight = read_matrix(block.params, block.path(path))
+                    tensor, found = of_input.quantize(weight, specs[path], recipe.of_matrix(path), place)
+                    report[path] |= found
                     tensors[path] = tensor
                     current = with_matrix(current, block.path(path), tensor.dequantize())
     return tensors
-
-
-def _prepared(block: CalibratedBlock, one: Input, stats: InputStats, recipe: Recipe, note: Note) -> Any:
-    """What of the statistics serves every reader. Says so where a Hessian had to be damped more than was asked for."""
-    prepare = recipe.quantizer.prepare
-    if prepare is None:
-        return stats
-    prepared = prepare(stats, recipe.options)
-    if isinstance(prepared, GPTQFactor):
-        where = block.path(one.readers[0])
-        damping = np.atleast_1d(np.asarray(prepared.damping))
-        energy = np.atleast_2d(np.diagonal(np.asarray(stats.hessian), axis1=-2, axis2=-1))
-        share = damping * np.count_nonzero(energy, axis=-1) / np.maximum(energy.sum(-1), np.finfo(np.float32).tiny)
-        if not np.isfinite(damping).all():
-            note(f"{where}: {int((~np.isfinite(damping)).sum())} Hessians could not be factored; rounded to nearest")
-        elif (share > 2 * recipe.options.damping).any():
-            note(f"{where}: a Hessian was not positive definite; damped by {share.max():.2g} of its mean diagonal")
-    return prepared
-
-
-def _usable(block: CalibratedBlock, one: Input, stats: InputStats, note: Note) -> InputStats:
-    """Raises UserError unless all statistics are finite; fills up those of experts that saw too few tokens."""
-    where = block.path(one.readers[0])
-    if not all(bool(finite(leaf)) for leaf in jax.tree.leaves(stats)):
-        raise UserError(f"{where}: its calibration inputs are NaN or infinite; the model or the states are damaged")
-    if one.experts is None:
-        return stats
-    channels = read_matrix(block.params, where).shape[-2]
-    filled, seen = fill_in(stats, channels)
-    few = int((seen < channels).sum())
-    if few:
-        note(
-            f"{where}: {few} of {one.experts} experts saw fewer tokens than the {channels} channels (least "
-            f"{int(seen.min())}); filled up from all experts. More calibration text helps"
-        )
-    return filled
 
 
 def _token_weights(block: CalibratedBlock, recipe: Recipe) -> list[Any] | None:
@@ -230,6 +202,7 @@ def _with_corrected_biases(block: CalibratedBlock, packed: Params, paths: tuple[
         if not readers:
             continue
         (stats,) = block.statistics(dense(packed), (i,), frozenset({"total"}))
+        check_finite(stats, block.path(readers[0]))
         for path in readers:
             full = block.path(path)
             tensor = read_matrix(packed, full)

@@ -9,6 +9,7 @@ from lq.models.source import ParameterSource, Params
 from lq.numerics.segmented import is_packed
 from lq.numerics.spec import QuantSpec
 from lq.quantizers.apply import quantize_part
+from lq.quantizers.placement import Place, over_local_devices
 from lq.quantizers.recipe import Recipe
 
 DENSE_DTYPE = jnp.bfloat16  # what a float32 leaf that stays dense becomes
@@ -23,6 +24,7 @@ class PlannedSource(ParameterSource):
       recipe: method and options; one that needs no calibration.
       cache: keeps packed parts between sources that share it, by part and specs; for comparing many plans of a model
         that fits in memory. None: every read quantizes again.
+      place: lays a weight `[K, N]` out over devices while it is quantized; those of this process when None.
     """
 
     def __init__(
@@ -31,11 +33,13 @@ class PlannedSource(ParameterSource):
         specs: Mapping[str, QuantSpec],
         recipe: Recipe,
         cache: MutableMapping | None = None,
+        *,
+        place: Place | None = None,
     ):
         recipe.check(source.config, specs)
         self.config = source.config
         self._source, self._specs, self._recipe = source, specs, recipe
-        self._cache = cache
+        self._cache, self._place = cache, place or over_local_devices()
 
     def part(self, name: str, dtype=None) -> Params:
         mine = {path: spec for path, spec in self._specs.items() if path.split("/")[0] == name}
@@ -43,7 +47,7 @@ class PlannedSource(ParameterSource):
         if self._cache is not None and key in self._cache:
             params = self._cache[key]
         else:
-            packed = quantize_part(self._source.part(name), name, mine, self._recipe)
+            packed = quantize_part(self._source.part(name), name, mine, self._recipe, self._place)
             params = sixteen_bits(packed)
             if self._cache is not None:
                 self._cache[key] = params

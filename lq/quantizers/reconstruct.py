@@ -176,7 +176,7 @@ def reconstruct_block(
     flat = flatten_dict(params, sep="/")
     weights = {path: place(jnp.asarray(flat[f"{path}/kernel"], jnp.float32)) for path in specs}
     params = beside(params, next(iter(weights.values())))
-    held = {path: jnp.asarray(experts) for path, experts in (held or {}).items()}
+    still = {path: jnp.asarray(experts) for path, experts in (held or {}).items()}
     samples, batch_size = len(inputs), min(options.batch_size, len(inputs))
     data = (jnp.asarray(inputs), jnp.asarray(targets))
 
@@ -193,7 +193,7 @@ def reconstruct_block(
     on_steps(0)
     for first in range(0, options.steps, CHUNK):
         last = min(first + CHUNK, options.steps)
-        state = _advance(apply, learner, params, fixed, weights, held, state, *data, drawn, expected, first, last)
+        state = _advance(apply, learner, params, fixed, weights, still, state, *data, drawn, expected, first, last)
         jax.block_until_ready(state)
         on_steps(last)
     theta = state.theta if options.keep == "last" else state.best

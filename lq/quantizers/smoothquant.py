@@ -5,10 +5,11 @@
 over the tokens X of a calibration set and all output channels of all readers W of a channel line
 (`lq.quantizers.channel_lines`), a router aside. It was made for quantizing activations too: with a = 1/2 both sides get
 the range sqrt(max|X_c| max|W_c|). The paper rescales after norms; `lines="all"` goes on to the lines between matrices.
+For an expert that saw too few tokens (`lq.quantizers.experts`) the tokens of all experts are looked at.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from lq.models.config import BlockKind, ModelConfig
 from lq.models.source import Params
 from lq.numerics.spec import QuantSpec
 from lq.quantizers.channel_lines import Line, fold, in_float32, leaf_at
+from lq.quantizers.experts import Shortage, fill_in
 from lq.quantizers.line_inputs import line_statistics
 
 SMALLEST = 1e-5  # of a scale, and of the largest weight of a channel
@@ -54,6 +56,7 @@ def smooth_block(
     specs: Mapping[str, QuantSpec],
     options: SmoothQuantOptions,
     name: str = "block",
+    note: Callable[[str], None] = lambda line: None,
 ) -> tuple[Params, dict[Line, np.ndarray]]:
     """SmoothQuant's scales of every line of a block, from the largest activations and weights, folded.
 
@@ -66,6 +69,7 @@ def smooth_block(
         is left alone.
       options: see there.
       name: of the block, in errors.
+      note: takes lines for the user.
 
     Returns:
       The block's parameters in float32, computing what `block_params` do, and the scale of each line, float32 of its
@@ -80,11 +84,14 @@ def smooth_block(
     for line, stats in line_statistics(config, kind, params, hidden, tokens, frozenset({"peak"})).items():
         if not specs.keys() & set(line.readers) or (options.lines == "norms" and not line.producer.endswith("norm")):
             continue
+        where = f"{name}/{line.readers[0]}"
+        if not np.isfinite(np.asarray(stats.peak)).all():
+            raise UserError(f"{where}: its calibration inputs are NaN or infinite; the model is damaged")
+        if line.experts is not None:
+            shortage = Shortage.of(stats, line.channels, moment=False)
+            shortage.tell(where, "their channel scales are found with the tokens of all", note)
+            stats = fill_in(stats, shortage)
         peak = line.gather(np.asarray(stats.peak)).max(axis=-2)
-        if not np.isfinite(peak).all():
-            raise UserError(
-                f"{name}/{line.readers[0]}: its calibration inputs are NaN or infinite; the model is damaged"
-            )
         scales[line] = smoothing_scale(peak, _weight_peak(line, params), options.strength).astype(np.float32)
         folded = fold(folded, line, scales[line])
     return folded, scales

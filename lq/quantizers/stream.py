@@ -19,14 +19,14 @@ for their errors. One that reconstructs blocks besides aims at the original mode
 import dataclasses
 import functools
 import operator
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from lq.calibration.data import Windows
-from lq.calibration.statistics import SAMPLE_ROWS, InputStats, reduce_inputs
+from lq.calibration.statistics import SAMPLE_ROWS, InputStats, lookup_statistics, reduce_inputs
 from lq.calibration.stream import batches, embed_batches, stream
 from lq.models.config import ModelConfig
 from lq.models.decoder import head_input
@@ -34,8 +34,10 @@ from lq.models.matrices import EMBEDDING, HEAD
 from lq.models.source import ParameterSource, Params
 from lq.numerics.segmented import is_packed
 from lq.numerics.spec import QuantSpec
-from lq.quantizers.apply import check_packed, check_weight, quantize_leaf, read_matrix, with_matrix
-from lq.quantizers.block import CalibratedBlock, Note, dense, quantize_block
+from lq.quantizers.apply import check_packed, check_weight, read_matrix, with_matrix
+from lq.quantizers.block import CalibratedBlock, dense, quantize_block
+from lq.quantizers.matrix import NOTHING, MeasuredInput, Note
+from lq.quantizers.placement import Place, over_local_devices
 from lq.quantizers.planned import DENSE_DTYPE, sixteen_bits
 from lq.quantizers.recipe import Recipe
 
@@ -63,7 +65,8 @@ class QuantizedStream(ParameterSource):
       batch_size: windows per device step.
       cache: keeps packed blocks between streams that share it, of recipes that do not propagate; for comparing many
         plans of a model that fits in memory.
-      place: lays a weight `[K, N]` out over devices while it is quantized; see `over_columns`.
+      place: lays a weight `[K, N]` out over devices while it is quantized, see `over_columns`; those of this process
+        when None.
       note: called with a line for the user, such as that experts saw few tokens.
 
     `report` fills with what is measured of every matrix.
@@ -81,7 +84,7 @@ class QuantizedStream(ParameterSource):
         *,
         batch_size: int = 8,
         cache: MutableMapping | None = None,
-        place: Callable[[jax.Array], jax.Array] = lambda weight: weight,
+        place: Place | None = None,
         note: Note = lambda line: None,
     ):
         recipe.check(source.config, specs)
@@ -198,12 +201,11 @@ class QuantizedStream(ParameterSource):
     def _with_table(self, params: Params, path: str, stats: InputStats | None) -> Params:
         weight = jnp.asarray(read_matrix(params, path), jnp.float32)
         check_weight(weight, path)
-        needs = self._recipe.needs
-        if needs and stats is None:
-            stats = reduce_inputs(jnp.eye(weight.shape[0]), needs)
-        prepare = self._recipe.quantizer.prepare
-        prepared = stats if prepare is None or stats is None else prepare(stats, self._recipe.options)
-        tensor = quantize_leaf(self._place(weight), stats, prepared, self._specs[path], self._recipe)
+        channels, recipe, of_input = weight.shape[0], self._recipe, NOTHING
+        if recipe.needs:
+            found = lookup_statistics(channels, recipe.needs) if stats is None else stats
+            of_input = MeasuredInput.of(found, path, channels, recipe, self._note)
+        tensor, self.report[path] = of_input.quantize(weight, self._specs[path], recipe, self._place)
         return with_matrix(params, path, check_packed(tensor, path))
 
     def _head_statistics(self, last: list[np.ndarray]) -> InputStats | None:
@@ -254,23 +256,3 @@ def as_stored(packed: Params, stored: Params) -> Params:
         return leaf.astype(original.dtype if original.dtype.itemsize == 2 else DENSE_DTYPE)
 
     return jax.tree.map(rounded, packed, stored, is_leaf=is_packed)
-
-
-def over_local_devices() -> Callable[[jax.Array], jax.Array]:
-    """`over_columns` of all devices of this process; nothing is moved where there is one."""
-    devices = np.asarray(jax.local_devices())
-    return over_columns(jax.sharding.Mesh(devices, ("columns",))) if devices.size > 1 else lambda weight: weight
-
-
-def over_columns(mesh: jax.sharding.Mesh) -> Callable[[jax.Array], jax.Array]:
-    """Lays weights `[..., K, N]` out over all devices of `mesh` along N, where N is a multiple of their number.
-
-    Output channels are quantized independently of each other given the statistics, so nothing is exchanged.
-    """
-    spec = jax.sharding.PartitionSpec
-
-    def place(weight: jax.Array) -> jax.Array:
-        axes = [None] * (weight.ndim - 1) + [mesh.axis_names if weight.shape[-1] % mesh.size == 0 else None]
-        return jax.device_put(weight, jax.sharding.NamedSharding(mesh, spec(*axes)))
-
-    return place

@@ -11,7 +11,7 @@ from small_models import llama_config, random_params
 from lq.calibration.data import Windows
 from lq.evaluation.evaluate import evaluate, make_reference
 from lq.models.decoder import Decoder
-from lq.models.matrices import matrices
+from lq.models.matrices import matrices, model_shapes
 from lq.models.source import InMemory
 from lq.numerics.spec import QuantSpec
 from lq.quantizers import QUANTIZERS, Recipe, quantized_source
@@ -87,6 +87,19 @@ def test_perplexity_is_within_a_hundredth_of_the_originals(method, original):
     change, kl = judged(original, method, 8)
     assert abs(change) <= 0.01
     assert kl <= 0.005
+
+
+@pytest.mark.parametrize("method", ["awq", "autoround"])
+def test_embedding_and_head_too(method, original):
+    """Both are of the same method: a lookup, and the matrix behind the final norm."""
+    source, calibration, text, reference, perplexity = original
+    options = QUANTIZERS.options(method, FEW_STEPS if QUANTIZERS[method].block else {})
+    specs = dict.fromkeys(model_shapes(CONFIG), QuantSpec(bits=8, group_size=32))
+    recipe = Recipe(method=method, options=options)
+    packed = quantized_source(source, specs, recipe, calibration, batch_size=4).params()
+    found = evaluate(InMemory(CONFIG, packed), text, reference=reference)
+    assert abs(found.perplexity / perplexity - 1) <= 0.01
+    assert found.kl <= 0.005
 
 
 def test_five_bits_are_not_that_near(original):

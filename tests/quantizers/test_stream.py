@@ -1,6 +1,7 @@
 """The driver: which states a block is calibrated on, in which order, and that it can be left and taken up again."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +19,9 @@ from lq.models.matrices import EMBEDDING, HEAD, matrices, model_shapes
 from lq.models.source import InMemory
 from lq.numerics.segmented import is_packed
 from lq.numerics.spec import QuantSpec
-from lq.quantizers import QUANTIZERS, QuantizedStream, Recipe, quantized_source
+from lq.quantizers import QUANTIZERS, QuantizedStream, Recipe, described, quantized_source
 from lq.quantizers.apply import finite, quantize_matrix, read_matrix
 from lq.quantizers.block import dense
-from lq.quantizers.experts import fill_in
 from lq.quantizers.registry import SCALINGS
 
 CONFIG = llama_config(blocks=3)
@@ -94,6 +94,12 @@ def test_widths_of_their_own_for_runs_of_channels():
         assert 8 * leaf.nbytes == specs[path].size_bits(leaf.shape), path
     assert sum(packed["block_0/mlp/down_proj/kernel"].widths) == 3 * 4
     assert any(len(set(leaf.widths)) > 1 for leaf in packed.values()), "the random block has channels of unequal energy"
+
+
+def test_widths_of_their_own_are_the_same_each_time():
+    config = llama_config(blocks=1, hidden=256)
+    first, second = (stream_of("baq", config, specs=specs_of(config, mixed=True)).block(0) for _ in range(2))
+    assert_same(first, second)
 
 
 def test_widths_of_their_own_need_a_method_and_specs_that_have_them():
@@ -234,30 +240,106 @@ def test_embedding_and_head(method, tied):
         np.testing.assert_array_equal(np.asarray(table.codes()), np.asarray(alone.codes()))
 
 
-def test_experts_with_few_tokens_are_filled_up_and_reported():
-    said = []
-    params = random_params(ROUTED)
-    few = windows(tokens(count=1, length=20))
-    source = QuantizedStream(
-        InMemory(ROUTED, params), specs_of(ROUTED), recipe("gptq"), few, batch_size=2, note=said.append
-    )
-    packed = source.params()
+FILLED = "what they lack is filled up from all experts"
+SCALED = "their channel scales are found with the tokens of all"
+HELD = "they are not learned, but keep their start"
+SMOOTH_ALL = {"scaling": "smoothquant", "scaling_options": SCALINGS.options("smoothquant", {"lines": "all"})}
+BY_MATRIX = {"options": QUANTIZERS.options("autoround", {"unit": "matrix", "steps": 4})}
+BY_IMPORTANCE = {"options": QUANTIZERS.options("rtn", {"clip": "opt", "importance": True})}
+BOTH = ["moe/down_proj", "moe/gate_proj"]
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    ("method", "fields", "told"),
+    [
+        ("gptq", {}, [(path, FILLED) for path in BOTH]),
+        ("rsq", {}, [(path, FILLED) for path in BOTH]),
+        ("awq", {}, [(BOTH[0], SCALED), *((path, FILLED) for path in BOTH)]),
+        ("autoround", {}, [(path, HELD) for path in BOTH]),
+        ("autoround", BY_MATRIX, [(path, FILLED) for path in BOTH]),
+        ("rtn", {"scaling": "awq"}, [(BOTH[0], SCALED)]),
+        ("rtn", {"scaling": "smoothquant"}, []),  # after norms alone, where experts have no scale of their own
+        ("rtn", SMOOTH_ALL, [(BOTH[0], SCALED)]),
+        ("rtn", BY_IMPORTANCE, [(path, FILLED) for path in BOTH]),
+    ],
+    ids=str,
+)
+def test_what_is_done_for_experts_with_few_tokens_is_told(method, fields, told):
+    """Of twenty tokens, each of which goes to two experts. What is counted are tokens, whatever they weigh."""
+    said, few = [], windows(tokens(count=1, length=20))
+    source = InMemory(ROUTED, random_params(ROUTED))
+    stream = QuantizedStream(source, specs_of(ROUTED), recipe(method, **fields), few, batch_size=2, note=said.append)
+    packed = stream.block(0)
     assert all(bool(finite(leaf)) for leaf in jax.tree.leaves(packed) if leaf.dtype == jnp.bfloat16)
-    assert any("block_0/moe/gate_proj: 4 of 4 experts saw fewer tokens than the 64 channels" in line for line in said)
+    line = re.compile(
+        r"block_0/(.*): (\d) of 4 experts saw fewer than (\d+) tokens \(least (\d+)\); (.*)\. More .* helps"
+    )
+    found = [line.fullmatch(one).groups() for one in said if "experts" in one]
+    assert sorted((path, what) for path, _, _, _, what in found) == sorted(told)
+    for path, few, enough, least, _ in found:
+        assert int(enough) == {"moe/gate_proj": 64, "moe/down_proj": 96}[path]
+        assert int(few) == 4
+        assert 0 <= int(least) <= 10, "of 40 rows"
 
 
-def test_filling_up():
-    rng = np.random.default_rng(0)
-    x = [rng.standard_normal((n, 8)) for n in (0, 3, 100)]
-    each = [reduce_inputs(jnp.asarray(rows, jnp.float32), frozenset({"hessian", "total"})) for rows in x]
-    stats = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
-    filled, seen = fill_in(stats, 8)
-    np.testing.assert_array_equal(seen, [0, 3, 100])
-    np.testing.assert_allclose(filled.tokens, [8, 8, 100], rtol=1e-6)
-    pooled = sum(rows.T @ rows for rows in x) / 103
-    np.testing.assert_allclose(filled.hessian[0], 8 * pooled, rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(filled.hessian[1], x[1].T @ x[1] + 5 * pooled, rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(filled.hessian[2], x[2].T @ x[2], rtol=1e-4, atol=1e-4)
+def test_experts_that_saw_too_few_tokens_to_learn_from_keep_their_start():
+    """Those of one window of 20 tokens do; of eight of 48 they are learned."""
+
+    def stacks(rows, steps):
+        options = QUANTIZERS.options("autoround", {"steps": steps, "batch_size": 1})
+        packed = stream_of("autoround", ROUTED, rows=rows, options=options).block(0)
+        return [np.asarray(packed["moe"][name]["kernel"].codes()) for name in ("gate_proj", "up_proj", "down_proj")]
+
+    for rows, learns in ((tokens(count=1, length=20), False), (tokens(count=12), True)):
+        changed = [(a != b).any() for a, b in zip(stacks(rows, 20), stacks(rows, 0), strict=True)]
+        assert changed == [learns] * 3
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("method", ["gptq", "awq", "autoround"])
+def test_a_final_norm_that_is_not_finite_is_named(method, tied):
+    """What the head's matrix is applied to is looked at, as what those of the blocks are."""
+    config = llama_config(blocks=1, tied=tied)
+    params, table = random_params(config), EMBEDDING if tied else HEAD
+    params["head"]["final_norm"]["scale"] = jnp.full((64,), jnp.nan, jnp.bfloat16)
+    source = stream_of(method, config, params, {table: QuantSpec(bits=4, group_size=32)})
+    with pytest.raises(UserError, match=rf"^{table}: its calibration inputs are NaN or infinite; the model or"):
+        source.params()
+
+
+def test_a_second_moment_of_the_head_that_needs_damping_is_told():
+    config, said = llama_config(blocks=1, tied=False), []
+    few, options = windows(tokens(count=1, length=20)), QUANTIZERS.options("gptq", {"damping": 0.0})
+    source = InMemory(config, random_params(config))
+    specs = {HEAD: QuantSpec(bits=4, group_size=32)}
+    QuantizedStream(source, specs, recipe("gptq", options=options), few, batch_size=2, note=said.append).head()
+    assert any(line.startswith("head: a Hessian was not positive definite; damped by") for line in said)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_output_error_of_a_table_is_reported_as_that_of_a_matrix(tied):
+    config = llama_config(blocks=1, tied=tied)
+    tables = [EMBEDDING] if tied else [EMBEDDING, HEAD]
+    source = stream_of("gptq", config, specs=dict.fromkeys(tables, QuantSpec(bits=4, group_size=32)))
+    source.params()
+    for table in tables:
+        assert 0 < source.report[table]["output error"] < 0.05
+        assert described(source, table.split("/")[0]).endswith("% output error")
+
+
+@pytest.mark.parametrize("group_size", [128, None])
+def test_a_wide_embedding_is_clipped_by_all_of_its_channels(group_size):
+    """Of 1024 channels, where a sample has 512 rows: no range is cut for nothing, so that the weights gain by it."""
+    config, errors = dataclasses.replace(llama_config(1, 1024, tied=False), vocab_size=256), {}
+    table = np.random.default_rng(0).standard_t(4, (256, 1024)).astype(np.float32)
+    source = InMemory(config, {"embed": {"tokens": {"embedding": jnp.asarray(table)}}})
+    specs, text = {EMBEDDING: QuantSpec(bits=4, group_size=group_size)}, windows(tokens() % 256)
+    for clip in (False, True):
+        chosen = Recipe(method="awq", options=QUANTIZERS.options("awq", {"scale": False, "clip": clip}))
+        packed = QuantizedStream(source, specs, chosen, text, batch_size=2).embed()
+        errors[clip] = np.square(np.asarray(read_matrix(packed, EMBEDDING).dequantize()).T - table).mean()
+    assert errors[True] < errors[False]
 
 
 def test_what_is_not_finite_is_named():
