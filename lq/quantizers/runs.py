@@ -53,10 +53,12 @@ def gptq_widths(weight: Float[Array, "K N"], stats: InputStats | GPTQFactor, spe
 def rtn_widths(weight: Float[Array, "K N"], stats: InputStats | None, spec: QuantSpec, options: RTNOptions):
     """Rounding to nearest of a matrix whose spec gives widths; as `gptq_widths`, from statistics with a `square`.
 
-    Raises UserError without statistics: which channels have most energy is seen on calibration text.
+    Raises UserError without statistics, which `clip="opt"` has collected: they show which channels have most energy.
     """
     if stats is None or stats.square is None:
-        raise UserError("rtn: widths by segment go by the energy of the inputs; give --calibration FILE")
+        raise UserError(
+            "rtn: widths by segment go by the energy of the inputs, which is not looked at; write the option clip: opt"
+        )
     permutation, widths = by_energy(stats.square, run_channels(spec, len(weight))), np.asarray(spec.widths, np.int32)
     codes, scales, zeros, _ = round_runs(weight, stats.square, permutation, widths, spec.segment(8), options)
     return permutation, cut(codes, scales, zeros, spec.widths or (), spec)
