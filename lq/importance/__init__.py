@@ -18,6 +18,10 @@ from lq.importance.controls import (
     random,
     reverse,
 )
+from lq.importance.delta_loss import DeltaLossOptions, delta_loss
+from lq.importance.first_order import first_order
+from lq.importance.fisher import FisherOptions, fisher
+from lq.importance.hessian_trace import HessianTraceOptions, hessian_trace
 from lq.importance.jaccard import JaccardOptions, jaccard
 from lq.importance.kurtosis import KurtosisOptions, kurtosis
 from lq.importance.lim import LIMOptions, lim
@@ -27,6 +31,10 @@ from lq.importance.measured import MeasuredOptions, measured_kl
 from lq.importance.nsds import NSDSOptions, nsds
 from lq.importance.output_mse import OutputMSEOptions, output_mse
 from lq.importance.owl import OWLOptions, owl
+from lq.importance.path_integral import PathIntegralOptions, path_integral
+from lq.importance.predicted import PredictedOptions, predicted_kl
+from lq.importance.quantized import QuantizedOptions
+from lq.importance.relevance import relevance
 from lq.importance.scores import Scores
 from lq.importance.shapley import ShapleyOptions, shapley
 from lq.importance.similarity import InfluenceOptions, StreamOptions, angular, block_influence, contribution
@@ -56,6 +64,13 @@ METRICS = Registry(
         "shapley": Method(function=shapley, options=ShapleyOptions, needs=frozenset({"calibration"})),
         "output_mse": Method(function=output_mse, options=OutputMSEOptions, needs=frozenset({"calibration"})),
         "linearity": Method(function=linearity, options=LinearityOptions, needs=frozenset({"calibration"})),
+        "delta_loss": Method(function=delta_loss, options=DeltaLossOptions, needs=frozenset({"calibration"})),
+        "path_integral": Method(function=path_integral, options=PathIntegralOptions, needs=frozenset({"calibration"})),
+        "first_order": Method(function=first_order, options=QuantizedOptions, needs=frozenset({"calibration"})),
+        "fisher": Method(function=fisher, options=FisherOptions, needs=frozenset({"calibration"})),
+        "hessian_trace": Method(function=hessian_trace, options=HessianTraceOptions, needs=frozenset({"calibration"})),
+        "relevance": Method(function=relevance, options=InfluenceOptions, needs=frozenset({"calibration"})),
+        "predicted_kl": Method(function=predicted_kl, options=PredictedOptions, needs=frozenset({"calibration"})),
         "alpha": Method(function=alpha, options=AlphaOptions),
         "kurtosis": Method(function=kurtosis, options=KurtosisOptions),
         "nsds": Method(function=nsds, options=NSDSOptions),

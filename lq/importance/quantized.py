@@ -2,10 +2,11 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from jaxtyping import Array
+import numpy as np
+from jaxtyping import Array, Float
 
 from lq.calibration.data import Windows
 from lq.errors import UserError
@@ -73,12 +74,8 @@ def quantized_matrices(
             f"metric {metric}: {recipe.name} scales channels, and its matrices no longer stand for the original ones; "
             "write options scale: false, or another method"
         )
-    text = windows if recipe.calibrated else None
     paths = list(matrices(source.config))
-    models = [
-        quantized_source(source, dict.fromkeys(paths, spec), recipe, text, batch_size=batch_size)
-        for spec in options.specs
-    ]
+    models = quantized_sources(source, options.specs, recipe, windows, batch_size)
     for index in range(source.config.num_blocks):
         original, mine = source.block(index), [path for path in paths if block_of(path) == index]
         for path in mine:
@@ -97,8 +94,35 @@ def candidates_of(
     tables: bool = False,
 ) -> Candidates:
     """The model quantized uniformly at each of `specs`, embedding and head where `tables`, as options."""
-    text, paths = windows if recipe.calibrated else None, (model_shapes if tables else matrices)(source.config)
-    quantized = [
-        quantized_source(source, dict.fromkeys(paths, spec), recipe, text, batch_size=batch_size) for spec in specs
-    ]
+    quantized = quantized_sources(source, specs, recipe, windows, batch_size, tables=tables)
     return Candidates.of(source, quantized, tables=tables)
+
+
+def quantized_sources(
+    source: ParameterSource,
+    specs: Sequence[QuantSpec],
+    recipe: Recipe,
+    windows: Windows,
+    batch_size: int,
+    *,
+    tables: bool = False,
+) -> list[ParameterSource]:
+    """The model quantized uniformly at each of `specs`, embedding and head where `tables`, as it is read."""
+    text, paths = windows if recipe.calibrated else None, (model_shapes if tables else matrices)(source.config)
+    return [quantized_source(source, dict.fromkeys(paths, spec), recipe, text, batch_size=batch_size) for spec in specs]
+
+
+def scores_from(
+    units: Mapping[str, list[str]], specs: Sequence[QuantSpec], losses: Mapping[str, Float[np.ndarray, " options"]]
+) -> dict:
+    """`values` and `costs` of units from what each of their matrices loses at every spec, smallest first.
+
+    A unit loses what its matrices lose together. Its score is what it gains from the smallest to the largest spec; of
+    one spec alone, what it loses.
+    """
+    costs, values = {}, {}
+    for unit, paths in units.items():
+        lost = np.sum([losses[path] for path in paths], axis=0)
+        costs[unit] = {str(spec): float(loss) for spec, loss in zip(specs, lost, strict=True)}
+        values[unit] = float(lost[0] - lost[-1]) if len(specs) > 1 else float(lost[0])
+    return {"values": values, "costs": costs}

@@ -14,6 +14,8 @@ from lq.importance import METRICS, score
 from lq.importance.cfsp import angle, sigmoid, standardized
 from lq.models.source import InMemory
 
+pytestmark = pytest.mark.once
+
 WINDOWS = Windows(np.random.default_rng(0).integers(1, 90, (5, 16), np.int32), "random", "random")
 BLOCKS = 4
 

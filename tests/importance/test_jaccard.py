@@ -15,6 +15,8 @@ from lq.importance import METRICS, score
 from lq.importance.jaccard import first_tokens, shared_tokens
 from lq.models.source import InMemory
 
+pytestmark = pytest.mark.once
+
 WINDOWS = Windows(np.random.default_rng(0).integers(1, 90, (5, 16), np.int32), "random", "random")
 BLOCKS = 3
 

@@ -11,6 +11,8 @@ from lq.calibration.data import Windows
 from lq.importance import score
 from lq.models.source import InMemory
 
+pytestmark = pytest.mark.once
+
 WINDOWS = Windows(np.random.default_rng(0).integers(1, 90, (4, 16), np.int32), "random", "random")
 BLOCKS = 3
 

@@ -18,6 +18,8 @@ from lq.models.source import InMemory
 from lq.numerics.spec import QuantSpec
 from lq.quantizers import PlannedSource, Recipe
 
+pytestmark = pytest.mark.once
+
 CASES = ["llama", "mixtral, untied", "gpt2", "opt, untied", "gemma2", "mistral of 6 heads"]
 
 

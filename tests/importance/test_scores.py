@@ -21,7 +21,13 @@ from lq.models.decoder import apply_block, embed
 from lq.models.source import InMemory
 
 BLOCKS = 4
-QUICK = {"shapley": {"orders": 2}}  # instead of the defaults
+# Options of scores that take many passes with their defaults.
+QUICK = {
+    "shapley": {"orders": 2},
+    "hessian_trace": {"probes": 2},
+    "path_integral": {"steps": 1},
+    "predicted_kl": {"draws": 1},
+}
 
 
 def windows(count=6, length=32, seed=0):

@@ -13,6 +13,8 @@ from lq.importance import score
 from lq.importance.skip_effect import without_block
 from lq.models.source import InMemory
 
+pytestmark = pytest.mark.once
+
 WINDOWS = Windows(np.random.default_rng(0).integers(1, 90, (3, 16), np.int32), "random", "random")
 BLOCKS = 3
 

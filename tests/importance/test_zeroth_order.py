@@ -20,6 +20,8 @@ from lq.models.matrices import matrices
 from lq.models.source import InMemory
 from lq.quantizers.apply import read_matrix
 
+pytestmark = pytest.mark.once
+
 WINDOWS = Windows(np.random.default_rng(0).integers(1, 4096, (4, 16), np.int32), "random", "random")
 BLOCKS = 3
 

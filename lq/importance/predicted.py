@@ -1,0 +1,196 @@
+"""Predicted damage: the KL divergence that rounding costs, to second order, from a few backward passes.
+
+    KL(original || model with W + dW)  =  1/2 E_y <G_y, dW>^2  +  third order,      per window
+
+G_y is the gradient of ln p(y) by W, y labels drawn from the model's own prediction, one per position, and the sum over
+positions is inside the square: what tokens do to each other through attention is in it, where a diagonal Fisher
+information has none of it. One backward pass for every draw of labels prices all units at all options; with R windows
+and draws in all, a price is off by a share of sqrt(2 / R).
+
+A *segment* is a run of input channels of one matrix, those of most energy first (`QuantSpec.widths`). Where every
+weight is rounded for itself its dW are the rows of its channels. A quantizer that makes up for errors, GPTQ, changes
+all channels behind the one that it rounds, and what a segment's width costs is all that its rounding causes. With
+H + damping = R R^T, the channels in the order of the sweep, and C = R^T (W - Q) (`lq.quantizers.sweep`),
+
+    W - Q  =  sum over channels k of  column k of R^-T  times  row k of C,
+
+where row k of C is R_kk times what was left over when channel k was rounded. So its part of <G, dW> is row k of R^-1 G
+times row k of C: a triangular solve for each matrix and window. The parts of a matrix sum to the whole, and since what
+is left over goes by the width of its own channel, prices of one segment hold whatever widths the others get.
+"""
+
+import dataclasses
+import functools
+import operator
+from typing import Literal
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from lq.calibration.data import Windows
+from lq.calibration.statistics import HIGHEST, InputStats
+from lq.calibration.stream import batches
+from lq.calibration.taps import block_inputs, input_statistics
+from lq.errors import UserError
+from lq.importance.backward import Backward, WindowGradients, split_block
+from lq.importance.perturbations import Perturbations, slopes
+from lq.importance.quantized import QuantizedOptions
+from lq.importance.units import segment_name, units_of
+from lq.models.matrices import matrices
+from lq.models.source import ParameterSource
+from lq.quantizers.apply import quantize_matrix
+from lq.quantizers.gptq import GPTQFactor, energy
+from lq.quantizers.runs import by_energy, round_runs, sweep_runs
+
+ATTRIBUTED = ("rtn", "gptq")  # quantizers whose errors fall into those of segments
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PredictedOptions(QuantizedOptions):
+    unit: Literal["block", "part", "group", "matrix", "segment"] = "matrix"  # type: ignore[assignment]
+    segment_channels: int = 128  # of a segment; a matrix that they do not divide is one unit
+    draws: int = 8  # of labels, a backward pass each
+    seed: int = 0  # of the labels
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.draws < 1:
+            raise UserError(f"draws: {self.draws}; write 1 or more")
+        if not 0 <= self.seed < 1 << 31:
+            raise UserError(f"seed: {self.seed}; write a whole number from 0 to {(1 << 31) - 1}")
+        if self.unit == "segment":
+            self._check_segments()
+
+    def _check_segments(self):
+        if self.method not in ATTRIBUTED:
+            raise UserError(f"unit: segment, but {self.method} rounds none for itself; write {' or '.join(ATTRIBUTED)}")
+        if len(self.group_sizes) > 1 or self.group_sizes[0] is None:
+            raise UserError("group_size: the segments of a matrix share one, and hold whole groups; write one number")
+        if self.segment_channels < 32 or self.segment_channels % max(32, self.group_sizes[0]):
+            raise UserError(f"segment_channels: {self.segment_channels}; write a multiple of 32 and of the group size")
+
+    def segments(self, shape: tuple[int, ...]) -> int:
+        """How many segments a matrix is cut into."""
+        count = shape[-2] // self.segment_channels
+        return count if count > 1 and self.specs[0].segmentable(shape, count) else 1
+
+
+def predicted_kl(source: ParameterSource, windows: Windows, options: PredictedOptions) -> dict:
+    """What the model loses with one unit alone at every width: KL divergence, predicted from gradients."""
+    backward = Backward(
+        source, windows, loss="sampled", seed=options.seed, draws=options.draws, batch_size=options.batch_size
+    )
+    if options.unit == "segment":
+        found = backward.gradients(source, segment_slopes, SegmentErrors(source, windows, options, backward))
+        units = _segment_units(source, options)
+    else:
+        perturbations = Perturbations(source, windows, options)
+        found = backward.gradients(source, slopes, perturbations.errors)
+        whole = units_of(source.config, options.unit)
+        units = {unit: [(path, None) for path in paths] for unit, paths in whole.items()}
+    # <G, dW> by matrix, [windows and draws, options], and a last axis for segments.
+    products = {f"block_{i}/{path}": a for i, block in enumerate(found.blocks) for path, a in block.items()}
+    per_window = found.tokens / len(found.losses)
+    names, costs = [str(spec) for spec in options.specs], {}
+    for unit, members in units.items():
+        total = np.sum([products[p] if place is None else products[p][..., place] for p, place in members], axis=0)
+        squares = 0.5 * np.square(total).mean(0) / per_window
+        costs[unit] = dict(zip(names, squares.tolist(), strict=True))
+    values = {unit: of_unit[names[0]] - of_unit[names[-1]] for unit, of_unit in costs.items()}
+    return {"values": values, "costs": costs, "passes": backward.passes}
+
+
+def _segment_units(source: ParameterSource, options: PredictedOptions) -> dict[str, list[tuple[str, int | None]]]:
+    """Segments, and whole matrices that cannot be cut: of each the matrix and its place on the last axis."""
+    found: dict[str, list[tuple[str, int | None]]] = {}
+    for path, shape in matrices(source.config).items():
+        count = options.segments(shape)
+        for index in range(count):
+            found[segment_name(path, index, count) if count > 1 else path] = [(path, index)]
+    return found
+
+
+@flax.struct.dataclass
+class Attributed:
+    """The errors W - Q of one matrix at every option, as a sum over channels; see the module's docstring."""
+
+    order: Int[Array, " K"]  # of the channels
+    upper: Float[Array, "K K"] | None  # R; None: the identity
+    parts: Float[Array, "options K N"]  # C
+    segment: Float[Array, "K segments"]  # one where the channel is in the segment
+
+
+class SegmentErrors:
+    """Errors of the matrices of a block, made from the inputs that the original gives them."""
+
+    def __init__(self, source: ParameterSource, windows: Windows, options: PredictedOptions, backward: Backward):
+        self._source, self._options, self._backward = source, options, backward
+        self._rows = batches(windows.tokens, options.batch_size)
+        self._needs = frozenset({"hessian" if options.method == "gptq" else "square"})
+
+    def __call__(self, index: int) -> dict[str, Attributed | Array]:
+        """By path within the block; of a matrix that is not cut Q - W at every option."""
+        config, found = self._source.config, {}
+        kind, params = config.kinds[index], self._source.block(index, jnp.float32)
+        places = block_inputs(config, kind)
+        every = tuple(range(len(places)))
+        totals = [
+            input_statistics(config, kind, params, h, tokens, None, every, self._needs)
+            for tokens, h in zip(self._rows, self._backward.inputs, strict=True)
+        ]
+        kernels, _ = split_block(config, kind, params)
+        for i, place in enumerate(places):
+            stats = functools.reduce(operator.add, [total[i] for total in totals])
+            prepare = self._options.recipe.quantizer.prepare
+            prepared = stats if prepare is None else prepare(stats, self._options.recipe.options)
+            for path in place.readers:
+                found[path] = self.of_matrix(self._options, kernels[path], stats, prepared)
+        return found
+
+    @staticmethod
+    def of_matrix(options: PredictedOptions, weight: Array, stats: InputStats, prepared) -> Attributed | Array:
+        """Of one matrix; `prepared` is what the quantizer's `prepare` made of the statistics."""
+        specs = options.specs
+        count = options.segments(weight.shape)
+        if count == 1:
+            made = [quantize_matrix(weight, prepared, spec, options.method, options.recipe.options) for spec in specs]
+            return jnp.stack([tensor.dequantize() - weight for tensor in made])
+        swept = isinstance(prepared, GPTQFactor)
+        energies = energy(prepared) if swept else stats.square
+        permutation = by_energy(energies, len(weight) // count)
+        found = []
+        for spec in specs:
+            widths = np.full(count, spec.bits, np.int32)
+            given = (weight, prepared if swept else energies, permutation, widths, spec.segment(8))
+            found.append((sweep_runs if swept else round_runs)(*given, options.recipe.options)[-1])
+        order = prepared.order if swept else jnp.arange(len(weight))
+        upper = prepared.upper if swept else None
+        return _attributed(order, upper, jnp.stack(found), permutation, count)
+
+
+@functools.partial(jax.jit, static_argnames="count")
+def _attributed(order, upper, difference: Float[Array, "options K N"], permutation, count: int) -> Attributed:
+    K = len(order)
+    run = jnp.zeros(K, jnp.int32).at[permutation].set(jnp.arange(K) // (K // count))
+    parts = difference[:, order]
+    parts = parts if upper is None else jnp.einsum("jk,ojn->okn", upper, parts, precision=HIGHEST)
+    return Attributed(order, upper, parts, jax.nn.one_hot(run[order], count))
+
+
+def segment_slopes(found: WindowGradients, errors: dict[str, Attributed | Array]) -> dict[str, Array]:
+    """<G, dW> of every option and segment, `[options, segments]`, by matrix. A `Reduce`."""
+    out = {}
+    for path, error in errors.items():
+        gradient = found.kernel_gradients[path]
+        if not isinstance(error, Attributed):
+            out[path] = jnp.sum(gradient * error, axis=tuple(range(1, error.ndim)))[:, None]
+            continue
+        gradient = gradient[error.order]
+        if error.upper is not None:
+            gradient = jax.scipy.linalg.solve_triangular(error.upper, gradient)
+        of_channel = jnp.einsum("kn,okn->ok", gradient, error.parts, precision=HIGHEST)
+        out[path] = jnp.matmul(of_channel, error.segment, precision=HIGHEST)
+    return out
