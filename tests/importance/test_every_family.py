@@ -1,4 +1,4 @@
-"""Scores by forward passes and by weights, on a model of every family; and the order of calibration windows."""
+"""Scores by forward passes and by weights: on a model of every family, in any order of windows; what they refuse."""
 
 import dataclasses
 
@@ -9,9 +9,12 @@ from random_models import FAMILIES, config_of
 from small_models import random_params
 
 from lq.calibration.data import Windows
+from lq.errors import UserError
 from lq.importance import score
 from lq.importance.units import units_of
 from lq.models.source import InMemory
+from lq.numerics.spec import QuantSpec
+from lq.quantizers import PlannedSource, Recipe
 
 pytestmark = pytest.mark.once
 
@@ -45,3 +48,23 @@ def test_every_unit_has_a_score_whatever_the_order_of_the_windows(family):
         np.testing.assert_allclose(
             list(one.values.values()), list(other.values.values()), rtol=1e-5, atol=1e-9, err_msg=metric
         )
+
+
+@pytest.fixture(scope="module")
+def llama():
+    config = config_of("llama")
+    return InMemory(config, random_params(config, dtype=jnp.float32))
+
+
+@pytest.mark.parametrize("metric", ["zeroth_order", "nsds", "output_mse", "linearity"])
+def test_a_packed_model_is_refused(llama, metric):
+    packed = PlannedSource(llama, {"block_0/mlp/up_proj": QuantSpec(bits=2, group_size=32)}, Recipe())
+    with pytest.raises(UserError, match=rf"^metric {metric}: block_0 is packed; score the original model$"):
+        score(packed, metric, WINDOWS)
+
+
+@pytest.mark.parametrize("metric", ["output_mse", "linearity"])
+def test_what_scales_channels_is_refused(llama, metric):
+    """Its matrices are no approximations of the original ones."""
+    with pytest.raises(UserError, match=rf"^metric {metric}: awq scales channels, .*; write options scale: false"):
+        score(llama, metric, WINDOWS, {**FORMAT, "method": "awq"})

@@ -171,14 +171,6 @@ def test_what_it_took(llama):
     assert passes == pytest.approx(1 + 2 * (1 + 2))
 
 
-def test_what_scales_channels_is_refused(llama):
-    for metric in ("output_mse", "linearity"):
-        with pytest.raises(
-            UserError, match=rf"^metric {metric}: awq scales channels, [^\n]*write options scale: false"
-        ):
-            score(llama, metric, WINDOWS, {**FORMAT, "method": "awq"})
-
-
 def test_a_calibrated_quantizer(llama):
     """GPTQ makes its matrices' outputs better than rounding does, which is what it is for."""
     rounded, better = (
@@ -186,13 +178,6 @@ def test_a_calibrated_quantizer(llama):
         for method in ("rtn", "gptq")
     )
     assert sum(better.values()) < sum(rounded.values())
-
-
-def test_a_packed_model_is_refused(llama):
-    packed = PlannedSource(llama, {"block_0/mlp/up_proj": SPECS[0]}, Recipe())
-    for metric in ("zeroth_order", "nsds", "output_mse", "linearity"):
-        with pytest.raises(UserError, match=rf"^metric {metric}: block_0 is packed; score the original model$"):
-            score(packed, metric, WINDOWS)
 
 
 def test_a_rule_that_is_none():
