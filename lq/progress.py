@@ -54,7 +54,7 @@ def _bar(name: str, total: int):
         def step(what: str, light: bool = False) -> None:
             bar.update(task, advance=1, what=what, memory=_memory())
             if light:  # the speed is measured anew
-                bar.reset(task, completed=bar.tasks[0].completed, what=what)
+                bar.reset(task, completed=int(bar.tasks[0].completed), what=what)
 
         yield step
 

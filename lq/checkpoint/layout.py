@@ -186,7 +186,7 @@ def _expected_segments(path: str, spec: QuantSpec, shape: tuple[int, ...]) -> di
     spec.check_segments(shape)
     (K, N), planes = shape, [plane for bits in spec.widths or () for plane in plane_widths(bits)]
     run = run_channels(spec, K)
-    found = {
+    found: dict[str, tuple[int, ...]] = {
         f"{path}:codes": (sum(words_along(run, plane) for plane in planes), N),
         f"{path}:scales": (spec.num_groups(K), N),
         f"{path}:run": (K,),

@@ -30,7 +30,7 @@ from jaxtyping import Array, Float
 
 from lq.calibration.branches import branch_writers, run_branches
 from lq.calibration.data import Windows
-from lq.calibration.stream import embed_batches, through_block
+from lq.calibration.stream import batches, embed_batches, through_block
 from lq.errors import UserError
 from lq.evaluation.evaluate import head_params_of
 from lq.importance.losses import Loss, Text, text_of, window_loss
@@ -105,13 +105,15 @@ class Backward:
         self._seeds = np.arange(seed, seed + draws, dtype=np.uint32)
         self.inputs: list[np.ndarray] = []
         self._head = head_params_of(original)
-        self._text = text_of(windows, batch_size)
+        self._batches, self._text = batches(windows.tokens, batch_size), text_of(windows, batch_size)
         self._embedded = embed_batches(original, windows.tokens, batch_size, dtype)
         self.tokens = sum(int(text.scored.sum()) for text in self._text)
         self.passes = 0.0
         if loss == "kl":
             last = self._last(original)
-            self._text = [text.replace(original=h) for text, h in zip(self._text, last, strict=True)]
+            self._text = [
+                dataclasses.replace(t, original=jnp.asarray(h)) for t, h in zip(self._text, last, strict=True)
+            ]
 
     def loss(self, point: ParameterSource) -> float:
         """The mean loss at `point`, per scored position, nats; a forward pass."""
@@ -136,10 +138,10 @@ class Backward:
             kernels, rest = split_block(self.config, self.config.kinds[index], self._block(point, index))
             self.inputs = states.pop()
             given, found = data(index), []
-            for i, text in enumerate(self._text):
+            for i, row in enumerate(self._batches):
                 reduced, pulled = _pull_block(
                     *(self.config, self.config.kinds[index], reduce),
-                    *(kernels, rest, given, text.tokens, self.inputs[i], cotangents[i]),
+                    *(kernels, rest, given, row, self.inputs[i], cotangents[i]),
                 )
                 cotangents[i] = np.asarray(pulled)
                 found.append(reduced)
@@ -153,10 +155,10 @@ class Backward:
 
     def _states(self, point: ParameterSource) -> Iterator[list[np.ndarray]]:
         """Hidden states at the input of every block and behind the last, one array a batch."""
-        rows, hidden = [text.tokens for text in self._text], self._embedded
+        hidden = self._embedded
         yield hidden
         for index, kind in enumerate(self.config.kinds):
-            hidden = through_block(self.config, kind, self._block(point, index), rows, hidden)
+            hidden = through_block(self.config, kind, self._block(point, index), self._batches, hidden)
             yield hidden
         self.passes += 1
 

@@ -142,7 +142,7 @@ def _curvatures(config: ModelConfig, loss: Loss, kernels: Kernels, rest: Params,
     def of_window(window: Text):
         tokens = window.tokens[None]
         if loss == "kl":
-            window = window.replace(original=last_hidden(kernels, tokens))
+            window = dataclasses.replace(window, original=last_hidden(kernels, tokens))
         return curvatures(
             lambda moved: window_loss(config, loss, rest, 0, window, last_hidden(moved, tokens)), kernels, signs
         )

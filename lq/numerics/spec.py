@@ -19,7 +19,7 @@ scales. Nothing is rounded or left out, so that a plan's bits per weight equal w
 import dataclasses
 import math
 from collections.abc import Iterable
-from typing import Literal
+from typing import Any, Literal
 
 from lq.errors import UserError
 
@@ -185,8 +185,10 @@ class QuantSpec:
         if unknown or "bits" not in fields:
             problem = f"unknown field {sorted(unknown)[0]!r}" if unknown else "no field 'bits'"
             raise UserError(f"spec: {problem}; fields are {', '.join(sorted(known))}")
-        widths = fields.get("widths")
-        return cls(**{**fields, "widths": tuple(widths) if isinstance(widths, list) else widths})
+        given: dict[str, Any] = dict(fields)
+        if isinstance(widths := given.get("widths"), list):  # as JSON has it
+            given["widths"] = tuple(widths)
+        return cls(**given)
 
     def __str__(self) -> str:
         group = "column" if self.group_size is None else f"g{self.group_size}"

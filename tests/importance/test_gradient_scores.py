@@ -19,8 +19,6 @@ from lq.models.source import InMemory
 from lq.numerics.spec import QuantSpec
 from lq.quantizers import PlannedSource, Recipe
 
-pytestmark = pytest.mark.once
-
 # Every choice that is another computation; small ones, of few probes and steps.
 SCORES = {
     "delta_loss": {},
@@ -81,6 +79,7 @@ def test_experts(name):
     assert len(set(got.values.values())) == len(got.values)
 
 
+@pytest.mark.once
 def test_a_quantizer_that_reads_text_is_asked_once():
     """Its blocks come in order only; the way back asks for the last one first."""
     source = small_source()
@@ -95,7 +94,6 @@ def test_a_quantizer_that_reads_text_is_asked_once():
         )
         assert 0 < np.linalg.norm(mine - weight) < 0.5 * np.linalg.norm(weight)
         assert not np.array_equal(mine, other)
-    assert score(source, "fisher", WINDOWS, given) == score(source, "fisher", WINDOWS, given)
 
 
 def test_a_model_moved_all_the_way_is_the_quantized_one():
@@ -108,17 +106,18 @@ def test_a_model_moved_all_the_way_is_the_quantized_one():
         got = found.model(0, share)
         for path, weight in weights(expected).items():
             np.testing.assert_array_equal(weights(got)[path], weight)
-        np.testing.assert_array_equal(got.head()["norm"]["scale"], source.head()["norm"]["scale"])
+        jax.tree.map(np.testing.assert_array_equal, got.head(), source.head())
 
 
+@pytest.mark.once
 def test_what_changes_more_than_matrices_is_refused():
     with pytest.raises(UserError, match=r"^awq changes more of block_\d than its matrices, of which alone a cost"):
         score(small_source(), "fisher", WINDOWS, OPTIONS | {"method": "awq"})
 
 
-@pytest.mark.parametrize("name", [name for name in SCORES if " " not in name])
+@pytest.mark.parametrize("name", ["fisher", "relevance"])
 def test_a_packed_model_is_refused(name):
     source = small_source()
-    packed = PlannedSource(source, {"block_1/mlp/up_proj": QuantSpec(bits=4, group_size=32)}, Recipe())
-    with pytest.raises(UserError, match=r"packed|quantized"):
+    packed = PlannedSource(source, {"block_0/mlp/up_proj": QuantSpec(bits=4, group_size=32)}, Recipe())
+    with pytest.raises(UserError, match=r"^block_0 is packed, and gradients are of dense weights; score the original"):
         scored(packed, name)
