@@ -34,7 +34,8 @@ class Text:
     tokens: Int[Array, "B S"]
     scored: Bool[Array, "B S-1"]
     draw: UInt32[Array, " B"]  # what the labels of a window are drawn by, besides the seed
-    original: Float[Array, "B S D"] | None = None  # the original's last hidden states; for kl
+    # The original's last hidden states; for kl.
+    original: Float[Array, "B S D"] | Float[np.ndarray, "B S D"] | None = None
 
 
 def text_of(windows: Windows, batch_size: int) -> list[Text]:
@@ -56,7 +57,7 @@ def window_loss(config: ModelConfig, loss: Loss, head_params, seed, text: Text, 
     if loss == "kl":
         if text.original is None:
             raise ValueError("kl needs the original's last hidden states")
-        log_p = jax.nn.log_softmax(head(config, head_params, text.original[None, :-1])[0])
+        log_p = jax.nn.log_softmax(head(config, head_params, jnp.asarray(text.original)[None, :-1])[0])
         return jnp.sum(jnp.exp(log_p) * (log_p - log_q), where=text.scored[:, None])
     labels = text.tokens[1:]
     if loss == "sampled":

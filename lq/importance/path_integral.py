@@ -41,7 +41,7 @@ class PathIntegralOptions(QuantizedOptions):
 
 
 def path_integral(source: ParameterSource, windows: Windows, options: PathIntegralOptions) -> dict:
-    """Every matrix's share in the loss of the quantized model: gradients along the way to it (PQI), a few passes."""
+    """Every matrix's share in the loss of the quantized model: gradients along the way to it (PQI)."""
     perturbations = Perturbations(source, windows, options)
     backward = Backward(source, windows, loss=options.loss, batch_size=options.batch_size)
     before = 0.0 if options.loss == "kl" else backward.loss(source)

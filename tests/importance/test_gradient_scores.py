@@ -19,6 +19,8 @@ from lq.models.source import InMemory
 from lq.numerics.spec import QuantSpec
 from lq.quantizers import PlannedSource, Recipe
 
+pytestmark = pytest.mark.once
+
 # Every choice that is another computation; small ones, of few probes and steps.
 SCORES = {
     "delta_loss": {},
@@ -69,7 +71,6 @@ def test_the_order_of_windows_does_not_matter(name):
     assert scored(source, name) == one, "to the bit"
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("name", [name for name in SCORES if " " not in name])
 def test_experts(name):
     config, params = random_model("mixtral, untied")
@@ -79,7 +80,6 @@ def test_experts(name):
     assert len(set(got.values.values())) == len(got.values)
 
 
-@pytest.mark.once
 def test_a_quantizer_that_reads_text_is_asked_once():
     """Its blocks come in order only; the way back asks for the last one first."""
     source = small_source()
@@ -109,7 +109,6 @@ def test_a_model_moved_all_the_way_is_the_quantized_one():
         jax.tree.map(np.testing.assert_array_equal, got.head(), source.head())
 
 
-@pytest.mark.once
 def test_what_changes_more_than_matrices_is_refused():
     with pytest.raises(UserError, match=r"^awq changes more of block_\d than its matrices, of which alone a cost"):
         score(small_source(), "fisher", WINDOWS, OPTIONS | {"method": "awq"})
