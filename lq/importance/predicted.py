@@ -15,8 +15,12 @@ H + damping = R R^T, the channels in the order of the sweep, and C = R^T (W - Q)
     W - Q  =  sum over channels k of  column k of R^-T  times  row k of C,
 
 where row k of C is R_kk times what was left over when channel k was rounded. So its part of <G, dW> is row k of R^-1 G
-times row k of C: a triangular solve for each matrix and window. The parts of a matrix sum to the whole, and since what
-is left over goes by the width of its own channel, prices of one segment hold whatever widths the others get.
+times row k of C: a triangular solve for each matrix and window. The parts of a matrix sum to the whole.
+
+Prices of one segment hold whatever widths the others get where what is left over goes by the width of its own channel.
+That is so of rounding for itself. It is not of GPTQ as it rounds segments today (`lq.quantizers.runs`): ranges are
+those of the original weights, what the last channels have to make up for leaves them, and a plan priced so was worse
+than one width for all. Segments are therefore priced for rtn alone.
 """
 
 import dataclasses
@@ -45,7 +49,7 @@ from lq.quantizers.apply import quantize_matrix
 from lq.quantizers.gptq import GPTQFactor, energy
 from lq.quantizers.runs import by_energy, round_runs, sweep_runs
 
-ATTRIBUTED = ("rtn", "gptq")  # quantizers whose errors fall into those of segments
+SWEEPING = ("gptq", "rsq", "baq")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,8 +69,13 @@ class PredictedOptions(QuantizedOptions):
             self._check_segments()
 
     def _check_segments(self):
-        if self.method not in ATTRIBUTED:
-            raise UserError(f"unit: segment, but {self.method} rounds none for itself; write {' or '.join(ATTRIBUTED)}")
+        if self.method in SWEEPING:
+            raise UserError(
+                f"unit: segment, but the ranges of {self.method} are found before its sweep, and what later segments "
+                "make up for leaves them: prices at one width do not hold for mixtures; write method rtn"
+            )
+        if self.method != "rtn":
+            raise UserError(f"unit: segment, but {self.method} rounds none for itself; write method rtn")
         if len(self.group_sizes) > 1 or self.group_sizes[0] is None:
             raise UserError("group_size: the segments of a matrix share one, and hold whole groups; write one number")
         if self.segment_channels < 32 or self.segment_channels % max(32, self.group_sizes[0]):

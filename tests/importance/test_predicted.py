@@ -78,7 +78,7 @@ def test_what_a_segment_causes(method):
     weight, hessian, gradient = layer()
     K = len(weight)
     stats = InputStats(tokens=500.0, hessian=jnp.asarray(hessian, jnp.float32), square=jnp.asarray(np.diag(hessian)))
-    options = PredictedOptions(method=method, bits=[2, 3], group_size=32, unit="segment", segment_channels=32)
+    options = PredictedOptions(method=method, bits=[2, 3], group_size=32, segment_channels=32)
     prepared = factorize(stats, GPTQOptions()) if method == "gptq" else stats
     attributed = SegmentErrors.of_matrix(options, jnp.asarray(weight, jnp.float32), stats, prepared)
     given = WindowGradients({}, {"up_proj": jnp.asarray(gradient, jnp.float32)}, {}, {})
@@ -113,7 +113,7 @@ def segments():
     config = llama_config(2)
     source = InMemory(config, random_params(config))
     given = {"bits": [2, 4], "group_size": 32, "batch_size": 2, "unit": "segment", "segment_channels": 32}
-    return source, score(source, "predicted_kl", WINDOWS, given | {"method": "gptq", "draws": 4})
+    return source, score(source, "predicted_kl", WINDOWS, given | {"draws": 4})
 
 
 def test_segments_are_units(segments):
@@ -129,7 +129,7 @@ def test_a_plan_of_segments_is_written_and_read(segments, small_model, tmp_path)
     source = open_checkpoint(small_model.path)
     given = {"bits": [2, 4], "group_size": 32, "unit": "segment", "segment_channels": 32, "draws": 2}
     text = Windows(np.random.default_rng(0).integers(0, 4096, (4, 32), np.int32), "random", "random")
-    found = score(source, "predicted_kl", text, given | {"method": "gptq"})
+    found = score(source, "predicted_kl", text, given)
     plan = allocate(found, bpw=3.9, bits=(2, 4), spec=QuantSpec(bits=4, group_size=32), method="knapsack")
     assert any(spec.widths is not None for spec in plan.specs.values())
     packed, plan = Pipeline.read("gptq").quantized(source, plan, text, batch_size=2)
@@ -148,7 +148,7 @@ def test_the_order_of_the_windows_does_not_matter(segments):
     source, found = segments
     shuffled = Windows(WINDOWS.tokens[[2, 0, 3, 1]], "random", "random")
     given = {"bits": [2, 4], "group_size": 32, "batch_size": 2, "unit": "segment", "segment_channels": 32}
-    again = score(source, "predicted_kl", shuffled, given | {"method": "gptq", "draws": 4})
+    again = score(source, "predicted_kl", shuffled, given | {"draws": 4})
     for unit, of_unit in found.costs.items():
         # Second moments are summed in another order, and a weight on a tie may round otherwise.
         assert again.costs[unit] == pytest.approx(of_unit, rel=2e-2)
