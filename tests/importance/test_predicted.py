@@ -163,6 +163,7 @@ def test_the_order_of_the_windows_does_not_matter(segments):
             {"unit": "segment", "method": "hqq", "zero_dtype": "bfloat16"},
             "unit: segment, but hqq rounds none for itself",
         ),
+        ({"unit": "segment", "method": "gptq"}, "unit: segment, but the ranges of gptq are found before its sweep"),
         ({"unit": "segment", "group_size": [32, 64]}, "group_size: the segments of a matrix share one"),
         ({"unit": "segment", "segment_channels": 96}, "segment_channels: 96; write a multiple of 32 and of the group"),
     ],
