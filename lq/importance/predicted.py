@@ -54,6 +54,7 @@ SWEEPING = ("gptq", "rsq", "baq")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PredictedOptions(QuantizedOptions):
+    # One more than other scores price: wider than the field it replaces, which a type checker cannot know to be safe.
     unit: Literal["block", "part", "group", "matrix", "segment"] = "matrix"  # type: ignore[assignment]
     segment_channels: int = 128  # of a segment; a matrix that they do not divide is one unit
     draws: int = 8  # of labels, a backward pass each

@@ -47,28 +47,22 @@ def quantize_matrix(
 
 def quantize_leaf(weight: Array, stats: InputStats | None, prepared: Any, spec: QuantSpec, recipe: Recipe) -> Packed:
     """One weight packed, its low-rank residual included. `prepared` is what the method's `prepare` made of `stats`."""
-    if spec.widths is not None:
-        return planned_matrix(weight, prepared, spec, recipe)
-    if spec.mixes(weight.shape):
+    if spec.widths is not None or spec.mixes(weight.shape):
         return segmented_matrix(weight, prepared, spec, recipe)
     hessian = stats.hessian if stats is not None and spec.rank else None
     return quantize_matrix(weight, prepared, spec, recipe.method, recipe.options, hessian)
 
 
 def segmented_matrix(weight: Array, prepared: Any, spec: QuantSpec, recipe: Recipe) -> SegmentedQTensor:
-    """One weight of a mixed spec, packed; which channels get which width depends on the numbers, so not one program."""
-    segments = recipe.quantizer.segments
-    if segments is None:
-        raise UserError(f"{recipe.method}: cannot choose widths for runs of channels; write baq, or leave out mixed")
-    permutation, found = segments(weight.astype(jnp.float32), prepared, spec, recipe.options)
-    return SegmentedQTensor.from_segments(permutation, found, spec, weight.shape)
+    """One weight with runs of channels of several widths, packed: those of the spec, or those that the method chooses.
 
-
-def planned_matrix(weight: Array, prepared: Any, spec: QuantSpec, recipe: Recipe) -> SegmentedQTensor:
-    """One weight whose spec gives widths, packed."""
-    function = recipe.quantizer.widths
+    Which channels get which width depends on the numbers, so this is not one program.
+    """
+    planned, method = spec.widths is not None, recipe.quantizer
+    function = method.widths if planned else method.segments
     if function is None:
-        raise UserError(f"{recipe.method}: {WIDTHS_REFUSED}")
+        chosen = "cannot choose widths for runs of channels; write baq, or leave out mixed"
+        raise UserError(f"{recipe.method}: {WIDTHS_REFUSED if planned else chosen}")
     permutation, found = function(weight.astype(jnp.float32), prepared, spec, recipe.options)
     return SegmentedQTensor.from_segments(permutation, found, spec, weight.shape)
 
