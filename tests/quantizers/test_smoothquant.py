@@ -15,9 +15,9 @@ from lq.quantizers.channel_lines import channel_lines, fold, leaf_at
 from lq.quantizers.smoothquant import SmoothQuantOptions, smooth_block, smoothing_scale
 
 
-def smoothed(case, options, paths=None):
+def smoothed(case, options, paths=None, windows=4):
     config, kind, params = next(iter(blocks_of(case, "float32")))
-    h, tokens = states(config, shape=(4, 12))
+    h, tokens = states(config, shape=(windows, 12))
     specs = dict.fromkeys(paths or block_matrices(config, kind), QuantSpec(bits=8, group_size=None))
     folded, scales = smooth_block(config, kind, params, [h[:3], h[3:]], [tokens[:3], tokens[3:]], specs, options)
     return config, kind, params, folded, scales, h, tokens
@@ -56,12 +56,19 @@ def test_half_a_strength_makes_both_sides_equally_large(case):
         np.testing.assert_allclose(x, w, rtol=1e-5)
 
 
-def test_experts_are_smoothed_by_their_own_rows():
-    config, kind, params, folded, scales, h, tokens = smoothed("mixtral", SmoothQuantOptions(lines="all"))
+@pytest.mark.parametrize("windows", [4, 40])
+def test_experts_are_smoothed_by_their_own_rows(windows):
+    """By those of all experts where they saw fewer tokens than they have channels."""
+    config, kind, params, folded, scales, h, tokens = smoothed(
+        "mixtral", SmoothQuantOptions(lines="all"), windows=windows
+    )
     line = channel_lines(config, kind)[-1]
     call = calls_in_block(config, kind, params, h, context_for(tokens), {line.inspected: "__call__"})[line.inspected]
     x, ends = np.abs(np.asarray(call.args[0])), np.cumsum(np.asarray(call.args[1]))
+    starved = np.diff(ends, prepend=0) < x.shape[1]
+    assert starved.any() == (windows == 4)
     for expert, rows in enumerate(np.split(x, ends[:-1])):
+        rows = x if starved[expert] else rows
         weight = peaks_of_weights(params, line)[expert]
         want = np.maximum(np.sqrt(rows.max(0, initial=0.0) / np.maximum(weight, 1e-5)), 1e-5)
         np.testing.assert_allclose(scales[line][expert], want, rtol=1e-5)

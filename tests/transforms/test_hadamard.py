@@ -21,7 +21,7 @@ from lq.models.fingerprint import fingerprint
 from lq.models.layers import Linear, StackedLinear
 from lq.models.source import InMemory
 from lq.numerics.hadamard import randomized_hadamard
-from lq.quantizers import quantize_matrix
+from lq.quantizers import SCALINGS, quantize_matrix
 from lq.quantizers.rtn import RTNOptions
 from lq.transforms import TRANSFORMS, TransformedSource, transform
 from lq.transforms.rewrite import READS, WRITES
@@ -313,8 +313,9 @@ def test_a_model_that_is_rotated_online_is_not_rotated_again():
         TransformedSource(InMemory(config, params), "hadamard")
 
 
-def test_both_transforms_are_listed():
+def test_transforms_are_listed_with_the_channel_scalings():
     rows = {name: (summary, options) for name, summary, options in catalogue("transforms")}
-    assert rows.keys() >= {"fold_norms", "hadamard"}
+    methods = {**dict(TRANSFORMS.items()), **dict(SCALINGS.items())}
+    assert rows.keys() == methods.keys() >= {"fold_norms", "hadamard", "awq", "smoothquant"}
     assert rows["hadamard"][1] == "seed=0, residual=True, values=True, heads=False, down=False"
-    assert all(TRANSFORMS[name].summary == summary != "" for name, (summary, _) in rows.items())
+    assert all(methods[name].summary == summary != "" for name, (summary, _) in rows.items())
