@@ -8,6 +8,7 @@ import functools
 import os
 import shlex
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import typer
@@ -26,8 +27,8 @@ app = typer.Typer(
 )
 
 
-def command(function):
-    """Registers a verb and turns what it may raise into exit statuses."""
+def register(function: Callable[..., None]) -> None:
+    """Makes `function` a verb of its name, and what it may raise exit statuses."""
 
     @functools.wraps(function)
     def run(*args, **kwargs):
@@ -49,7 +50,7 @@ def command(function):
             print(f"\nlq: interrupted{hint}", file=sys.stderr)
             raise typer.Exit(130) from None
 
-    return app.command(name=function.__name__.rstrip("_"))(run)
+    app.command(name=function.__name__.rstrip("_"))(run)
 
 
 def main() -> None:
