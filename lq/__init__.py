@@ -33,7 +33,7 @@ __all__ = [
 _LAZY = {name: "lq.api" for name in __all__ if name != "UserError"}
 _LAZY |= {
     "generate": "lq.models.generate",
-    "Pin": "lq.allocation.allocate",
+    "Pin": "lq.allocation.pins",
     "QuantSpec": "lq.numerics.spec",
     "Windows": "lq.calibration.data",
 }

@@ -6,7 +6,8 @@ from typing import Any, get_args
 import typer
 
 from lq.allocation import Plan, allocate
-from lq.allocation.allocate import Count, Pin
+from lq.allocation.pins import Pin
+from lq.allocation.plan import Count
 from lq.errors import UserError
 from lq.importance import Scores
 from lq.importance.units import Unit

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 
 from lq.allocation import Plan, allocate
-from lq.allocation.allocate import Pin
+from lq.allocation.pins import Pin
 from lq.errors import UserError
 from lq.importance import Scores
 from lq.models.config import ModelConfig

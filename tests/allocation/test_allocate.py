@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from small_models import llama_config
 
 from lq.allocation import Plan, allocate, uniform_plan
-from lq.allocation.allocate import Pin
+from lq.allocation.pins import Pin
 from lq.errors import UserError
 from lq.importance.scores import Scores
 from lq.models.matrices import matrices, model_shapes, other_weights

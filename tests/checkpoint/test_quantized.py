@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from small_models import llama_config
 
 from lq.allocation import allocate, uniform_plan
-from lq.allocation.allocate import Pin
+from lq.allocation.pins import Pin
 from lq.checkpoint import check_output, open_quantized, write_quantized
 from lq.checkpoint.layout import leaf_bytes
 from lq.checkpoint.quantized import measured_bits_per_weight
