@@ -28,6 +28,18 @@ def test_the_shipped_comparison_has_every_quantizer():
     assert len(names) == len(set(names))
 
 
+def test_the_committed_rows_are_of_the_shipped_comparison():
+    """So that they can be gone on with, and the tables are of what the config says."""
+    comparison, measured = read(CONFIG), CONFIG.parent / "measured"
+    identity = json.loads((measured / "identity.json").read_text())
+    methods = {method.name: method.model_dump(exclude={"name", "rotated"}) for method in comparison.methods}
+    assert identity["methods"] == methods
+    assert identity["rotation"] == comparison.rotation
+    names = [row.name for row in rows_of(measured / "rows.jsonl")]
+    assert len(names) == len(set(names))
+    assert {name for name, *_ in models(comparison, [])} >= set(names)
+
+
 def test_rows_are_measured_kept_and_tabulated(small_model, text_file, tmp_path):
     given = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))
     given |= {"model": str(small_model.path), "bits": [3], "group_sizes": [64], "seeds": [0, 1]}
@@ -81,6 +93,9 @@ def test_rows_of_something_else_are_not_gone_on_with(small_model, text_file, tmp
         begin(calibration={**given["calibration"], "samples": 5})
     with pytest.raises(UserError, match="rows of another evaluation"):
         begin(evaluation={**given["evaluation"], "windows": 3})
+    (out / "identity.json").write_text("")
+    with pytest.raises(UserError, match=r"identity\.json: damaged"):
+        begin()
     (out / "identity.json").unlink()
     (out / "rows.jsonl").write_text("")
     with pytest.raises(UserError, match=r"rows without identity\.json"):

@@ -209,7 +209,10 @@ def claim(out: Path, bench: Bench) -> None:
     """
     file, identity = out / "identity.json", bench.identity()
     if file.exists():
-        there = json.loads(file.read_text(encoding="utf-8"))
+        try:
+            there = json.loads(file.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise UserError(f"{file}: damaged ({error}); copy it again from where the rows are from") from None
         for name in [name for name in identity if name != "methods" and there.get(name) != identity[name]]:
             raise UserError(f"{out}: rows of another {name} ({there.get(name)}, here {identity[name]}); write --out")
         for name, options in there["methods"].items():
