@@ -23,6 +23,7 @@ __all__ = [
     "open_model",
     "prepare",
     "quantize",
+    "quantize_checkpoint",
     "save",
     "score",
     "search",

@@ -8,9 +8,10 @@
     logits = model.apply({"params": qparams}, tokens)          # the same model definition
     texts = lq.generate(model, lq.prepare(qparams), prompts, max_new_tokens=64)
 
-These hold a whole model in memory. For one that does not fit, use the streaming functions underneath with a
-`ParameterSource`: `lq.models.open_checkpoint`, `lq.importance.score`, `lq.transforms.TransformedSource`,
-`lq.quantizers.quantized_source`, `lq.checkpoint.write_quantized`, `lq.evaluation.evaluate`.
+These hold a whole model in memory, but for `lq.quantize_checkpoint("path/or/hub-name", plan, "out")`. For one that does
+not fit, use it and the streaming functions underneath with a `ParameterSource`: `lq.models.open_checkpoint`,
+`lq.importance.score`, `lq.transforms.TransformedSource`, `lq.quantizers.quantized_source`,
+`lq.checkpoint.write_quantized`, `lq.evaluation.evaluate`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -32,6 +33,7 @@ from lq.evaluation import evaluate as evaluate_source
 from lq.evaluation import make_reference as reference_of
 from lq.importance import Scores
 from lq.importance.units import Unit
+from lq.models.config import ModelConfig
 from lq.models.decoder import Decoder
 from lq.models.loading import Checkpoint, load_tokenizer, open_checkpoint
 from lq.models.matrices import model_shapes
@@ -55,6 +57,7 @@ __all__ = [
     "open_model",
     "prepare",
     "quantize",
+    "quantize_checkpoint",
     "save",
     "score",
     "search",
@@ -159,7 +162,7 @@ def quantize(
       UserError: a plan for matrices of other shapes, an unknown method, scaling or option, what cannot be combined,
         missing calibration, packed parameters, weights that are not finite.
     """
-    _check_fits(plan, model)
+    _check_fits(plan, model.config)
     _check_windows(calibration, "calibration")
     if any(is_packed(leaf) for leaf in jax.tree.leaves(params, is_leaf=is_packed)):
         raise UserError("params: packed already; give the original model's")
@@ -173,6 +176,47 @@ def quantize(
             packed[part] = source.part(part)
             step(described(source, part), light=part not in heavy)
     return packed
+
+
+def quantize_checkpoint(
+    original: str | Path,
+    plan: Plan,
+    out: str | Path,
+    *,
+    method: str = "rtn",
+    options: Mapping[str, Any] | None = None,
+    calibration: Windows | None = None,
+    transforms: Sequence[str | Mapping[str, Any]] = (),
+    scaling: str | Mapping[str, Any] | None = None,
+    bias_correction: bool = False,
+    propagate: bool | None = None,
+    batch_size: int = 8,
+    resume: bool = False,
+    quiet: bool = False,
+) -> Plan:
+    """A model quantized from disk to disk, one block in memory: what `lq quantize` does.
+
+    Args:
+      original: directory or hub name of the model, or "standin".
+      plan: what each of its matrices becomes.
+      out: a new directory; a checkpoint that `open_model` and `load` read.
+      transforms: of the whole model, in order, each a name or a mapping with `name` and options.
+      resume: go on with what an interrupted call with the same arguments left in `out`.
+      method and the others: as for `quantize`. Bias correction gives biases to a model that has none.
+
+    Returns:
+      The plan as it is true of the transformed model.
+
+    Raises:
+      UserError: as for `quantize`; a plan of another model; an `out` that holds something else, or this without
+        `resume`.
+    """
+    check_output(out, resume)
+    _check_windows(calibration, "calibration")
+    pipeline = Pipeline.read(method, options, [*transforms, *_scalings(scaling)], bias_correction, propagate)
+    source, progress = open_checkpoint(resolve_model(str(original))), Progress(quiet=quiet)
+    _check_fits(plan, source.config)
+    return pipeline.write(source, plan, Path(out), calibration, batch_size=batch_size, resume=resume, progress=progress)
 
 
 def search(
@@ -311,9 +355,9 @@ def _dtype(model: Decoder):
     return model.dtype or jnp.float32
 
 
-def _check_fits(plan: Plan, model: Decoder) -> None:
+def _check_fits(plan: Plan, config: ModelConfig) -> None:
     """Shapes and not the fingerprint: parameters may have been loaded in another dtype than they were scored in."""
-    shapes = model_shapes(model.config)
+    shapes = model_shapes(config)
     if plan.shapes != shapes:
         other = next(path for path in {**plan.shapes, **shapes} if plan.shapes.get(path) != shapes.get(path))
         raise UserError(f"plan: made for another model (they differ in {other}); make it from this model's scores")

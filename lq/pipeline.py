@@ -11,14 +11,18 @@ with the reason:
 
 import dataclasses
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from lq.allocation.plan import Plan, adapted
 from lq.calibration.data import Windows
+from lq.checkpoint import write_quantized
 from lq.errors import UserError
 from lq.models.config import ModelConfig
-from lq.models.source import ParameterSource, Params
-from lq.quantizers import QUANTIZERS, Place, Recipe, quantized_source
+from lq.models.loading import Checkpoint
+from lq.models.source import ParameterSource, Params, part_names
+from lq.progress import Progress
+from lq.quantizers import QUANTIZERS, Place, Recipe, described, quantized_source
 from lq.quantizers.registry import SCALINGS
 from lq.transforms import TRANSFORMS, TransformedSource
 
@@ -109,6 +113,37 @@ class Pipeline:
             changed, plan.specs, self.recipe, windows, batch_size=batch_size, cache=cache, place=place, note=note
         )
         return packed, adapted(plan, changed.config)
+
+    def write(
+        self,
+        source: Checkpoint,
+        plan: Plan,
+        out: Path,
+        windows: Windows | None = None,
+        *,
+        batch_size: int = 8,
+        resume: bool = False,
+        progress: Progress | None = None,
+    ) -> Plan:
+        """The same as a checkpoint in `out`, block by block; `resume` goes on with an interrupted one.
+
+        Returns the plan as it is true of the transformed model. Raises UserError as `quantized` and `write_quantized`.
+        """
+        progress = progress or Progress(quiet=True)
+        packed, plan = self.quantized(source, plan, windows, batch_size=batch_size, note=progress.note)
+        quantized = {path.split("/")[0] for path in plan.specs}
+        with progress.stage(f"quantize ({self.name})", len(part_names(source))) as step:
+            write_quantized(
+                packed,
+                plan,
+                out,
+                quantizer=self.record(windows, batch_size),
+                description=source.path,
+                resume=resume,
+                on_part=lambda part: step(described(packed, part), light=part not in quantized),
+                on_kept=lambda part: step(f"{part}, kept", light=True),
+            )
+        return plan
 
     def check(self, config: ModelConfig, plan: Plan) -> None:
         """Raises UserError for what cannot be done to a model of this config with this plan."""

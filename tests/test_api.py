@@ -16,6 +16,7 @@ from lq.errors import UserError
 from lq.importance.scores import Scores
 from lq.models.decoder import Decoder
 from lq.numerics.spec import QuantSpec
+from lq.quantizers import QuantizedStream
 
 CONFIG, OTHER = llama_config(2), llama_config(2, hidden=128)
 SPEC = QuantSpec(bits=3, group_size=32)
@@ -123,6 +124,39 @@ def test_a_checkpoint_says_how_it_was_made(windows, small_model, tmp_path):
     assert record["options"]["damping"] == 0.02
     assert record["scaling"] == "awq"
     assert record["calibration"] == {"tokens": windows.fingerprint, "how": "random", "batch_size": 8}
+
+
+def test_a_checkpoint_is_quantized_from_disk_to_disk_and_gone_on_with(windows, small_model, tmp_path, monkeypatch):
+    """To the byte what memory gives, also after an interruption in the middle."""
+    plan = lq.uniform_plan(small_model.config, SPEC)
+    given = {"method": "gptq", "calibration": windows, "quiet": True}
+    model, params, _ = lq.load(small_model.path)
+    packed = lq.quantize(model, params, plan, **given)
+    recorded = {"method": "gptq", "calibration": windows, "original": small_model.path}
+    lq.save(tmp_path / "memory", model, packed, plan, **recorded)
+
+    def interrupted(self, *args, **options):
+        if self.chains().position == 1:
+            raise KeyboardInterrupt
+        return whole(self, *args, **options)
+
+    whole = QuantizedStream._next_block
+    monkeypatch.setattr(QuantizedStream, "_next_block", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        lq.quantize_checkpoint(small_model.path, plan, tmp_path / "disk", **given)
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="resume"):
+        lq.quantize_checkpoint(small_model.path, plan, tmp_path / "disk", **given)
+    assert lq.quantize_checkpoint(small_model.path, plan, tmp_path / "disk", **given, resume=True) == plan
+    memory, disk = (  # lq.json of the second has the measured errors as well
+        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir() if path.name != "lq.json"}
+        for name in ("memory", "disk")
+    )
+    assert disk == memory
+    other = lq.uniform_plan(OTHER, SPEC)
+    with pytest.raises(UserError, match="plan: made for another model"):
+        lq.quantize_checkpoint(small_model.path, other, tmp_path / "other", **given)
+    assert not (tmp_path / "other").exists()
 
 
 def test_output_channels_are_shared_out_over_the_devices_there_are():

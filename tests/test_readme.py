@@ -30,6 +30,7 @@ def test_the_library_example_runs(tmp_path, monkeypatch):
     model, params, _ = lq.load(tmp_path / "standin-3.0")
     again = model.apply({"params": params}, names["calib"].tokens[:1])
     np.testing.assert_array_equal(np.asarray(again), np.asarray(names["logits"]))
+    assert lq.open_model(tmp_path / "standin-gptq").plan.bpw == names["plan"].bpw
 
 
 def test_every_file_and_folder_it_links_to_exists():

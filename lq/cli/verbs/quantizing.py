@@ -78,6 +78,7 @@ def quantize(
     from lq.importance import score as score_source
     from lq.models.loading import open_checkpoint
     from lq.pipeline import Pipeline
+    from lq.progress import Progress
 
     options, transforms = arguments.settings(option), arguments.transforms(transform)
     pipeline = Pipeline.read(method, options, transforms, bias_correction, propagate)
@@ -105,29 +106,8 @@ def quantize(
     if allocation is not None and reading:
         METRICS.options(metric, {})
         chosen = allocation.plan(score_source(source, metric, windows))
-    _write(source, chosen, out, pipeline, windows, batch_size, resume, quiet)
-
-
-def _write(source, plan, out: Path, pipeline, windows, batch_size: int, resume: bool, quiet: bool) -> None:
-    from lq.checkpoint import write_quantized
-    from lq.models.source import part_names
-    from lq.progress import Progress
-    from lq.quantizers import described
-
     progress = Progress(quiet=quiet)
-    packed, plan = pipeline.quantized(source, plan, windows, batch_size=batch_size, note=progress.note)
-    quantized = {path.split("/")[0] for path in plan.specs}
-    with progress.stage(f"quantize ({pipeline.name})", len(part_names(source))) as step:
-        write_quantized(
-            packed,
-            plan,
-            out,
-            quantizer=pipeline.record(windows, batch_size),
-            description=source.path,
-            resume=resume,
-            on_part=lambda part: step(described(packed, part), light=part not in quantized),
-            on_kept=lambda part: step(f"{part}, kept", light=True),
-        )
-    describe_plan(plan)
+    chosen = pipeline.write(source, chosen, out, windows, batch_size=batch_size, resume=resume, progress=progress)
+    describe_plan(chosen)
     size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
-    print(f"wrote {out}: {size} bytes of shards, {size - plan.nbytes} of them headers")
+    print(f"wrote {out}: {size} bytes of shards, {size - chosen.nbytes} of them headers")
