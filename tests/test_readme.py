@@ -21,7 +21,8 @@ def code_block(text: str) -> str:
 def test_the_library_example_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = {}
-    exec(compile(code_block(section("The library")), "README", "exec"), names)
+    example = code_block(section("The library"))
+    exec(compile(example.replace("samples=32", "samples=4"), "README", "exec"), names)  # less text, for time
     assert names["plan"].bpw <= 3.0
     assert names["logits"].shape == (1, 512, 4096)
     assert np.isfinite(np.asarray(names["logits"])).all()
@@ -30,7 +31,7 @@ def test_the_library_example_runs(tmp_path, monkeypatch):
     model, params, _ = lq.load(tmp_path / "standin-3.0")
     again = model.apply({"params": params}, names["calib"].tokens[:1])
     np.testing.assert_array_equal(np.asarray(again), np.asarray(names["logits"]))
-    assert lq.open_model(tmp_path / "standin-gptq").plan.bpw == names["plan"].bpw
+    assert lq.open_model(tmp_path / "standin-3.0-gptq").plan == names["plan"]
 
 
 def test_every_file_and_folder_it_links_to_exists():
