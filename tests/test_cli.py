@@ -194,6 +194,17 @@ def test_a_measured_score_makes_a_plan(small_model, text_file, tmp_path):
     assert Plan.read(tmp_path / "plan.json").provenance["costs"] == "measured"
 
 
+def test_scores_are_compared_over_parts_of_the_text(small_model, text_file, tmp_path):
+    metrics = ["--metric", "lim", "--metric", "lim:aggregation=flat", "--metric", "zd"]
+    text = ["--calibration", text_file, "--samples", 4, "--length", 16, "--parts", 2]
+    status, printed, error = lq("score", small_model.path, *metrics, *text, "--out", tmp_path)
+    assert status == 0, error
+    assert {file.name for file in tmp_path.iterdir()} >= {"lim.json", "lim_aggregation=flat.json", "zd.json"}
+    rows = re.findall(r"^(\S+) +(\S+) +-?[\d.]+ \(-?[\d.]+ to -?[\d.]+\)  [01] of 1 \([01] to [01]\)$", printed, re.M)
+    assert rows == [("lim", "lim:aggregation=flat"), ("lim", "zd"), ("lim:aggregation=flat", "zd")]
+    assert "over 2 parts of the text" in printed
+
+
 def test_a_run_and_its_report(small_model, text_file, tmp_path):
     config = tmp_path / "x.yaml"
     config.write_text(
@@ -333,6 +344,9 @@ def test_a_reference_that_does_not_fit(small_model, quantized, tmp_path, text_fi
         ),
         (("score", "MODEL", "--metric", "zd", "--calibration", "x"), "--calibration is given, but zd reads no text"),
         (("score", "MODEL", "--metric", "zd", "--out", "SCORES"), "a file; give a directory"),
+        (("score", "MODEL", "--metric", "zd", "--metric", "zd", "--out", "s"), "--metric zd: given twice"),
+        (("score", "MODEL", "--metric", "zd:side=two", "--out", "s"), "zd: unknown option 'side'"),
+        (("score", "MODEL", "--metric", "lim", "--parts", 2, "--out", "s"), "--parts is given, but one score alone"),
         (("eval", "MODEL", "--json", "/"), "--json /: a directory; give a file"),
         (("generate", "MODEL", "--prompt", "a", "--top-k", "3"), "--top-k is given, but at temperature 0 nothing is"),
         (("generate", "MODEL", "--prompt", "a", "--kv-bits", "5"), "kv_bits: 5; write 4 or 8, or 16 for a cache"),

@@ -64,14 +64,16 @@ def settings(items: Sequence[str] | None, option: str = "--option") -> dict:
     return read
 
 
+def named(item: str, option: str) -> tuple[str, dict]:
+    """The name and the options of `NAME` or `NAME:KEY=VALUE,KEY=VALUE`."""
+    name, _, fields = item.partition(":")
+    return name, settings([field for field in fields.split(",") if field], f"{option} {name}:")
+
+
 def transforms(items: Sequence[str] | None) -> list[dict]:
-    """`NAME` or `NAME:KEY=VALUE,KEY=VALUE` items, as a config gives them."""
-    read = []
-    for item in items or []:
-        name, _, fields = item.partition(":")
-        given = [field for field in fields.split(",") if field]
-        read.append({"name": name, **settings(given, f"--transform {name}:")})
-    return read
+    """As a config gives them."""
+    read = [named(item, "--transform") for item in items or []]
+    return [{"name": name, **options} for name, options in read]
 
 
 def widths(text: str) -> list[int]:

@@ -17,7 +17,10 @@ WINDOW = "512 when not given, or the model's context if that is less"
 Samples = Annotated[int, typer.Option(min=1, help="Calibration windows.")]
 Length = Annotated[int | None, typer.Option(min=2, help=f"Tokens per window; {WINDOW}.")]
 Seed = Annotated[int, typer.Option(min=0, help="Of the places the windows are cut at.")]
-Metrics = Annotated[list[str], typer.Option("--metric", help="Repeat for several; see lq list importance.")]
+Metrics = Annotated[
+    list[str],
+    typer.Option("--metric", help="NAME or NAME:KEY=VALUE,...; repeat for several; see lq list importance."),
+]
 Bpw = Annotated[float | None, typer.Option(help="Bits per weight, scales and zero points included.")]
 Bytes = Annotated[int | None, typer.Option("--bytes", help="Bytes of the counted matrices instead.")]
 BitsList = Annotated[str, typer.Option("--bits", help="Widths to choose from, comma-separated.")]
@@ -56,6 +59,10 @@ Costs = Annotated[
     typer.Option(help="What a unit is taken to lose: measured (when not given, if it was), by its place, or by value."),
 ]
 Count = Annotated[str, typer.Option(help="What the average is over: blocks, or all (embedding and head too).")]
+Parts = Annotated[
+    int, typer.Option(min=1, help="Of the text, each scored for itself too, for intervals of the agreement.")
+]
+Top = Annotated[int | None, typer.Option(min=1, help="So many most important units are compared; a quarter of them.")]
 Settings = Annotated[list[str] | None, typer.Option("--option", help="KEY=VALUE for the method; repeat for several.")]
 
 

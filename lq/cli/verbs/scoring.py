@@ -1,7 +1,9 @@
 """`lq score`."""
 
+import itertools
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,13 +13,18 @@ from lq.cli.options import (
     Length,
     Metrics,
     Model,
+    Parts,
     Quiet,
     Samples,
     Seed,
     Settings,
+    Top,
 )
 from lq.cli.printing import print_table
 from lq.errors import UserError
+
+if TYPE_CHECKING:
+    from lq.importance import Scores
 
 
 def score(
@@ -30,35 +37,92 @@ def score(
     length: Length = None,
     seed: Seed = 0,
     option: Settings = None,
+    parts: Parts = 1,
+    top: Top = None,
     quiet: Quiet = False,
 ) -> None:
-    """Importance of every block, larger deserves more bits."""
+    """Importance of every block, larger deserves more bits; and how far several scores agree."""
     from lq.assets import resolve_model
     from lq.cli import arguments
-    from lq.importance import METRICS
     from lq.importance import score as score_source
+    from lq.importance.agreement import parts_of
     from lq.models.loading import open_checkpoint
     from lq.progress import Progress
     from lq.runs.figures.scores import write_scores_figure
 
-    options = arguments.settings(option)
-    for name in metric:  # what cannot be is refused before any work
-        METRICS.options(name, options)
-    if not reads_text(metric):
-        arguments.refuse(context, arguments.TEXT, f"{', '.join(metric)} reads no text")
+    metrics = _read(metric, arguments.settings(option))
+    reading = [name for name, _ in metrics.values() if reads_text([name])]
+    if not reading:
+        arguments.refuse(context, [*arguments.TEXT, "parts"], f"{', '.join(metric)} reads no text")
+    if len(metrics) == 1:
+        arguments.refuse(context, ["parts", "top"], "one score alone agrees with none")
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: a file; give a directory")
     source = open_checkpoint(resolve_model(model))
-    windows = calibration_text(source, calibration, samples, length, seed) if reads_text(metric) else None
-    results = {}
-    with Progress(quiet=quiet).stage("score", len(metric)) as step:
-        for name in metric:
-            results[name] = score_source(source, name, windows, options)
-            step(name)
-    for name, scores in results.items():
-        scores.write(out / f"{name}.json")
-    write_scores_figure(results, out / "scores.png")
+    windows = calibration_text(source, calibration, samples, length, seed) if reading else None
+    texts = [windows, *parts_of(windows, parts)] if windows is not None and parts > 1 else [windows]
+    results = {label: [] for label in metrics}
+    with Progress(quiet=quiet).stage("score", sum(len(_texts(name, texts)) for name, _ in metrics.values())) as step:
+        for label, (name, options) in metrics.items():
+            for text in _texts(name, texts):
+                results[label].append(score_source(source, name, text, options))
+                step(label)
+    whole = {label: found[0] for label, found in results.items()}
+    files = {label: out / f"{label.replace(':', '_').replace(',', '_')}.json" for label in whole}
+    for label, scores in whole.items():
+        scores.write(files[label])
+    write_scores_figure(whole, out / "scores.png")
+    _print_scores(whole)
+    _print_agreement(results, top, seed)
+    print(f"wrote {', '.join(map(str, files.values()))} and {out / 'scores.png'}")
+
+
+def _read(items: list[str], shared: dict) -> dict[str, tuple[str, dict]]:
+    """Item -> its metric and options. What cannot be is refused before any work."""
+    from lq.cli import arguments
+    from lq.importance import METRICS
+
+    read = {}
+    for item in items:
+        name, options = arguments.named(item, "--metric")
+        if item in read:
+            raise UserError(f"--metric {item}: given twice; leave one out")
+        read[item] = name, shared | options
+        METRICS.options(*read[item])
+    return read
+
+
+def _texts(name: str, texts: list) -> list:
+    """The whole text and its parts; of a metric that reads none the first alone."""
+    return texts if reads_text([name]) else texts[:1]
+
+
+def _print_scores(results: Mapping[str, "Scores"]) -> None:
     shown = lambda found, unit: f"{found.values[unit]:.6g}" if unit in found.values else ""  # noqa: E731
     units = dict.fromkeys(unit for found in results.values() for unit in found.values)
     print_table(["unit", *results], [[unit, *(shown(found, unit) for found in results.values())] for unit in units])
-    print(f"wrote {', '.join(str(out / f'{name}.json') for name in results)} and {out / 'scores.png'}")
+
+
+def _print_agreement(results: Mapping[str, list["Scores"]], top: int | None, seed: int) -> None:
+    """Of every two scores of the same units; the whole text comes first in each list, then its parts."""
+    from lq.importance.agreement import COVERED, agreement
+
+    rows, compared = [], 0
+    for (a, first), (b, second) in itertools.combinations(results.items(), 2):
+        if list(first[0].values) != list(second[0].values):
+            continue
+        parts = (first[1:] or first, second[1:] or second) if len(first) > 1 or len(second) > 1 else None
+        found = agreement(first[0], second[0], parts, top=top, seed=seed)
+        compared = found.top
+        spearman, common = f"{found.spearman:.3f}", f"{found.common} of {found.top}"
+        if found.spearman_interval is not None and found.common_interval is not None:
+            spearman += " ({:.3f} to {:.3f})".format(*found.spearman_interval)
+            common += " ({:g} to {:g})".format(*found.common_interval)
+        rows.append([a, b, spearman, common])
+    if rows:
+        print()
+        print_table(["", "", "rank correlation", f"of the {compared} most important in common"], rows)
+        if any(len(found) > 1 for found in results.values()):
+            print(
+                f"in brackets {COVERED} % of a bootstrap over {max(map(len, results.values())) - 1} parts of the text"
+            )
