@@ -12,11 +12,13 @@ from lq.models.source import InMemory
 from lq.numerics.segmented import is_packed
 from lq.numerics.spec import QuantSpec
 from lq.quantizers import PlannedSource, Recipe
+from lq.quantizers.rtn import RTNOptions
 
 WINDOWS = Windows(np.random.default_rng(0).integers(1, 4096, (4, 12), np.int32), "random", "random")
 SCORED = 4 * 11
 BITS = (2, 4)
-OPTIONS = {"bits": [4, 2], "group_size": 32, "batch_size": 2, "unit": "matrix"}
+CLIP = {"clip": "none"}  # a search is many programs, and how weights are rounded is not what is tested
+OPTIONS = {"bits": [4, 2], "group_size": 32, "batch_size": 2, "unit": "matrix", "options": CLIP}
 NAMES = [f"int{bits}-g32" for bits in BITS]
 
 
@@ -36,7 +38,7 @@ def weights(source) -> dict[str, np.ndarray]:
 def errors(source, bits: int) -> dict[str, np.ndarray]:
     """dW of the model quantized uniformly, by path, float64."""
     specs = dict.fromkeys(matrices(source.config), QuantSpec(bits=bits, group_size=32))
-    quantized = weights(PlannedSource(source, specs, Recipe()))
+    quantized = weights(PlannedSource(source, specs, Recipe(options=RTNOptions(clip="none"))))
     return {path: quantized[path] - w for path, w in weights(source).items()}
 
 

@@ -16,6 +16,7 @@ from lq.models.matrices import matrices
 from lq.models.source import InMemory
 from lq.numerics.spec import QuantSpec
 from lq.quantizers import PlannedSource, Recipe
+from lq.quantizers.rtn import RTNOptions
 
 pytestmark = pytest.mark.once
 
@@ -30,7 +31,7 @@ def planned(source, bits):
         width = bits if isinstance(bits, int) else bits.get(path)
         if width is not None:
             specs[path] = QuantSpec(bits=width, group_size=32)
-    return PlannedSource(source, specs, Recipe())
+    return PlannedSource(source, specs, Recipe(options=RTNOptions(clip="none")))
 
 
 @pytest.fixture(scope="module", params=["llama", "mixtral", "gpt2"])

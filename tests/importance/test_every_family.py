@@ -20,7 +20,7 @@ pytestmark = pytest.mark.once
 
 # As many windows as two full batches: a batch of another size is another program, and rounds otherwise.
 WINDOWS = Windows(np.random.default_rng(0).integers(1, 90, (4, 12), np.int32), "random", "random")
-FORMAT = {"bits": [2], "group_size": 32}
+FORMAT = {"bits": [2], "group_size": 32, "options": {"clip": "none"}}
 METRICS = {
     "cfsp": {},
     "logit_lens": {},
@@ -67,4 +67,4 @@ def test_a_packed_model_is_refused(llama, metric):
 def test_what_scales_channels_is_refused(llama, metric):
     """Its matrices are no approximations of the original ones."""
     with pytest.raises(UserError, match=rf"^metric {metric}: awq scales channels, .*; write options scale: false"):
-        score(llama, metric, WINDOWS, {**FORMAT, "method": "awq"})
+        score(llama, metric, WINDOWS, {**FORMAT, "method": "awq", "options": {}})

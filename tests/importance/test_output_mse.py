@@ -21,12 +21,14 @@ from lq.models.source import InMemory
 from lq.numerics.spec import QuantSpec
 from lq.quantizers import PlannedSource, Recipe
 from lq.quantizers.apply import read_matrix, with_matrix
+from lq.quantizers.rtn import RTNOptions
 
 pytestmark = pytest.mark.once
 
 TOKENS = np.random.default_rng(0).integers(1, 90, (5, 16), np.int32)
 WINDOWS = Windows(TOKENS, "random", "random")
-FORMAT = {"bits": [4, 2], "group_size": 32, "batch_size": 2}
+FORMAT = {"bits": [4, 2], "group_size": 32, "batch_size": 2, "options": {"clip": "none"}}
+RECIPE = Recipe(options=RTNOptions(clip="none"))
 SPECS = [QuantSpec(bits=bits, group_size=32) for bits in (2, 4)]
 
 
@@ -44,7 +46,7 @@ def llama():
 
 def quantized_block(source, index, paths, spec):
     """A block with these of its matrices as rounding leaves them; NumPy."""
-    model = PlannedSource(source, dict.fromkeys(matrices(source.config), spec), Recipe())
+    model = PlannedSource(source, dict.fromkeys(matrices(source.config), spec), RECIPE)
     block, rounded = jax.tree.map(np.asarray, source.block(index)), model.block(index)
     for path in paths:
         block = with_matrix(block, path, np.asarray(read_matrix(rounded, path).dequantize()))
@@ -119,7 +121,7 @@ def test_the_module_of_a_unit():
 
 def test_weights_that_are_on_the_grid_lose_nothing(llama):
     specs = dict.fromkeys(matrices(llama.config), QuantSpec(bits=2, group_size=32, symmetric=True))
-    rounded = PlannedSource(llama, specs, Recipe())
+    rounded = PlannedSource(llama, specs, RECIPE)
 
     def on_the_grid(index, block):
         for path in matrices(llama.config):
@@ -128,7 +130,7 @@ def test_weights_that_are_on_the_grid_lose_nothing(llama):
         return block
 
     changed = by_hand.with_blocks(llama, on_the_grid)
-    again = PlannedSource(changed, specs, Recipe())
+    again = PlannedSource(changed, specs, RECIPE)
     kept = [
         path
         for path in matrices(llama.config)

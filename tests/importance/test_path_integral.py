@@ -17,13 +17,13 @@ def test_shares_add_up_to_the_change(loss):
     source = small_source()
     reference = make_reference(source, WINDOWS, batch_size=2)
     changes = {}
-    for bits, name in zip((2, 3), ("int2-g32", "int3-g32"), strict=True):
+    for bits, name in zip((3, 4), ("int3-g32", "int4-g32"), strict=True):
         point = InMemory(source.config, at(source, errors(source, bits)))
         lost, before = (evaluate(one, WINDOWS, reference=reference, batch_size=2) for one in (point, source))
         changes[name] = lost.kl if loss == "kl" else lost.nll - before.nll
     missing = {}
     for steps in (2, 8):
-        got = score(source, "path_integral", WINDOWS, OPTIONS | {"bits": [2, 3], "steps": steps, "loss": loss})
+        got = score(source, "path_integral", WINDOWS, OPTIONS | {"bits": [3, 4], "steps": steps, "loss": loss})
         # Losses are of 8 nats, in float32: their difference is known to some 2^-24 of that.
         assert got.extra["measured"] == pytest.approx(changes, rel=1e-4, abs=2e-6)
         for name, change in changes.items():

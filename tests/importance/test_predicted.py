@@ -132,14 +132,15 @@ def test_a_plan_of_segments_is_written_and_read(segments, small_model, tmp_path)
     found = score(source, "predicted_kl", text, given)
     plan = allocate(found, bpw=3.9, bits=(2, 4), spec=QuantSpec(bits=4, group_size=32), method="knapsack")
     assert any(spec.widths is not None for spec in plan.specs.values())
-    packed, plan = Pipeline.read("gptq").quantized(source, plan, text, batch_size=2)
-    write_quantized(packed, plan, tmp_path / "q", quantizer={"method": "gptq"}, description=source.path)
+    rounding = Pipeline.read("rtn", {"importance": True, "clip": "opt"})
+    packed, plan = rounding.quantized(source, plan, text, batch_size=2)
+    write_quantized(packed, plan, tmp_path / "q", quantizer={"method": "rtn"}, description=source.path)
     again = open_quantized(tmp_path / "q")
     assert again.plan.bpw == plan.bpw <= 3.9
     reference = make_reference(source, text, batch_size=2)
     lost = evaluate(again, text, reference=reference, batch_size=2).kl
     uniform = allocate(found, bpw=None, bits=(2,), spec=QuantSpec(bits=2, group_size=32), method="knapsack")
-    worse, uniform = Pipeline.read("gptq").quantized(source, uniform, text, batch_size=2)
+    worse, uniform = rounding.quantized(source, uniform, text, batch_size=2)
     assert uniform.bpw < plan.bpw
     assert 0 < lost < evaluate(worse, text, reference=reference, batch_size=2).kl
 

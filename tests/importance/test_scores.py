@@ -22,11 +22,18 @@ from lq.models.source import InMemory
 
 BLOCKS = 4
 # Options of scores that take many passes with their defaults.
+ROUNDED = {"bits": [2, 4], "group_size": 32, "options": {"clip": "none"}}
 QUICK = {
-    "shapley": {"orders": 2},
-    "hessian_trace": {"probes": 2},
-    "path_integral": {"steps": 1},
-    "predicted_kl": {"draws": 1},
+    "delta_loss": ROUNDED,
+    "first_order": ROUNDED,
+    "fisher": ROUNDED,
+    "hessian_trace": {**ROUNDED, "probes": 2},
+    "kl": ROUNDED,
+    "linearity": ROUNDED,
+    "output_mse": ROUNDED,
+    "path_integral": {**ROUNDED, "steps": 1},
+    "predicted_kl": {**ROUNDED, "draws": 1},
+    "shapley": {**ROUNDED, "orders": 2},
 }
 
 
