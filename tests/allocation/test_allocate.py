@@ -18,6 +18,8 @@ from lq.importance.scores import Scores
 from lq.models.matrices import matrices, model_shapes, other_weights
 from lq.numerics.spec import QuantSpec
 
+pytestmark = pytest.mark.once
+
 L = 10
 CONFIG = llama_config(L)
 

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from lq.allocation import ALLOCATORS
 from lq.allocation.problem import Problem
 
+pytestmark = pytest.mark.once
+
 # Widths, and of each unit its weights, what it has beside them, and how much it loses.
 WIDTHS = st.sets(st.integers(1, 8), min_size=1, max_size=4)
 UNITS = st.lists(st.tuples(st.integers(1, 1000), st.integers(0, 500), st.floats(0.01, 100)), min_size=1, max_size=8)

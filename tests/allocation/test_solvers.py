@@ -16,6 +16,8 @@ from lq.allocation.relaxation import greedy, lagrangian, relax
 from lq.errors import UserError
 from lq.importance.controls import use_more_bits
 
+pytestmark = pytest.mark.once
+
 FIXTURE = json.loads((Path(__file__).parent.parent / "fixtures" / "allocation" / "sensitivities.json").read_text())
 EXACT = {"knapsack": knapsack, "milp": integer_program}
 ALL = {"greedy": greedy, "lagrangian": lagrangian, **EXACT}

@@ -9,6 +9,8 @@ from lq.errors import UserError
 from lq.importance.agreement import agreement, common, parts_of, spearman
 from lq.importance.scores import Scores
 
+pytestmark = pytest.mark.once
+
 
 def scores(values, metric="lim"):
     named = {f"block_{i}": float(value) for i, value in enumerate(values)}

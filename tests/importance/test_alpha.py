@@ -10,6 +10,8 @@ from lq.importance import METRICS, score
 from lq.importance.alpha import AlphaOptions, distance, hill, matrix_alpha, peak_alpha
 from lq.models.source import InMemory
 
+pytestmark = pytest.mark.once
+
 
 @pytest.mark.parametrize("exponent", [1.8, 2.5, 4.0])
 def test_hill_finds_the_exponent_of_a_pareto_sample(exponent):

@@ -16,6 +16,8 @@ from lq.importance.kurtosis import pooled_kurtosis, spikes
 from lq.importance.owl import outlier_share
 from lq.models.source import InMemory
 
+pytestmark = pytest.mark.once
+
 WINDOWS = Windows(np.random.default_rng(0).integers(1, 4096, (4, 16), np.int32), "random", "random")
 
 

@@ -13,6 +13,8 @@ from lq.models.context import context_for
 from lq.models.decoder import apply_block, embed
 from lq.models.source import InMemory
 
+pytestmark = pytest.mark.once
+
 TOKENS = np.random.default_rng(0).integers(1, 90, (5, 16), np.int32)
 WINDOWS = Windows(TOKENS, "random", "random")
 

@@ -7,6 +7,8 @@ from small_models import llama_config
 from lq.importance.units import members, units_of
 from lq.models.matrices import matrices
 
+pytestmark = pytest.mark.once
+
 
 def test_of_a_block_of_llama():
     config = llama_config(1)

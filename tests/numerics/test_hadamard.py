@@ -18,6 +18,8 @@ from lq.numerics.hadamard import (
     signs,
 )
 
+pytestmark = pytest.mark.once
+
 # Stored models were rotated by these: a change of a line here makes every one of them unreadable.
 ORDERS = {
     1: (),

@@ -14,6 +14,8 @@ from lq.numerics.matmul import lookup, matmul
 from lq.numerics.segmented import SegmentedQTensor, runs_of
 from lq.numerics.spec import QuantSpec
 
+pytestmark = pytest.mark.once
+
 SHAPE = (512, 96)
 
 

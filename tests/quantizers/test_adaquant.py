@@ -12,6 +12,8 @@ from lq.quantizers.adaquant import ADAQUANT, LEAST_RANGE, AdaQuantOptions, adaqu
 from lq.quantizers.parametrization import export, fake_quant, initial
 from lq.quantizers.rtn import RTNOptions, rtn
 
+pytestmark = pytest.mark.once
+
 OPTIONS = AdaQuantOptions(start="minmax")
 
 

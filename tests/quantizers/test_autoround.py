@@ -21,6 +21,8 @@ from lq.quantizers.parametrization import export, fake_quant, initial
 from lq.quantizers.reconstruct import BlockFunction
 from lq.quantizers.rtn import RTNOptions, rtn
 
+pytestmark = pytest.mark.once
+
 RECORDED = np.load(Path(__file__).parent.parent / "fixtures" / "quantizers" / "auto_round.npz")
 LAYERS = {
     **{f"attention/{name}": f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")},
@@ -53,7 +55,6 @@ def tuned(run, params, function, inputs, outputs):
     return autoround_block(function, params, inputs, outputs, dict.fromkeys(LAYERS, spec), options)
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("run", ["sign_round_b2_g32_asym", "sign_round_b2_g32_sym"])
 def test_tunes_a_block_exactly_as_the_original_does(run):
     """All fifty losses agree to a few units in the last place of float32, all codes are equal.
@@ -90,7 +91,6 @@ def test_tunes_a_block_exactly_as_the_original_does(run):
             np.testing.assert_array_equal(np.asarray(zeros).T, RECORDED[f"{run}_{name}_zeros"])
 
 
-@pytest.mark.once
 def test_tunes_a_block_as_well_as_the_original_where_a_tie_parts_them():
     """At 4 bits both ends of the group above are ties. From two starts that differ in it, losses end 8 % apart."""
     run = "sign_round_b4_g32_asym"

@@ -27,6 +27,8 @@ from lq.quantizers.channel_lines import channel_lines, fold, leaf_at, with_leaf
 from lq.quantizers.line_inputs import line_statistics
 from lq.quantizers.rtn import RTNOptions, rtn
 
+pytestmark = pytest.mark.once
+
 SPEC = QuantSpec(bits=3, group_size=32)
 
 
@@ -266,7 +268,6 @@ def relative_weight(w: np.ndarray) -> np.ndarray:
 DIFFERENT = ["gemma2", "gpt2", "llama", "mixtral", "opt", "qwen3_moe"]  # in their lines, norms or activations
 
 
-@pytest.mark.once
 @pytest.mark.parametrize(("case", "duo"), [*((case, False) for case in DIFFERENT), ("mixtral", True)])
 def test_the_fold_gives_what_the_search_promised(case, duo):
     """In every family and line: the loss is no more than that of plain rounding, and rounding the folded block to

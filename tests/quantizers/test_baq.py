@@ -27,6 +27,8 @@ from lq.quantizers.baq import (
 from lq.quantizers.gptq import GPTQOptions, factorize, gptq
 from lq.quantizers.runs import sweep_runs
 
+pytestmark = pytest.mark.once
+
 K, N = 512, 64
 
 
@@ -135,7 +137,6 @@ def test_codes_are_those_of_the_sweep_at_their_widths(group_size, symmetric):
     assert (codes[back] != want).any(axis=0).sum() <= 4
 
 
-@pytest.mark.once
 @pytest.mark.parametrize(("bits", "spread", "share"), [(2, 1.2, 0.3), (3, 0.8, 0.75), (4, 0.8, 0.75)])
 def test_loses_less_than_gptq_where_channels_differ(bits, spread, share):
     """Of the same size. Expected: GM/AM of the losses, 0.2 and 0.6 here."""

@@ -11,6 +11,8 @@ from lq.quantizers.apply import quantize_matrix
 from lq.quantizers.bias import bias_correction
 from lq.quantizers.rtn import RTNOptions
 
+pytestmark = pytest.mark.once
+
 T, K, N = 3000, 96, 40
 
 

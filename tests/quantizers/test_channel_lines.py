@@ -19,6 +19,8 @@ from lq.quantizers.apply import quantize_matrix
 from lq.quantizers.channel_lines import Line, channel_lines, fold, leaf_at
 from lq.quantizers.rtn import RTNOptions
 
+pytestmark = pytest.mark.once
+
 # Doubles carry 1.1e-16; of a few thousand roundings one after another nothing near this is left.
 EXACT = 1e-10
 

@@ -11,6 +11,8 @@ from calibrated_layers import correlated_inputs
 
 from lq.quantizers.cholesky import blocked_cholesky, cholesky
 
+pytestmark = pytest.mark.once
+
 EPS = 2.0**-24
 
 

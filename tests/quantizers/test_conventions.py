@@ -21,6 +21,8 @@ from lq.numerics.qtensor import QTensor
 from lq.numerics.spec import QuantSpec
 from lq.quantizers.rtn import SYMMETRIC, RTNOptions, rtn
 
+pytestmark = pytest.mark.once
+
 FIXTURES = Path(__file__).parent.parent / "fixtures" / "quantizers"  # its README.md says what is recorded
 W = np.load(FIXTURES / "gptq_round_to_nearest.npz")["W"].T
 K, N = W.shape

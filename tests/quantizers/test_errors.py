@@ -8,6 +8,8 @@ from calibrated_layers import correlated_inputs, hessian_stats, output_error_flo
 from lq.calibration.statistics import InputStats
 from lq.quantizers.errors import output_error
 
+pytestmark = pytest.mark.once
+
 
 @pytest.mark.parametrize("size", [1.0, 1e-3])
 def test_equals_the_error_of_the_outputs(size):

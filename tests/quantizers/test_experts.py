@@ -21,6 +21,8 @@ from lq.quantizers.line_inputs import line_statistics
 from lq.quantizers.matrix import MeasuredInput
 from lq.quantizers.smoothquant import SmoothQuantOptions, smooth_block
 
+pytestmark = pytest.mark.once
+
 EVERYTHING = frozenset({"hessian", "total", "absolute", "square", "peak", "sample"})
 COUNTS = (0, 3, 100)  # tokens of three experts
 K = 8

@@ -10,6 +10,8 @@ from lq.numerics.spec import QuantSpec
 from lq.quantizers.flexround import FLEXROUND, LARGEST_DELTA, FlexRoundOptions
 from lq.quantizers.parametrization import export, fake_quant, initial
 
+pytestmark = pytest.mark.once
+
 OPTIONS = FlexRoundOptions(start="minmax")
 
 

@@ -29,6 +29,8 @@ from lq.quantizers.apply import quantize_matrix
 from lq.quantizers.gptq import GPTQFactor, GPTQOptions, factorize, gptq
 from lq.quantizers.rtn import RTNOptions, rtn
 
+pytestmark = pytest.mark.once
+
 FIXTURES = Path(__file__).parent.parent / "fixtures" / "quantizers"
 SWEEP, MODEL = np.load(FIXTURES / "gptq_sweep.npz"), np.load(FIXTURES / "gptqmodel.npz")
 W = np.load(FIXTURES / "gptq_round_to_nearest.npz")["W"]
@@ -132,7 +134,6 @@ def error_of(variant: Variant, found) -> float:
     return output_error_float64(variant.weight, dequantized(*found, variant.spec), variant.inputs)
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("name", [*VARIANTS, *GROUP_AWARE])
 def test_equals_the_original_implementation(name):
     variant, (codes, scales, zeros), error = outcome(name)
@@ -160,7 +161,6 @@ def reversed_moment():
     return functools.reduce(operator.add, (hessian_stats(batch) for batch in np.split(X, 8)[::-1]))
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("name", [name for name in VARIANTS if f"{name}_g_idx" not in SWEEP])
 def test_batches_in_reverse_matter_as_little_as_in_the_original(name):
     variant, (codes, *_), _ = outcome(name)
@@ -172,7 +172,6 @@ def test_batches_in_reverse_matter_as_little_as_in_the_original(name):
     assert error_of(variant, again) == pytest.approx(float(SWEEP[f"{name}_err_again"]), rel=0.005)
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("name", GPTQMODEL)
 def test_loses_what_gptqmodel_loses(name):
     """With 2 to 8 bits, one group or several, either order of the channels."""

@@ -18,6 +18,8 @@ from lq.numerics.spec import QuantSpec
 from lq.quantizers.hqq import HQQOptions, hqq, optimize_zeros, shrink
 from lq.quantizers.rtn import RTNOptions, rtn, split_groups
 
+pytestmark = pytest.mark.once
+
 GOLDEN = np.load(Path(__file__).parent.parent / "fixtures" / "quantizers" / "hqq.npz")
 W = GOLDEN["W"].astype(np.float32).T
 CASES = ["b2_g64", "b3_g64", "b4_g64", "b8_g64", "b4_g32", "b4_g128", "b2_g64_wide", "b2_g64_wide_v2"]

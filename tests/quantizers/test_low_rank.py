@@ -14,6 +14,8 @@ from lq.quantizers.apply import quantize_matrix
 from lq.quantizers.low_rank import low_rank_factors, low_rank_residual, with_residual
 from lq.quantizers.rtn import RTNOptions
 
+pytestmark = pytest.mark.once
+
 K, N = 96, 64
 
 

@@ -21,6 +21,8 @@ from lq.quantizers.awq_scaling import candidates, scale_block, squared_errors
 from lq.quantizers.channel_lines import channel_lines
 from lq.quantizers.line_inputs import line_statistics
 
+pytestmark = pytest.mark.once
+
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "quantizers"
 RECORDED = np.load(FIXTURES / "gptqmodel.npz")
 W = np.load(FIXTURES / "gptq_round_to_nearest.npz")["W"].T

@@ -15,6 +15,8 @@ from lq.numerics.spec import QuantSpec
 from lq_kernels import pack, plane_widths, quantized_matmul
 from lq_kernels.reference import error_scale
 
+pytestmark = pytest.mark.once
+
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "quantizers"
 MODEL, COMPRESSED = np.load(FIXTURES / "gptqmodel.npz"), np.load(FIXTURES / "compressed_tensors.npz")
 MLX = np.load(FIXTURES / "mlx.npz")

@@ -12,6 +12,8 @@ import pytest
 from lq.numerics.spec import QuantSpec
 from lq.quantizers.rtn import RTNOptions, rtn
 
+pytestmark = pytest.mark.once
+
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "quantizers"
 AUTO_ROUND, COMPRESSED = np.load(FIXTURES / "auto_round.npz"), np.load(FIXTURES / "compressed_tensors.npz")
 WEIGHT = COMPRESSED["W"].astype(np.float32)

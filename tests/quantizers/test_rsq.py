@@ -14,6 +14,8 @@ from lq.models.layers import inverse_frequencies
 from lq.quantizers import rsq
 from lq.quantizers.rsq import ImportanceOptions, attention_concentration, attention_received, token_importance
 
+pytestmark = pytest.mark.once
+
 
 def numpy_attention(config, kind, params, h):
     """P `[B, H, S, S]` in float64: softmax of masked, capped, scaled products of normed, rotated queries and keys."""

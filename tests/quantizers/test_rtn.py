@@ -14,6 +14,8 @@ from lq.quantizers.apply import quantize_matrix, quantize_part
 from lq.quantizers.recipe import Recipe
 from lq.quantizers.rtn import ASYMMETRIC, SYMMETRIC, RTNOptions, rtn
 
+pytestmark = pytest.mark.once
+
 GOLDEN = Path(__file__).parent.parent / "fixtures" / "quantizers" / "gptq_round_to_nearest.npz"
 
 

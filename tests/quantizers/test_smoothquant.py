@@ -14,6 +14,8 @@ from lq.quantizers import SCALINGS
 from lq.quantizers.channel_lines import channel_lines, fold, leaf_at
 from lq.quantizers.smoothquant import SmoothQuantOptions, smooth_block, smoothing_scale
 
+pytestmark = pytest.mark.once
+
 
 def smoothed(case, options, paths=None, windows=4):
     config, kind, params = next(iter(blocks_of(case, "float32")))

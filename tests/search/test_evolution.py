@@ -10,6 +10,8 @@ from lq.allocation.problem import Problem
 from lq.errors import UserError
 from lq.search.evolution import EvolutionOptions, evolve, mutated
 
+pytestmark = pytest.mark.once
+
 QUICK = {"survivors": [1], "batches": [1]}
 
 

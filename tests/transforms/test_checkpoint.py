@@ -24,6 +24,8 @@ from lq.numerics.spec import QuantSpec
 from lq.quantizers import PlannedSource, Recipe
 from lq.transforms import TransformedSource
 
+pytestmark = pytest.mark.once
+
 SPEC = QuantSpec(bits=4, group_size=32)
 RTN = Recipe()
 RECORD = {"method": "rtn", "options": {}}

@@ -16,6 +16,8 @@ from lq.models.matrices import parameter_count
 from lq.models.source import InMemory
 from lq.transforms import TransformedSource, transform
 
+pytestmark = pytest.mark.once
+
 LAYERNORM = ["opt, tied", "opt, untied", "gpt2, tied", "opt without biases"]
 
 

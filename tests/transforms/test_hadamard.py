@@ -26,6 +26,8 @@ from lq.quantizers.rtn import RTNOptions
 from lq.transforms import TRANSFORMS, TransformedSource, transform
 from lq.transforms.rewrite import READS, WRITES
 
+pytestmark = pytest.mark.once
+
 EXACT = 1e-13  # see test_preserved.py
 EVERYWHERE = {"heads": True, "down": True}
 

@@ -15,6 +15,8 @@ from lq.models.loading import open_checkpoint
 from lq.models.source import ParameterSource
 from lq.transforms import TransformedSource, transform
 
+pytestmark = pytest.mark.once
+
 EVERYWHERE = {"heads": True, "down": True}
 
 
