@@ -136,6 +136,7 @@ def test_eight_bits_lose_less_than_a_hundredth_of_the_outputs(method, symmetric)
     assert loss(spec, found(method, spec)) <= 0.01**2
 
 
+@pytest.mark.once
 @ACCEPTED
 def test_under_jit(method, symmetric):
     spec = QuantSpec(bits=3, group_size=32, symmetric=symmetric)

@@ -204,7 +204,7 @@ def layer(channels=200, outputs=24, tokens=700, seed=0, spread=1.0):
 @pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize(
     ("bits", "symmetric", "group_size"),
-    [(1, False, 128), (1, True, 32), (2, False, 32), (3, True, None), (4, False, 128), (8, True, 32), (8, False, None)],
+    [(1, True, 32), (2, False, 32), (3, True, None), (4, False, 128), (8, False, None)],
 )
 def test_codes_are_those_of_the_paper(bits, symmetric, group_size, act_order):
     """In their stored grid, rounded scales included."""
@@ -282,7 +282,7 @@ def test_two_channels_by_hand():
 @pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize(
     ("bits", "symmetric", "group_size"),
-    [(1, True, None), (1, False, 32), (3, True, 32), (3, False, None), (8, False, 32)],
+    [(1, True, None), (3, False, None), (8, False, 32)],
 )
 def test_is_round_to_nearest_where_inputs_are_uncorrelated(bits, symmetric, group_size, act_order):
     weight = random_weight(200, 12)

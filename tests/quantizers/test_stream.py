@@ -24,6 +24,8 @@ from lq.quantizers.apply import finite, quantize_matrix, read_matrix
 from lq.quantizers.block import dense
 from lq.quantizers.registry import SCALINGS
 
+pytestmark = pytest.mark.once
+
 CONFIG = llama_config(blocks=3)
 ROUTED = dataclasses.replace(
     CONFIG,
@@ -110,7 +112,6 @@ def test_widths_of_their_own_need_a_method_and_specs_that_have_them():
         stream_of("gptq", config, specs=specs_of(config, mixed=True))
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("method", CALIBRATED)
 def test_goes_on_where_another_process_was(method):
     """From the states after any block the rest comes out the same to the bit."""
@@ -125,7 +126,6 @@ def test_goes_on_where_another_process_was(method):
             assert_same(second.block(i), expected[f"block_{i}"])
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("method", CALIBRATED)
 def test_identical_seeds_give_identical_codes_and_parts_may_be_asked_for_in_any_order(method):
     first, second = stream_of(method), stream_of(method)
@@ -249,7 +249,6 @@ BY_IMPORTANCE = {"options": QUANTIZERS.options("rtn", {"clip": "opt", "importanc
 BOTH = ["moe/down_proj", "moe/gate_proj"]
 
 
-@pytest.mark.once
 @pytest.mark.parametrize(
     ("method", "fields", "told"),
     [
@@ -353,7 +352,6 @@ def test_what_is_not_finite_is_named():
         stream_of("gptq", params=params).params()
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("method", CALIBRATED)
 def test_states_that_are_not_finite_are_refused(method):
     params = random_params(CONFIG)
