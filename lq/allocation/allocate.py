@@ -10,10 +10,11 @@ from lq.allocation.choices import Choices, options_among
 from lq.allocation.costs import Costs, costs_for, expected_costs
 from lq.allocation.interactions import interactions_of
 from lq.allocation.knapsack import knapsack
+from lq.allocation.latency import NANOSECONDS, LatencyLimit, limit_of, read_latency
 from lq.allocation.milp import integer_program
 from lq.allocation.pins import Pin, deciding_pins, idle_pins, table_pins
 from lq.allocation.plan import Count, Plan, check_count
-from lq.allocation.problem import Choice, NoOptions, Problem
+from lq.allocation.problem import NoOptions, Problem
 from lq.allocation.proportional import ProportionalOptions, proportional
 from lq.allocation.quadratic import QuadraticOptions, quadratic
 from lq.allocation.rank import rank
@@ -21,6 +22,7 @@ from lq.allocation.relaxation import greedy, lagrangian
 from lq.allocation.water_filling import water_filling
 from lq.errors import UserError
 from lq.importance.scores import Scores
+from lq.importance.units import segment_of
 from lq.numerics.spec import QuantSpec
 from lq.registry import Method, Registry
 
@@ -56,6 +58,7 @@ def allocate(
     embedding_bits: int = 16,
     head_bits: int = 16,
     count: Count = "blocks",
+    latency: LatencyLimit | None = None,
 ) -> Plan:
     """Chooses a width for every unit the scores name so that the budget is met.
 
@@ -80,10 +83,11 @@ def allocate(
       embedding_bits, head_bits: width of the embedding and of an untied head where they are no units; 16 leaves them
         dense.
       count: whether the average is over the blocks' matrices or over embedding and head too.
+      latency: a second limit, for the time that the free units take together; what is pinned is not counted.
 
     Raises:
-      UserError: a target out of reach (the message says the range), scores of another model, a width that does not
-        exist, an argument of another type.
+      UserError: a target or a latency out of reach (the message says the range), scores of another model, a width that
+        does not exist, an argument of another type.
     """
     _check_types(bpw, nbytes, bits, spec, group_sizes, pins)
     check_count(count)
@@ -92,14 +96,18 @@ def allocate(
     deciding = deciding_pins(scores.shapes, rules)
     fixed = {p: None if pin.bits == 16 else dataclasses.replace(spec, bits=pin.bits) for p, pin in deciding.items()}
     choices = Choices.of(scores, options_among(spec, bits, group_sizes, costs), fixed, count)
-    choice = _solve(scores, choices, _budget(choices, bpw, nbytes, bits, group_sizes), method, options or {}, costs)
+    budget = _budget(choices, bpw, nbytes, bits, group_sizes)
+    problem = _problem(scores, choices, budget, costs, latency)
+    choice = ALLOCATORS[method].function(problem, ALLOCATORS.options(method, options or {}))
     provenance = {
         "metric": scores.metric,
         "metric_options": scores.options,
         "calibration": scores.calibration,
         "allocator": method,
+        **({"allocator_options": dict(options)} if options else {}),
         **({} if method == "rank" else {"costs": costs}),
         "target": {"bytes": nbytes} if nbytes is not None else {"bpw": bpw},
+        **({"seconds": problem.total_latency(choice) / NANOSECONDS} if latency is not None else {}),
         "bits": sorted(set(bits)),
         **({"group_sizes": list(group_sizes)} if group_sizes is not None else {}),
         **idle_pins(scores.shapes, pins, deciding),
@@ -126,17 +134,21 @@ def _budget(choices: Choices, bpw, nbytes, bits, group_sizes) -> int:
     return budget
 
 
-def _solve(scores: Scores, choices: Choices, budget: int, method: str, options: Mapping, costs: Costs) -> Choice:
-    """The option of every unit, by the allocator `method`."""
-    units = list(choices.free)
-    allocator = ALLOCATORS[method].function
-    problem = Problem(
+def _problem(scores: Scores, choices: Choices, budget: int, costs: Costs, latency: LatencyLimit | None) -> Problem:
+    """What the allocator is given."""
+    units, seconds = list(choices.free), None
+    if latency is not None:
+        if any(map(segment_of, units)):
+            raise UserError("latency: of segments there is none; score whole matrices, or leave the limit out")
+        seconds = read_latency(latency.table, choices.free, list(map(str, choices.options)))
+    return Problem(
         cost=expected_costs(scores, units, choices.weights, choices.options, costs),
         size=choices.size,
         budget=budget - choices.fixed_bits,
         interactions=interactions_of(scores, units, choices.options) if costs == "measured" else None,
+        latency=seconds,
+        limit=0 if latency is None else limit_of(latency.seconds),
     )
-    return allocator(problem, ALLOCATORS.options(method, options))
 
 
 def _check_types(bpw, nbytes, bits, spec, group_sizes, pins) -> None:

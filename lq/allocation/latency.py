@@ -5,6 +5,7 @@ out what the options do not change. They are held in whole nanoseconds, options 
 every solver keeps the limit exactly. A wider option need not be a slower one: three bits may take longer than four.
 """
 
+import dataclasses
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,17 @@ from lq.errors import UserError
 
 NANOSECONDS = 10**9  # in a second
 GRAIN = 1e-6  # of a nanosecond: what writing a whole number of them as seconds may add
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LatencyLimit:
+    """What the matrices that are free may take together. Raises UserError unless `seconds` is a time."""
+
+    table: Path  # see `read_latency`
+    seconds: float
+
+    def __post_init__(self):
+        limit_of(self.seconds)
 
 
 def settled(problem: Problem, choice: Choice) -> Choice:

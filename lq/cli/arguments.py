@@ -1,11 +1,13 @@
 """Text from the command line, read into the library's types. A mistake names the option it was made in."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, get_args
 
 import typer
 
 from lq.allocation import Plan, allocate
+from lq.allocation.latency import LatencyLimit
 from lq.allocation.pins import Pin
 from lq.allocation.plan import Count
 from lq.errors import UserError
@@ -19,6 +21,7 @@ PLAN = (  # the options that decide a plan when none is given
         "bytes_",
         "bits",
         "allocator",
+        "allocator_option",
         "costs",
         "group_size",
         "symmetric",
@@ -28,7 +31,7 @@ PLAN = (  # the options that decide a plan when none is given
         "mixed",
         "pin",
     ),
-    *("embedding_bits", "head_bits", "count", "metric"),
+    *("embedding_bits", "head_bits", "count", "latency", "max_latency", "metric"),
 )
 TEXT = ("calibration", "samples", "length", "seed")
 SAMPLING = ("top_k", "top_p", "seed")
@@ -122,13 +125,21 @@ def unit(text: str) -> Unit:
     raise UserError(f"--unit {text}: write one of {', '.join(units)}")
 
 
+def latency_limit(table: Path | None, seconds: float | None) -> LatencyLimit | None:
+    if table is None and seconds is None:
+        return None
+    if table is None or seconds is None:
+        raise UserError("--latency and --max-latency go together: a table of latencies, and what they may add up to")
+    return LatencyLimit(table=table, seconds=seconds)
+
+
 class Allocation:
     """The options of `lq allocate` and `lq quantize` that decide a plan, read once and applied to any scores.
 
     `given` has the values of all options by the names of the verb's parameters, as `typer.Context.params` does.
     """
 
-    def __init__(self, given: Mapping[str, Any], method: str):
+    def __init__(self, given: Mapping[str, Any], method: str, options: Mapping[str, Any]):
         self.spec, sizes = spec(given), group_sizes(given["group_size"])
         self._arguments = {
             "bpw": given["bpw"],
@@ -137,11 +148,13 @@ class Allocation:
             "spec": self.spec,
             "group_sizes": sizes if len(sizes) > 1 else None,
             "method": method,
+            "options": options,
             "costs": given["costs"],
             "pins": pins(given["pin"]),
             "embedding_bits": given["embedding_bits"],
             "head_bits": given["head_bits"],
             "count": counted(given["count"]),
+            "latency": latency_limit(given["latency"], given["max_latency"]),
         }
 
     def plan(self, scores: Scores) -> Plan:

@@ -1,6 +1,7 @@
 """The options that several verbs share, with their help."""
 
 import enum
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -63,6 +64,14 @@ Parts = Annotated[
     int, typer.Option(min=1, help="Of the text, each scored for itself too, for intervals of the agreement.")
 ]
 Top = Annotated[int | None, typer.Option(min=1, help="So many most important units are compared; a quarter of them.")]
+LatencyTable = Annotated[
+    Path | None,
+    typer.Option("--latency", help="JSON: matrix -> option -> seconds; with --max-latency."),
+]
+MaxLatency = Annotated[float | None, typer.Option(help="Seconds that the matrices which are free may take together.")]
+AllocatorSettings = Annotated[
+    list[str] | None, typer.Option("--allocator-option", help="KEY=VALUE for the allocator; repeat for several.")
+]
 Settings = Annotated[list[str] | None, typer.Option("--option", help="KEY=VALUE for the method; repeat for several.")]
 
 

@@ -2,8 +2,10 @@
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from lq.allocation import Plan, allocate
+from lq.allocation.latency import LatencyLimit
 from lq.allocation.pins import Pin
 from lq.errors import UserError
 from lq.importance import Scores
@@ -63,11 +65,21 @@ def check_budgets(x: Experiment, config: ModelConfig) -> None:
     """
     if x.allocation.head_bits != 16 and config.tie_embeddings:
         raise UserError("allocation.head_bits: this model's head is its embedding; write embedding_bits")
-    none = _placeholder(config, "none")
+    none = _placeholder(config, "none", options=_options(x))
     for _ in candidates(
         x, config, "", {(order.name, seed): none for order in orders_of(x) for seed in order.each_seed()}
     ):
         pass
+
+
+def _options(x: Experiment) -> list[QuantSpec]:
+    """What the plans of the budgets choose from."""
+    sizes = x.allocation.group_sizes or [x.quantization.group_size]
+    return [
+        dataclasses.replace(x.quantization.spec, bits=bits, group_size=size)
+        for bits in x.allocation.bits
+        for size in sizes
+    ]
 
 
 def _label(order: Order, seed: int | None) -> str:
@@ -87,13 +99,16 @@ def _uniform(x: Experiment, config: ModelConfig, model: str) -> Iterator[Candida
 def _plan(x: Experiment, scores: Scores, spec: QuantSpec, bits: Sequence[int], budget: float | None = None) -> Plan:
     """A plan under the conventions all plans of `x` share: what is pinned, how wide the tables are, what is counted."""
     a = x.allocation
+    deciding: dict[str, Any] = {}
+    if budget is not None:
+        limit = a.latency and LatencyLimit(**a.latency.model_dump())
+        deciding = {"method": a.method, "options": a.options, "costs": a.costs, "group_sizes": a.group_sizes}
+        deciding |= {"bpw": budget, "latency": limit}
     return allocate(
         scores,
-        bpw=budget,
+        **deciding,
         bits=bits,
         spec=spec,
-        method=a.method,
-        costs=a.costs,
         pins=[Pin(pattern=pin.match, bits=pin.bits) for pin in a.pins],
         embedding_bits=a.embedding_bits,
         head_bits=a.head_bits,
@@ -101,11 +116,13 @@ def _plan(x: Experiment, scores: Scores, spec: QuantSpec, bits: Sequence[int], b
     )
 
 
-def _placeholder(config: ModelConfig, metric: str, model: str = "") -> Scores:
-    """Scores for plans that do not depend on any."""
+def _placeholder(config: ModelConfig, metric: str, model: str = "", options: Sequence[QuantSpec] = ()) -> Scores:
+    """Scores for plans that do not depend on any: of blocks that lose the same at all `options`."""
+    units = [f"block_{i}" for i in range(config.num_blocks)]
     return Scores(
         metric=metric,
-        values={f"block_{i}": 0.0 for i in range(config.num_blocks)},
+        values=dict.fromkeys(units, 1.0),
+        costs={unit: {str(option): 1.0 for option in options} for unit in units} if options else {},
         model=model,
         shapes=model_shapes(config),
         other_weights=other_weights(config),

@@ -30,6 +30,7 @@ from pydantic import (
     ConfigDict,
     Field,
     NonNegativeInt,
+    PositiveFloat,
     PositiveInt,
     PrivateAttr,
     ValidationError,
@@ -48,6 +49,7 @@ from lq.registry import Registry
 
 MOST_SAMPLES, MOST_SEEDS = 1_000_000, 1000  # beyond these a number is a slip of the pen
 
+GroupSize = Literal[32, 64, 128, 256] | None
 BATCH_SIZE = "batch_size"  # the option of metrics that read the calibration windows in batches
 
 
@@ -118,7 +120,7 @@ class QuantizationSection(Section):
     )  # names, or {name: hadamard, seed: 1}; in order
     bias_correction: bool = False
     propagate: bool | None = None  # calibrate on quantized states, or the original's; null: as is usual for the method
-    group_size: Literal[32, 64, 128, 256] | None = 128  # null: the whole column
+    group_size: GroupSize = 128  # null: the whole column
     symmetric: bool = False
     scale_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     zero_dtype: Literal["bfloat16", "float16", "float32"] | None = None  # of zero points that need not be whole
@@ -236,17 +238,33 @@ OrderField = Annotated[Order, BeforeValidator(_order)]
 Orders = Annotated[list[OrderField], AfterValidator(_different)]
 
 
+class LatencySection(Section):
+    """A second limit beside the budget, for what the matrices that are free take together."""
+
+    table: Path  # JSON, matrix -> option -> seconds
+    seconds: PositiveFloat
+
+
 class AllocationSection(Section):
     method: Annotated[str, _known(ALLOCATORS)] = "rank"
     # What a unit is taken to lose: as measured (null, where the metric measures), by its place, or by its score.
+    options: dict[str, Any] = Field(default_factory=dict)  # of the method
     costs: Literal["measured", "place", "value"] | None = None
     bits: Annotated[list[Bits], Field(min_length=1)] = Field(default_factory=lambda: [2, 4])
+    # To choose from as well; null: the quantization's alone.
+    group_sizes: Annotated[list[GroupSize], Field(min_length=1)] | None = None
     budgets: Annotated[list[Budget], AfterValidator(_distinct)] = Field(default_factory=list)  # bits per weight
     orders: Orders = Field(default_factory=list)
     pins: list[PinSection] = Field(default_factory=list)
     embedding_bits: WidthOrDense = 16
     head_bits: WidthOrDense = 16
     count: Literal["blocks", "all"] = "blocks"  # what the average is taken over
+    latency: LatencySection | None = None
+
+    @model_validator(mode="after")
+    def _check(self):
+        ALLOCATORS.options(self.method, self.options)
+        return self
 
 
 class BaselineSection(Section):

@@ -8,13 +8,18 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_models import llama_config
 
+from lq.allocation import allocate
 from lq.allocation import knapsack as knapsack_module
 from lq.allocation.knapsack import knapsack
-from lq.allocation.latency import limit_of, read_latency, settled
+from lq.allocation.latency import LatencyLimit, limit_of, read_latency, settled
 from lq.allocation.milp import integer_program, quickest
 from lq.allocation.problem import Problem
 from lq.errors import UserError
+from lq.importance import Scores
+from lq.models.matrices import model_shapes
+from lq.numerics.spec import QuantSpec
 
 pytestmark = pytest.mark.once
 
@@ -170,3 +175,28 @@ def test_limits_that_are_none(seconds):
 def test_a_file_that_is_not_there(tmp_path):
     with pytest.raises(UserError, match="no such latency table; write one"):
         read_latency(tmp_path / "none.json", {}, [])
+
+
+def test_a_plan_within_a_limit(tmp_path):
+    """Four bits take twice as long as two: half of the blocks can have them, the most important ones."""
+    config = llama_config(4)
+    shapes = model_shapes(config)
+    values = {f"block_{i}": float(value) for i, value in enumerate([1, 4, 2, 3])}
+    scores = Scores(metric="given", values=values, model="m", shapes=shapes, other_weights=0)
+    table = {path: {"int2-g32": 1e-6, "int4-g32": 2e-6} for path in shapes}
+    (tmp_path / "times.json").write_text(json.dumps(table))
+    given = {"bpw": 4.625, "bits": (2, 4), "spec": QuantSpec(bits=4, group_size=32), "method": "knapsack"}
+    free, matrices = allocate(scores, **given), len(shapes) - 1
+    assert free.bits_per_block() == [4, 4, 4, 4]
+    limit = LatencyLimit(table=tmp_path / "times.json", seconds=1.5e-6 * matrices)
+    plan = allocate(scores, **given, latency=limit)
+    assert plan.bits_per_block() == [2, 4, 2, 4]
+    assert plan.provenance["seconds"] == pytest.approx(1.5e-6 * matrices, rel=1e-12)
+    with pytest.raises(UserError, match=r"^latency: 0\.00001 s cannot be met within"):
+        allocate(scores, **given, latency=dataclasses.replace(limit, seconds=1e-5))
+    del table["block_0/mlp/up_proj"]["int4-g32"]
+    (tmp_path / "times.json").write_text(json.dumps(table))
+    with pytest.raises(UserError, match="no int4-g32 of block_0/mlp/up_proj; measure it"):
+        allocate(scores, **given, latency=limit)
+    with pytest.raises(UserError, match="latency: 0 seconds; write a positive number"):
+        LatencyLimit(table=tmp_path / "times.json", seconds=0)

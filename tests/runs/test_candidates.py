@@ -3,11 +3,13 @@
 import math
 
 import pytest
+from pydantic import ValidationError
 from small_models import llama_config
 
+from lq.errors import UserError
 from lq.importance import Scores
 from lq.models.matrices import model_shapes, other_weights
-from lq.runs.candidates import candidates
+from lq.runs.candidates import candidates, check_budgets
 from lq.runs.config import Experiment
 
 PINNED, DENSE = "block_1/mlp/down_proj", "block_2/attention/q_proj"
@@ -32,6 +34,26 @@ def experiment(count="all", **allocation):
             "moves": {"high": 4, "low": 2, "orders": ["zd"]},
         }
     )
+
+
+@pytest.mark.parametrize("costs", ["measured", "value"])
+def test_budgets_are_checked_whatever_costs_go_by(costs):
+    """Before any score is known; pairs of width and group size have other ends than widths alone."""
+    chosen = {"method": "knapsack", "costs": costs, "bits": [2, 4], "pins": [], "head_bits": 16, "embedding_bits": 16}
+    sizes = {"group_sizes": [32, 128]} if costs == "measured" else {}
+    check_budgets(experiment("blocks", **chosen, **sizes, budgets=[4.0]), llama_config(hidden=128))
+    finer = experiment("blocks", **chosen, **sizes, budgets=[4.5])
+    if sizes:
+        check_budgets(finer, llama_config(hidden=128))
+    else:
+        with pytest.raises(UserError, match=r"budgets\.0: 4\.5 bits per weight cannot be met"):
+            check_budgets(finer, llama_config(hidden=128))
+
+
+def test_allocator_options_are_checked_with_the_config():
+    assert experiment(method="annealing", options={"seed": 3}).allocation.options == {"seed": 3}
+    with pytest.raises(ValidationError, match="allocator annealing: unknown option 'sed'"):
+        experiment(method="annealing", options={"sed": 3})
 
 
 def planned(x):

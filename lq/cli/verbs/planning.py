@@ -16,7 +16,9 @@ from lq.cli.options import (
     EmbeddingBits,
     GroupSize,
     HeadBits,
+    LatencyTable,
     Length,
+    MaxLatency,
     Mixed,
     Model,
     Pins,
@@ -39,6 +41,7 @@ def allocate(
     bytes_: Bytes = None,
     bits: BitsList = "2,4",
     method: Annotated[str, typer.Option(help="See lq list allocators.")] = "rank",
+    option: Settings = None,
     costs: Costs = None,
     group_size: GroupSize = "128",
     symmetric: Symmetric = False,
@@ -50,15 +53,17 @@ def allocate(
     embedding_bits: EmbeddingBits = 16,
     head_bits: HeadBits = 16,
     count: Count = "blocks",
+    latency: LatencyTable = None,
+    max_latency: MaxLatency = None,
     reverse: Annotated[bool, typer.Option("--reverse", help="The control: least important first.")] = False,
     out: Annotated[Path, typer.Option(help="The plan.")] = Path("plan.json"),
 ) -> None:
     """A width for every matrix so that a budget is met, from scores."""
-    from lq.cli.arguments import Allocation
+    from lq.cli.arguments import Allocation, settings
     from lq.importance import Scores
     from lq.importance import reverse as reversed_scores
 
-    allocation = Allocation(context.params, method)
+    allocation = Allocation(context.params, method, settings(option))
     read = Scores.read(scores)
     plan = allocation.plan(reversed_scores(read) if reverse else read)
     plan.write(out)

@@ -7,6 +7,7 @@ import typer
 
 from lq.cli.inputs import calibration_text, plan_of, reads_text
 from lq.cli.options import (
+    AllocatorSettings,
     Bytes,
     Costs,
     Count,
@@ -14,7 +15,9 @@ from lq.cli.options import (
     EmbeddingBits,
     GroupSize,
     HeadBits,
+    LatencyTable,
     Length,
+    MaxLatency,
     Mixed,
     Model,
     Pins,
@@ -48,6 +51,7 @@ def quantize(
         str, typer.Option(help="Widths to choose from, comma-separated. One alone needs no budget.")
     ] = "2,3,4",
     allocator: Annotated[str, typer.Option(help="See lq list allocators.")] = "rank",
+    allocator_option: AllocatorSettings = None,
     costs: Costs = None,
     group_size: GroupSize = "128",
     symmetric: Symmetric = False,
@@ -59,6 +63,8 @@ def quantize(
     embedding_bits: EmbeddingBits = 16,
     head_bits: HeadBits = 16,
     count: Count = "blocks",
+    latency: LatencyTable = None,
+    max_latency: MaxLatency = None,
     method: Annotated[str, typer.Option(help="See lq list quantizers.")] = "rtn",
     option: Settings = None,
     transform: Transforms = None,
@@ -94,7 +100,9 @@ def quantize(
         source = open_checkpoint(resolve_model(model))
         chosen = plan_of(plan, source, model)
     else:
-        allocation = arguments.Allocation(context.params, allocator)
+        allocation = arguments.Allocation(
+            context.params, allocator, arguments.settings(allocator_option, "--allocator-option")
+        )
         source = open_checkpoint(resolve_model(model))
         chosen = allocation.plan(score_source(source, "parameter_count"))  # a budget out of reach is so in any order
         if not reading:
