@@ -187,10 +187,10 @@ def test_a_plan_within_a_limit(tmp_path):
     (tmp_path / "times.json").write_text(json.dumps(table))
     given = {"bpw": 4.625, "bits": (2, 4), "spec": QuantSpec(bits=4, group_size=32), "method": "knapsack"}
     free, matrices = allocate(scores, **given), len(shapes) - 1
-    assert free.bits_per_block() == [4, 4, 4, 4]
+    assert free.bits_per_block() == (4, 4, 4, 4)
     limit = LatencyLimit(table=tmp_path / "times.json", seconds=1.5e-6 * matrices)
     plan = allocate(scores, **given, latency=limit)
-    assert plan.bits_per_block() == [2, 4, 2, 4]
+    assert plan.bits_per_block() == (2, 4, 2, 4)
     assert plan.provenance["seconds"] == pytest.approx(1.5e-6 * matrices, rel=1e-12)
     with pytest.raises(UserError, match=r"^latency: 0\.00001 s cannot be met within"):
         allocate(scores, **given, latency=dataclasses.replace(limit, seconds=1e-5))
