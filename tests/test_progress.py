@@ -5,6 +5,8 @@ import pytest
 from lq import progress
 from lq.progress import Progress
 
+pytestmark = pytest.mark.once
+
 
 @pytest.fixture
 def clock(monkeypatch):

@@ -13,6 +13,8 @@ from lq.models.source import InMemory
 from lq.numerics.spec import QuantSpec
 from lq.quantizers import PlannedSource, Recipe
 
+pytestmark = pytest.mark.once
+
 
 def make_windows(count=5, length=24, seed=0):
     tokens = np.random.default_rng(seed).integers(1, 4096, (count, length)).astype(np.int32)

@@ -20,6 +20,8 @@ from lq.models.context import context_for
 from lq.models.decoder import apply_block, embed
 from lq.models.source import InMemory
 
+pytestmark = pytest.mark.once
+
 BLOCKS = 4
 # Options of scores that take many passes with their defaults.
 ROUNDED = {"bits": [2, 4], "group_size": 32, "options": {"clip": "none"}}

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from lq_kernels.kv_cache import KVCacheSpec, QuantizedKVCache, quantize_keys, quantize_values
 
+pytestmark = pytest.mark.once
+
 B, H, C, G = 2, 3, 64, 32
 FLOAT32 = np.finfo(np.float32).eps
 

@@ -10,6 +10,8 @@ from lq_kernels import prepare, unprepared
 from lq_kernels.prepared import side_by_side
 from lq_kernels.reference import reference_weights
 
+pytestmark = pytest.mark.once
+
 
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_rows_of_a_matrix_are_a_matrix(bits):

@@ -14,6 +14,8 @@ from lq_kernels.tpu import BACKEND, TpuConfig, digits, quantize_rows
 from lq_kernels.tpu.fields import scheme
 from lq_kernels.tpu.layout import target_of
 
+pytestmark = pytest.mark.once
+
 BOUND = 4e-6  # of |x| @ |w|: what the exact products, summed in float32, may be off by
 ROUNDED = 2.0**-9 + BOUND  # the same where every weight is rounded to bfloat16 before
 COLUMN = None  # group size: one scale per output channel

@@ -8,6 +8,8 @@ from lq.models.fingerprint import fingerprint
 from lq.models.loading import InMemory, open_checkpoint
 from lq.models.source import sampled
 
+pytestmark = pytest.mark.once
+
 CASES = ["gemma3_text", "gpt2", "llama", "llama_linear", "mixtral", "phi3", "qwen3_moe"]
 
 

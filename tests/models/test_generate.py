@@ -13,6 +13,8 @@ from lq.models.loading import open_checkpoint
 from lq.numerics.qtensor import QTensor
 from lq.numerics.spec import QuantSpec
 
+pytestmark = pytest.mark.once
+
 PROMPTS = [[5, 17, 3, 88, 41, 2, 9], [60], [7, 7, 12]]
 
 
@@ -41,7 +43,6 @@ def test_greedy_equals_repeated_full_passes(llama):
     assert generate(decoder, params, PROMPTS, max_new_tokens=6) == expected
 
 
-@pytest.mark.once
 def test_batch_equals_one_by_one(model):
     together = generate(*model, PROMPTS, max_new_tokens=12)
     assert together == [generate(*model, [prompt], max_new_tokens=12)[0] for prompt in PROMPTS]

@@ -19,6 +19,8 @@ from lq.models.generate import _run, cache_nbytes, generate
 from lq.models.loading import load_tokenizer, open_checkpoint
 from lq_kernels.kv_cache import KVCacheSpec, QuantizedKVCache
 
+pytestmark = pytest.mark.once
+
 G = 32
 
 
@@ -267,7 +269,6 @@ def test_other_widths_are_a_mistake(recorded, bits):
 # The shipped model
 
 
-@pytest.mark.once
 def test_what_the_cache_costs_the_shipped_model():
     """Teacher-forced over shipped text, in pieces of 32 tokens. Measured token by token over 24 windows of 512: KL to
     the dense cache 9.0e-7 nats at 8 bits, 2.0e-4 at 4; perplexity 26.7499 dense, 26.7499 at 8 bits, 26.7569 at 4."""

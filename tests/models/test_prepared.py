@@ -15,6 +15,8 @@ from lq.models.prepared import prepare, prepared_nbytes
 from lq.numerics.matmul import PlusLowRank, matmul
 from lq_kernels import PreparedMatrix
 
+pytestmark = pytest.mark.once
+
 TOKENS = np.arange(14)[None] % 7
 
 

@@ -20,6 +20,8 @@ from lq.numerics.matmul import lookup, matmul
 from lq.numerics.qtensor import QTensor
 from lq.numerics.spec import QuantSpec
 
+pytestmark = pytest.mark.once
+
 SHAPES = [(128, 24), (100, 7), (33, 40), (2, 96, 24)]
 SPECS = [
     QuantSpec(bits=bits, group_size=group, symmetric=symmetric, scale_dtype=dtype)

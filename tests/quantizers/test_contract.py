@@ -113,6 +113,7 @@ def test_codes_scales_and_zeros(method, bits, symmetric, scale_dtype, group_size
         assert int(zeros.max()) <= 2**bits - 1
 
 
+@pytest.mark.once
 @ACCEPTED
 @pytest.mark.parametrize("bits", [1, 3])
 def test_the_weights_stay_within_the_signal(method, bits, symmetric):

@@ -5,6 +5,8 @@ import pytest
 from lq.runs.conclusion import conclude
 from lq.runs.results import Row
 
+pytestmark = pytest.mark.once
+
 
 def row(order, perplexity, seed=None, budget=3.0):
     return Row(

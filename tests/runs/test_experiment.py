@@ -18,6 +18,8 @@ from lq.runs.config import Experiment, dump_experiment, load_experiment
 from lq.runs.experiment import Run, run_experiment
 from lq.runs.results import Results, Row
 
+pytestmark = pytest.mark.once
+
 
 def experiment_for(small_model, text_file, out, **changes):
     config = {

@@ -21,6 +21,8 @@ from lq.runs.results import Results, Row
 from lq.runs.summary import NONE, TIMES, format_bytes, format_number, plan_curves, sections, sweep_curves
 from lq.runs.tables import csv_text, format_table
 
+pytestmark = pytest.mark.once
+
 BLOCKS = 16
 PARAMETERS = 9_437_184
 ORIGINAL = 12.345678  # perplexity

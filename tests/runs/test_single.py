@@ -11,6 +11,8 @@ from lq.errors import UserError
 from lq.models.matrices import parameter_count
 from lq.runs.single import evaluate_one
 
+pytestmark = pytest.mark.once
+
 SETTINGS = {"window": 32, "stride": None, "limit": 2, "batch_size": 2, "dtype": "float32"}
 
 
