@@ -67,8 +67,7 @@ def test_overlapping_windows_score_every_token_once(original, stride):
     windows = Windows(np.stack([stream[s : s + length] for s in starts]), "random", "overlapping", stride)
     got = evaluate(original, windows)
     scores, seen = [], set()
-    for s in starts:
-        logs = log_probabilities(original, windows.tokens[s // stride][None])[0]
+    for s, logs in zip(starts, log_probabilities(original, windows.tokens), strict=True):
         for t in range(1, length):
             if s + t not in seen and (stride < length or t > 0):
                 seen.add(s + t)

@@ -159,9 +159,7 @@ def test_attention_equals_exact_attention_over_rounded_keys_and_values(
 # Decoding
 
 
-@pytest.mark.parametrize(
-    ("case", "bits"), [("llama", 8), ("llama", 4), ("gemma3_text", 4), ("gpt2", 8), ("phi3", 4), ("qwen3_moe", 4)]
-)
+@pytest.mark.parametrize(("case", "bits"), [("llama", 4), ("gemma3_text", 4), ("gpt2", 8), ("qwen3_moe", 4)])
 def test_decoding_equals_a_dense_cache_of_rounded_numbers(case, bits, recorded):
     """Token by token past several groups, for sliding windows, learned positions and routed blocks too."""
     decoder, params = long_model(recorded, case)
@@ -275,11 +273,11 @@ def test_what_the_cache_costs_the_shipped_model():
     checkpoint = open_checkpoint(ASSETS / "standin")
     decoder, params = Decoder(checkpoint.config, jnp.float32), checkpoint.params()
     text = str(ASSETS / "texts" / "evaluation.txt")
-    tokens = np.asarray(evaluation_windows(load_tokenizer(checkpoint.path), text, 512, limit=4).tokens)
+    tokens = np.asarray(evaluation_windows(load_tokenizer(checkpoint.path), text, 512, limit=2).tokens)
     exact = np.asarray(jax.nn.log_softmax(decoder.apply({"params": params}, tokens)), np.float64)
 
     def with_cache(bits):
-        state = DecodeState.empty(decoder.config, 4, 512, quantized=KVCacheSpec(bits=bits))
+        state = DecodeState.empty(decoder.config, 2, 512, quantized=KVCacheSpec(bits=bits))
         logits, _ = fed(decoder, params, tokens, state, 32)
         return np.asarray(jax.nn.log_softmax(logits), np.float64)
 

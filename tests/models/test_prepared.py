@@ -67,7 +67,7 @@ def test_projections_of_different_widths_stay_apart():
     assert_same_logits(model, prepared, qparams)
 
 
-@pytest.mark.parametrize("fields", [{}, {"symmetric": True}, {"zero_dtype": "bfloat16"}], ids=str)
+@pytest.mark.parametrize("fields", [{"symmetric": True}, {"zero_dtype": "bfloat16"}], ids=str)
 def test_a_matrix_with_a_residual_is_laid_out_with_its_factors(fields):
     model, qparams = packed(2)
     plain, spec = prepare(qparams), lq.QuantSpec(bits=2, rank=8, **fields)
