@@ -22,15 +22,15 @@ demo: $(VENV)/.installed ## the whole pipeline on the shipped model, a few minut
 	$(BUILD_KERNELS)
 	$(VENV)/bin/lq demo
 
-test: $(VENV)/.installed-dev $(if $(filter tests,$(TESTS)),test-aot) ## the tests on the newest tested Python found, those of test-aot too
+test: $(VENV)/.installed-dev $(if $(filter tests,$(TESTS)),test-aot) ## the tests on the newest tested Python found, those of test-aot too; LONG=1: all
 	$(BUILD_KERNELS)
-	$(VENV)/bin/python -m pytest -n 2 $(TESTS)
+	$(VENV)/bin/python -m pytest -n 2 $(if $(LONG),,-m "not long") $(TESTS)
 
 test-aot: $(AOT)/.installed ## every kernel compiled for TPUs and for Hopper, without either
 	JAX_PLATFORMS=cpu JAX_ENABLE_COMPILATION_CACHE=false $(AOT)/bin/python -m pytest -n 2 $(AOT_TESTS)
 
 test-floor: $(FLOOR)/.installed-dev ## what depends on versions, on Python 3.11 and the oldest JAX, with torch as the oracle; ALL=1: all
-	$(FLOOR)/bin/python -m pytest -n 2 $(if $(ALL),,-m "not once") $(TESTS)
+	$(FLOOR)/bin/python -m pytest -n 2 $(if $(ALL),,-m "not once and not long") $(TESTS)
 
 lint: $(VENV)/.installed-dev ## ruff and pyrefly
 	$(VENV)/bin/ruff check .

@@ -40,6 +40,7 @@ def contents(directory):
     return {file.name: file.read_bytes() for file in sorted(directory.iterdir())}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", ["gptq", "autoround"])
 def test_killed_at_any_file(small_model, tmp_path, monkeypatch, method):
     """At each file that a write makes in turn: shards, states, the record of both, the manifest."""

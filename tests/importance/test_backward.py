@@ -62,6 +62,7 @@ def assert_same(got, windows):
         assert np.abs(gradients - expected).max() <= FLOAT64 * np.abs(expected).max(), path
 
 
+@pytest.mark.long
 @pytest.mark.once
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_are_those_of_the_model_in_one_piece(case):

@@ -16,7 +16,7 @@ from lq.models.source import InMemory
 from lq.numerics.spec import QuantSpec
 from lq.quantizers import PlannedSource, Recipe
 
-pytestmark = pytest.mark.once
+pytestmark = [pytest.mark.once, pytest.mark.long]
 
 # As many windows as two full batches: a batch of another size is another program, and rounds otherwise.
 WINDOWS = Windows(np.random.default_rng(0).integers(1, 90, (4, 12), np.int32), "random", "random")

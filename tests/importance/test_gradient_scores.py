@@ -73,6 +73,7 @@ def test_the_order_of_windows_does_not_matter(name):
     assert scored(source, name) == one, "to the bit"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", [name for name in SCORES if " " not in name])
 def test_experts(name):
     config, params = random_model("mixtral, untied")

@@ -52,6 +52,7 @@ def test_probes_are_right_on_average_for_each_of_several_arrays():
         assert np.var(found[name]) == pytest.approx(variance, rel=0.2)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("case", "loss"), [("llama, tied", "nll"), ("mixtral, untied", "kl")])
 def test_a_probe_is_the_difference_of_gradients_along_it(case, loss):
     """Central differences in float64, along some ten thousand signs: a step of 1e-6 moves by 1e-4 in all.
@@ -82,6 +83,7 @@ def test_a_probe_is_the_difference_of_gradients_along_it(case, loss):
     assert {path: found[1] for path, found in got.items()} == pytest.approx(expected, rel=1e-6, abs=1e-7 * largest)
 
 
+@pytest.mark.long
 def test_the_curvature_of_the_divergence_is_the_information():
     """v^T F v = sum over positions of the variance under p of v . d ln p / dW, which is never negative."""
     config, params = random_model("llama, untied")

@@ -125,6 +125,7 @@ def test_segments_are_units(segments):
     assert all(of_unit["int2-g32"] > of_unit["int4-g32"] > 0 for of_unit in found.costs.values())
 
 
+@pytest.mark.long
 def test_a_plan_of_segments_is_written_and_read(segments, small_model, tmp_path):
     source = open_checkpoint(small_model.path)
     given = {"bits": [2, 4], "group_size": 32, "unit": "segment", "segment_channels": 32, "draws": 2}

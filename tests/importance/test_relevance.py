@@ -49,6 +49,7 @@ def loss_with_larger_block(config, params, index, factor):
     return losses(head(config, params, h))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", CASES)
 def test_it_is_the_change_of_the_loss_with_what_is_written(case):
     """Central differences in float64: of a step of 1e-5 the third derivative leaves 1e-10, rounding 1e-10."""

@@ -174,7 +174,7 @@ def test_a_field_becomes_its_offset_plus_the_code(bits):
         assert (pattern.view(jnp.bfloat16).astype(float) == field.offset + codes).all()
 
 
-@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("bits", [1, 3, 4, 8])
 @pytest.mark.parametrize(
     ("zeros", "scales", "K", "group"),
     [("uint32", "bfloat16", 300, 64), ("float32", "float16", 300, 256), (None, "float32", 100, 100)],

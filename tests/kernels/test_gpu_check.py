@@ -14,6 +14,8 @@ import pytest
 
 from lq_kernels.gpu import OLDEST_JAX
 
+pytestmark = pytest.mark.once
+
 SCRIPT = Path(__file__).parents[2] / "kernels" / "bench" / "gpu_check.py"
 
 

@@ -168,6 +168,7 @@ def test_words_are_little_endian_along_tokens():
 # The packed part and the ring
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize(("length", "residual"), [(300, 128), (129, 128), (128, 128), (65, 32), (97, 40), (20, 32)])
 def test_oldest_tokens_are_rounded_and_newest_are_exact(bits, length, residual):
@@ -185,6 +186,7 @@ def test_oldest_tokens_are_rounded_and_newest_are_exact(bits, length, residual):
             assert (np.abs(got[:, :packed] - x[:, :packed]) <= scale / 2 + 4 * FLOAT32 * np.abs(x).max()).all()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("residual", [32, 50, 128])
 def test_how_the_text_is_cut_into_calls_changes_no_bit(residual):
     k, v = tokens_of(300)

@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 
 from lq_kernels import pack, packed_bits, plane_widths, unpack, words_along
 
+pytestmark = pytest.mark.once
+
 WIDTHS = range(1, 9)
 
 

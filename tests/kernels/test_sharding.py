@@ -4,7 +4,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from lq_kernels.cpu.library import library
+
+pytestmark = pytest.mark.once
 
 SCRIPT = Path(__file__).parent / "sharded_products.py"
 

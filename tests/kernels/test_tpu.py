@@ -165,6 +165,7 @@ def test_scaled_weights_are_rounded_once_each(bits, group, asymmetric, scale_dty
         assert error(y, x, rounded) < BOUND  # to the nearest, from the exact weight
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize(("rows", "turn"), [(80, 80), (96, 32), (32, 16), (48, 48)])
 def test_tiles_and_turns_of_rows_share_an_unpacked_strip(rows, turn, scaled, monkeypatch):
@@ -229,6 +230,7 @@ def test_extreme_codes_and_a_mean_that_cancels(bits, target):
     assert error(product(x, w, target), x, dense) < BOUND
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("bits", range(1, 9))
 @pytest.mark.parametrize("target", ["v4", "v5e", "v6e"])
 def test_codes_next_to_their_zeros_cost_what_the_offset_predicts(bits, target):
@@ -272,6 +274,7 @@ def test_a_bad_row_stays_alone(bad, target):
     assert error(y[rest], x[rest], dense) < BOUND
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("target", ["v4", "v5e", "v6e", "v6e-speed"])
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_restore_is_the_exact_inverse(bits, target):

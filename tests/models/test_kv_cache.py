@@ -159,6 +159,7 @@ def test_attention_equals_exact_attention_over_rounded_keys_and_values(
 # Decoding
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("case", "bits"), [("llama", 4), ("gemma3_text", 4), ("gpt2", 8), ("qwen3_moe", 4)])
 def test_decoding_equals_a_dense_cache_of_rounded_numbers(case, bits, recorded):
     """Token by token past several groups, for sliding windows, learned positions and routed blocks too."""
@@ -217,6 +218,7 @@ def test_decoding_equals_prefill_in_what_the_first_block_caches(recorded):
 PROMPTS = [random_tokens(1, length, seed=length)[0].tolist() for length in (230, 5, 130)]
 
 
+@pytest.mark.long
 def test_batch_equals_one_by_one(recorded):
     """Rows that differ in padding have their tokens in the same groups: prompts are padded to a multiple of G."""
     model = long_model(recorded, "llama")
@@ -267,6 +269,7 @@ def test_other_widths_are_a_mistake(recorded, bits):
 # The shipped model
 
 
+@pytest.mark.long
 def test_what_the_cache_costs_the_shipped_model():
     """Teacher-forced over shipped text, in pieces of 32 tokens. Measured token by token over 24 windows of 512: KL to
     the dense cache 9.0e-7 nats at 8 bits, 2.0e-4 at 4; perplexity 26.7499 dense, 26.7499 at 8 bits, 26.7569 at 4."""

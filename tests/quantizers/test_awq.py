@@ -268,6 +268,7 @@ def relative_weight(w: np.ndarray) -> np.ndarray:
 DIFFERENT = ["gemma2", "gpt2", "llama", "opt"]  # in their lines, norms or activations; with experts: mixtral
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("case", "duo"), [*((case, False) for case in DIFFERENT), ("mixtral", True)])
 def test_the_fold_gives_what_the_search_promised(case, duo):
     """In every family and line: the loss is no more than that of plain rounding, and rounding the folded block to

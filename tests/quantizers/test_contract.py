@@ -137,6 +137,7 @@ def test_eight_bits_lose_less_than_a_hundredth_of_the_outputs(method, symmetric)
     assert loss(spec, found(method, spec)) <= 0.01**2
 
 
+@pytest.mark.long
 @pytest.mark.once
 @ACCEPTED
 def test_under_jit(method, symmetric):
@@ -153,6 +154,7 @@ def test_under_jit(method, symmetric):
         assert losses[0] == pytest.approx(losses[1], rel=0.05)
 
 
+@pytest.mark.long
 @pytest.mark.once
 @ACCEPTED
 def test_a_stack_is_quantized_matrix_by_matrix(method, symmetric):
@@ -167,6 +169,7 @@ def test_a_stack_is_quantized_matrix_by_matrix(method, symmetric):
         assert_alike(method, jax.tree.map(lambda array: array[i], stacked), of_one)  # noqa: B023
 
 
+@pytest.mark.long
 @pytest.mark.once
 @ACCEPTED
 def test_the_short_last_group_is_as_if_it_were_alone(method, symmetric):

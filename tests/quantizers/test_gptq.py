@@ -279,6 +279,7 @@ def test_two_channels_by_hand():
 # What must hold
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize(
     ("bits", "symmetric", "group_size"),
@@ -295,6 +296,7 @@ def test_is_round_to_nearest_where_inputs_are_uncorrelated(bits, symmetric, grou
         np.testing.assert_array_equal(ours, theirs)
 
 
+@pytest.mark.long
 def test_the_block_is_a_matter_of_speed():
     weight, _, stats = layer(channels=256)
     spec = QuantSpec(bits=3, group_size=64)
@@ -516,6 +518,7 @@ def test_programs_do_not_grow_with_the_matrix(dynamic):
     assert sum(small.values()) > 100
 
 
+@pytest.mark.long
 def test_columns_over_eight_devices():
     script = Path(__file__).parent / "sharded_gptq.py"
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)

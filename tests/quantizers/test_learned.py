@@ -169,6 +169,7 @@ def test_inputs_that_are_zero_throughout_leave_round_to_nearest(method):
     assert_same(found, rounded(weight, spec, START[method]))
 
 
+@pytest.mark.long
 @each_method
 def test_a_stack_of_experts_is_learned_expert_by_expert(method):
     weight, spec = np.stack([random_weight(64, 6, seed=seed) for seed in (0, 1)]), QuantSpec(bits=3, group_size=32)
@@ -261,6 +262,7 @@ def test_a_block_is_reconstructed(method):
     assert how.before == pytest.approx(squared_error(CONFIG, start, specs_of()), rel=1e-4)
 
 
+@pytest.mark.long
 def test_a_mixture_of_experts_is_reconstructed():
     found, how = learn("autoround", ROUTED)
     assert found["moe/up_proj"][0].shape == (4, 64, 96)
@@ -303,6 +305,7 @@ def test_learning_that_does_harm_falls_back_on_the_start(method):
     assert worse.after == pytest.approx(squared_error(CONFIG, unguarded, specs_of()), rel=1e-4)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("method", "options"),
     [("adaquant", {}), ("flexround", {}), ("autoround", {"learning_rate": 50.0, "steps": 6})],
@@ -325,6 +328,7 @@ def test_with_a_low_rank_residual_what_is_measured_is_what_is_stored(method, opt
     np.testing.assert_allclose(ours, theirs, atol=0.03 * float(jnp.abs(theirs).max()))  # codes of 8 bits, ties apart
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", ["autoround", "adaquant"])
 def test_experts_that_are_held_stay_as_they_start(method):
     params, h, out = block(ROUTED)
@@ -408,6 +412,7 @@ def test_inputs_without_their_targets_are_refused():
 # Windows and options
 
 
+@pytest.mark.long
 def test_columns_over_eight_devices():
     script = Path(__file__).parent / "sharded_learned.py"
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)

@@ -249,6 +249,7 @@ BY_IMPORTANCE = {"options": QUANTIZERS.options("rtn", {"clip": "opt", "importanc
 BOTH = ["moe/down_proj", "moe/gate_proj"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("method", "fields", "told"),
     [

@@ -22,7 +22,7 @@ from lq.numerics.spec import QuantSpec
 from lq.quantizers import QUANTIZERS, Recipe, quantized_source
 from lq.quantizers.block import CalibratedBlock, dense
 
-pytestmark = pytest.mark.once
+pytestmark = [pytest.mark.once, pytest.mark.long]
 
 # All matrices have one shape, so that a method compiles once, with the 256 channels that widths of their own need.
 CONFIG = dataclasses.replace(llama_config(1, 256), intermediate_size=256, num_kv_heads=4, vocab_size=512)

@@ -42,6 +42,7 @@ def lost(source, plan):
     return evaluate(PlannedSource(source, plan.specs, Recipe()), WINDOWS, reference=reference, batch_size=2).kl
 
 
+@pytest.mark.long
 def test_what_is_found_loses_less_in_no_more_bits(source, plan):
     seen = []
     options = {"generations": 6, "offspring": 6, "survivors": [1], "batches": [2]}

@@ -45,6 +45,7 @@ def write(case: str, out, options: dict | None = None, **kwargs):
     return source
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", ["llama", "llama_linear", "mixtral", "qwen3_moe", "opt", "gpt2"])
 def test_it_is_read_back_as_it_was_in_memory(case, tmp_path):
     source = write(case, tmp_path / "q", EVERYWHERE)

@@ -190,6 +190,7 @@ def test_online_rotations_are_part_of_the_fingerprint():
 # Running rotated models
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["llama, tied", "opt, untied", "qwen3_moe, untied"])
 def test_steps_through_the_cache_equal_one_pass(name):
     config, params = rotated(name, **EVERYWHERE)
