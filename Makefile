@@ -27,7 +27,7 @@ test: $(VENV)/.installed-dev $(if $(filter tests,$(TESTS)),test-aot) ## the test
 	$(VENV)/bin/python -m pytest -n 2 $(if $(LONG),,-m "not long") $(TESTS)
 
 test-aot: $(AOT)/.installed ## every kernel compiled for TPUs and for Hopper, without either
-	JAX_PLATFORMS=cpu JAX_ENABLE_COMPILATION_CACHE=false $(AOT)/bin/python -m pytest -n 2 $(AOT_TESTS)
+	JAX_PLATFORMS=cpu JAX_ENABLE_COMPILATION_CACHE=false $(AOT)/bin/python -m pytest -n 2 $(if $(LONG),,-m "not long") $(AOT_TESTS)
 
 test-floor: $(FLOOR)/.installed-dev ## what depends on versions, on Python 3.11 and the oldest JAX, with torch as the oracle; ALL=1: all
 	$(FLOOR)/bin/python -m pytest -n 2 $(if $(ALL),,-m "not once and not long") $(TESTS)
