@@ -27,7 +27,7 @@ SAME_COMPILER, OTHER_COMPILER = 1.10, 1.5  # times the recorded cost
 SMALL = 1 << 16  # bytes of temporaries that are no copy of anything
 RECORD = json.loads(tpu_cost.RECORD.read_text(encoding="utf-8"))
 CASES = tpu_cost.cases()
-LONG = ("v4", "v5p")  # chips whose compiler takes what v5e's does, near enough
+LONG = ("v4", "v5p")  # an older chip, and one with the units of v5e
 
 
 @pytest.mark.parametrize(
