@@ -42,7 +42,7 @@ from lq.models.source import InMemory, Params, part_names
 from lq.numerics.segmented import is_packed
 from lq.pipeline import Pipeline
 from lq.progress import Progress
-from lq.quantizers import SCALINGS, Recipe, described, quantized_source
+from lq.quantizers import SCALINGS, described, quantized_source
 from lq.search import SEARCHES
 from lq.search import search as search_source
 from lq.transforms import transform as transform_params
@@ -166,7 +166,8 @@ def quantize(
     _check_windows(calibration, "calibration")
     if any(is_packed(leaf) for leaf in jax.tree.leaves(params, is_leaf=is_packed)):
         raise UserError("params: packed already; give the original model's")
-    recipe, progress = _recipe(method, options, scaling, bias_correction, propagate), Progress(quiet=quiet)
+    recipe = _pipeline(method, options, [], scaling, bias_correction, propagate).recipe
+    progress = Progress(quiet=quiet)
     source = quantized_source(
         InMemory(model.config, params), plan.specs, recipe, calibration, batch_size=batch_size, note=progress.note
     )
@@ -213,7 +214,7 @@ def quantize_checkpoint(
     """
     check_output(out, resume)
     _check_windows(calibration, "calibration")
-    pipeline = Pipeline.read(method, options, [*transforms, *_scalings(scaling)], bias_correction, propagate)
+    pipeline = _pipeline(method, options, transforms, scaling, bias_correction, propagate)
     source, progress = open_checkpoint(resolve_model(str(original))), Progress(quiet=quiet)
     _check_fits(plan, source.config)
     return pipeline.write(source, plan, Path(out), calibration, batch_size=batch_size, resume=resume, progress=progress)
@@ -251,7 +252,7 @@ def search(
     """
     _check_windows(calibration, "calibration")
     chosen = SEARCHES.options(method, options or {})
-    recipe = _recipe(quantizer, quantizer_options)
+    recipe = Pipeline.read(quantizer, quantizer_options).recipe
     with Progress(quiet=quiet).stage(f"search ({method})", chosen.generations) as step:
         return search_source(
             InMemory(model.config, params),
@@ -324,14 +325,15 @@ def save(
     """
     check_output(out)
     _check_windows(calibration, "calibration")
-    read = Pipeline.read(method, options, [*transforms, *_scalings(scaling)], bias_correction, propagate)
-    record = read.record(calibration, batch_size)
+    pipeline = _pipeline(method, options, transforms, scaling, bias_correction, propagate)
+    record = pipeline.record(calibration, batch_size)
     description = open_checkpoint(resolve_model(str(original))).path
     write_quantized(InMemory(model.config, qparams), plan, Path(out), quantizer=record, description=description)
 
 
-def _recipe(method: str, options, scaling=None, bias_correction: bool = False, propagate: bool | None = None) -> Recipe:
-    return Pipeline.read(method, options, _scalings(scaling), bias_correction, propagate).recipe
+def _pipeline(method: str, options, transforms, scaling, bias_correction: bool, propagate: bool | None) -> Pipeline:
+    """What the arguments that `quantize`, `quantize_checkpoint` and `save` share ask for."""
+    return Pipeline.read(method, options, [*transforms, *_scalings(scaling)], bias_correction, propagate)
 
 
 def _scalings(scaling: str | Mapping[str, Any] | None) -> list[str | Mapping[str, Any]]:

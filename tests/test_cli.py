@@ -348,6 +348,10 @@ def test_a_reference_that_does_not_fit(small_model, quantized, tmp_path, text_fi
         (("score", "MODEL", "--metric", "zd", "--calibration", "x"), "--calibration is given, but zd reads no text"),
         (("score", "MODEL", "--metric", "zd", "--out", "SCORES"), "a file; give a directory"),
         (("score", "MODEL", "--metric", "zd", "--metric", "zd", "--out", "s"), "--metric zd: given twice"),
+        (
+            ("score", "MODEL", "--metric", "zd", "--metric", "random", "--top", 9, "--out", "s"),
+            "--top 9: zd scores 3 units",
+        ),
         (("score", "MODEL", "--metric", "zd:side=two", "--out", "s"), "zd: unknown option 'side'"),
         (("score", "MODEL", "--metric", "lim", "--parts", 2, "--out", "s"), "--parts is given, but one score alone"),
         (("eval", "MODEL", "--json", "/"), "--json /: a directory; give a file"),

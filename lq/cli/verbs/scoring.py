@@ -59,6 +59,7 @@ def score(
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: a file; give a directory")
     source = open_checkpoint(resolve_model(model))
+    _check_top(top, metrics, source.config)
     windows = calibration_text(source, calibration, samples, length, seed) if reading else None
     texts = [windows, *parts_of(windows, parts)] if windows is not None and parts > 1 else [windows]
     results = {label: [] for label in metrics}
@@ -92,6 +93,22 @@ def _read(items: list[str], shared: dict) -> dict[str, tuple[str, dict]]:
     return read
 
 
+def _check_top(top: int | None, metrics: Mapping[str, tuple[str, dict]], config) -> None:
+    """Raises UserError for more units than a metric will score."""
+    from lq.cli import arguments
+    from lq.importance import METRICS
+    from lq.importance.units import units_of
+
+    for label, (name, options) in metrics.items():
+        given = METRICS.options(name, options)
+        unit = getattr(given, "unit", "block")
+        if unit == "segment":  # of which there are as many as the matrices' shapes allow
+            continue
+        count = len(units_of(config, arguments.unit(unit), tables=getattr(given, "tables", False)))
+        if top is not None and top > count:
+            raise UserError(f"--top {top}: {label} scores {count} units; write 1 to {count}")
+
+
 def _texts(name: str, texts: list) -> list:
     """The whole text and its parts; of a metric that reads none the first alone."""
     return texts if reads_text([name]) else texts[:1]
@@ -107,13 +124,13 @@ def _print_agreement(results: Mapping[str, list["Scores"]], top: int | None, see
     """Of every two scores of the same units; the whole text comes first in each list, then its parts."""
     from lq.importance.agreement import COVERED, agreement
 
-    rows, compared = [], 0
+    rows, apart = [], []
     for (a, first), (b, second) in itertools.combinations(results.items(), 2):
         if list(first[0].values) != list(second[0].values):
+            apart.append(f"{a} and {b} score different units and are not compared")
             continue
         parts = (first[1:] or first, second[1:] or second) if len(first) > 1 or len(second) > 1 else None
         found = agreement(first[0], second[0], parts, top=top, seed=seed)
-        compared = found.top
         spearman, common = f"{found.spearman:.3f}", f"{found.common} of {found.top}"
         if found.spearman_interval is not None and found.common_interval is not None:
             spearman += " ({:.3f} to {:.3f})".format(*found.spearman_interval)
@@ -121,8 +138,8 @@ def _print_agreement(results: Mapping[str, list["Scores"]], top: int | None, see
         rows.append([a, b, spearman, common])
     if rows:
         print()
-        print_table(["", "", "rank correlation", f"of the {compared} most important in common"], rows)
-        if any(len(found) > 1 for found in results.values()):
-            print(
-                f"in brackets {COVERED} % of a bootstrap over {max(map(len, results.values())) - 1} parts of the text"
-            )
+        print_table(["", "", "rank correlation", "most important in common"], rows)
+        if (count := max(map(len, results.values())) - 1) > 0:
+            print(f"in brackets {COVERED} % of a bootstrap over {count} parts of the text")
+    for line in apart:
+        print(line)
