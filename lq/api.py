@@ -212,6 +212,8 @@ def quantize_checkpoint(
       UserError: as for `quantize`; a plan of another model; an `out` that holds something else, or this without
         `resume`.
     """
+    if type(batch_size) is not int or batch_size < 1:
+        raise UserError(f"batch_size: {batch_size!r}; write a whole number from 1")
     check_output(out, resume)
     _check_windows(calibration, "calibration")
     pipeline = _pipeline(method, options, transforms, scaling, bias_correction, propagate)
@@ -359,6 +361,8 @@ def _dtype(model: Decoder):
 
 def _check_fits(plan: Plan, config: ModelConfig) -> None:
     """Shapes and not the fingerprint: parameters may have been loaded in another dtype than they were scored in."""
+    if not isinstance(plan, Plan):
+        raise UserError(f"plan: {plan!r} is no Plan; make one with lq.allocate, or read one with Plan.read")
     shapes = model_shapes(config)
     if plan.shapes != shapes:
         other = next(path for path in {**plan.shapes, **shapes} if plan.shapes.get(path) != shapes.get(path))

@@ -60,6 +60,8 @@ class Registry(Mapping[str, Method]):
     def options(self, name: str, given: Mapping[str, Any]):
         """The options of `name` with the `given` fields set. An unknown field or a wrong type is a `UserError`."""
         cls = self[name].options
+        if not isinstance(given, Mapping):
+            raise UserError(f"{self.kind} {name}: options {given!r}; write a mapping of names to values")
         fields = {f.name: f for f in dataclasses.fields(cls)}
         hints = typing.get_type_hints(cls)
         for key, value in given.items():

@@ -334,6 +334,17 @@ def test_a_reference_that_does_not_fit(small_model, quantized, tmp_path, text_fi
         (("allocate", "nowhere.json", "--bpw", "3"), "no such scores file"),
         (("allocate", "SCORES", "--bpw", "3", "--max-latency", "1"), "--latency and --max-latency go together"),
         (("allocate", "SCORES", "--bpw", "3", "--latency", "no.json", "--max-latency", "1"), "no such latency table"),
+        (("allocate", "SCORES", "--bpw", "3", "--option", "a=1", "--option", "a=2"), "a is given twice; leave one out"),
+        (("allocate", "SCORES", "--bpw", "3", "--option", "a=2020-13-45"), "2020-13-45 is not YAML"),
+        (
+            ("allocate", "SCORES", "--bpw", "3", "--latency", "x", "--max-latency", "1e300"),
+            "seconds; write a number such",
+        ),
+        (
+            ("allocate", "SCORES", "--bpw", "3", "--latency", "/", "--max-latency", "1"),
+            "/: a directory; give a JSON file",
+        ),
+        (("score", "MODEL", "--metric", "zd", "--metric", "zd:", "--out", "s"), "--metric zd:: given twice"),
         (("allocate", "SCORES", "--bpw", "3", "--option", "sed=1"), "allocator rank: unknown option 'sed'"),
         (("score", "MODEL", "--metric", "zd", "--option", "sides=["), "--option sides=[: [ is not YAML"),
         (("score", "MODEL", "--metric", "lim", "--option", "batch_size=0"), "batch_size: 0; write 1 or more"),

@@ -90,6 +90,8 @@ def allocate(
         does not exist, an argument of another type.
     """
     _check_types(bpw, nbytes, bits, spec, group_sizes, pins)
+    if latency is not None and not isinstance(latency, LatencyLimit):
+        raise UserError(f"latency: {latency!r} is no LatencyLimit; write LatencyLimit(table=path, seconds=0.02)")
     check_count(count)
     costs, spec = costs_for(scores, method, costs), spec or QuantSpec(bits=4)
     rules = [*pins, *table_pins(scores, embedding_bits, head_bits)]

@@ -19,6 +19,7 @@ from lq.allocation.problem import Choice, Problem
 from lq.errors import UserError
 
 NANOSECONDS = 10**9  # in a second
+MOST_SECONDS = 3600  # of one matrix, and of all: nanoseconds written as seconds, and sums beyond 64 bits, are refused
 GRAIN = 1e-6  # of a nanosecond: what writing a whole number of them as seconds may add
 
 
@@ -71,8 +72,10 @@ def read_latency(
         table = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such latency table; write one, matrix path -> option -> seconds") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a latency table ({error}); write matrix path -> option -> seconds") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: a directory; give a JSON file, matrix path -> option -> seconds") from None
     if not isinstance(table, dict) or not all(isinstance(of_matrix, dict) for of_matrix in table.values()):
         raise UserError(f"{path}: not a latency table; write matrix path -> option -> seconds")
     found = [
@@ -84,8 +87,9 @@ def read_latency(
 
 def limit_of(seconds: float) -> int:
     """A limit in nanoseconds, rounded down. Raises UserError unless it is a time."""
-    if not (isinstance(seconds, int | float) and math.isfinite(seconds) and seconds > 0):
-        raise UserError(f"latency: {seconds!r} seconds; write a positive number such as 0.02")
+    number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
+    if not (number and 1 / NANOSECONDS <= seconds <= MOST_SECONDS):
+        raise UserError(f"latency: {seconds!r} seconds; write a number such as 0.02, from 1e-9 to {MOST_SECONDS}")
     return math.floor(seconds * NANOSECONDS + GRAIN)
 
 
@@ -94,6 +98,6 @@ def _nanoseconds(path: Path, table: dict, matrix: str, option: str) -> int:
     seconds = table.get(matrix, {}).get(option)
     if seconds is None:
         raise UserError(f"{path}: no {option} of {matrix}; measure it, or leave the option out")
-    if type(seconds) not in (int, float) or not (math.isfinite(seconds) and seconds >= 0):
+    if type(seconds) not in (int, float) or not 0 <= seconds <= MOST_SECONDS:
         raise UserError(f"{path}: {option} of {matrix}: {seconds!r} is no time in seconds; measure it again")
     return math.ceil(seconds * NANOSECONDS - GRAIN)

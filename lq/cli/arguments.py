@@ -1,5 +1,6 @@
 """Text from the command line, read into the library's types. A mistake names the option it was made in."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -60,17 +61,19 @@ def settings(items: Sequence[str] | None, option: str = "--option") -> dict:
         key, separator, value = item.partition("=")
         if not separator:
             raise UserError(f"{option} {item}: write KEY=VALUE")
+        if key in read:
+            raise UserError(f"{option} {item}: {key} is given twice; leave one out")
         try:
             read[key] = yaml.safe_load(value)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError):  # the second for a date that there is not
             raise UserError(f"{option} {item}: {value} is not YAML; quote it if it is meant as text") from None
     return read
 
 
 def named(item: str, option: str) -> tuple[str, dict]:
-    """The name and the options of `NAME` or `NAME:KEY=VALUE,KEY=VALUE`."""
+    """The name and the options of `NAME` or `NAME:KEY=VALUE,KEY=VALUE`; commas in brackets belong to a value."""
     name, _, fields = item.partition(":")
-    return name, settings([field for field in fields.split(",") if field], f"{option} {name}:")
+    return name, settings([f for f in re.split(r",(?![^\[]*\])", fields) if f], f"{option} {name}:")
 
 
 def transforms(items: Sequence[str] | None) -> list[dict]:

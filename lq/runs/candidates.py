@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from lq.allocation import Plan, allocate
@@ -101,7 +102,7 @@ def _plan(x: Experiment, scores: Scores, spec: QuantSpec, bits: Sequence[int], b
     a = x.allocation
     deciding: dict[str, Any] = {}
     if budget is not None:
-        limit = a.latency and LatencyLimit(**a.latency.model_dump())
+        limit = a.latency and LatencyLimit(table=Path(a.latency.table), seconds=a.latency.seconds)
         deciding = {"method": a.method, "options": a.options, "costs": a.costs, "group_sizes": a.group_sizes}
         deciding |= {"bpw": budget, "latency": limit}
     return allocate(

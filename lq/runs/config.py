@@ -30,7 +30,6 @@ from pydantic import (
     ConfigDict,
     Field,
     NonNegativeInt,
-    PositiveFloat,
     PositiveInt,
     PrivateAttr,
     ValidationError,
@@ -40,6 +39,7 @@ from pydantic import (
 )
 
 from lq.allocation import ALLOCATORS
+from lq.allocation.latency import MOST_SECONDS
 from lq.errors import UserError
 from lq.importance import METRICS
 from lq.numerics.spec import QuantSpec
@@ -241,8 +241,8 @@ Orders = Annotated[list[OrderField], AfterValidator(_different)]
 class LatencySection(Section):
     """A second limit beside the budget, for what the matrices that are free take together."""
 
-    table: Path  # JSON, matrix -> option -> seconds
-    seconds: PositiveFloat
+    table: str  # a JSON file, matrix -> option -> seconds
+    seconds: Annotated[float, Field(gt=0, le=MOST_SECONDS)]
 
 
 class AllocationSection(Section):
@@ -384,7 +384,7 @@ def _override(data: dict, item: str) -> None:
         value = yaml.load(text, _Loader)
     except _Repeated as error:
         raise UserError(f"--set {item}: {error}") from None
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):  # the second for a date that there is not
         raise UserError(f"--set {item}: the value is not valid YAML") from None
     *parents, last = key.split(".")
     for parent in parents:

@@ -1,8 +1,10 @@
 """The models of a run are made under one convention: what is counted, how wide the tables are, what is pinned."""
 
+import json
 import math
 
 import pytest
+import yaml
 from pydantic import ValidationError
 from small_models import llama_config
 
@@ -10,7 +12,7 @@ from lq.errors import UserError
 from lq.importance import Scores
 from lq.models.matrices import model_shapes, other_weights
 from lq.runs.candidates import candidates, check_budgets
-from lq.runs.config import Experiment
+from lq.runs.config import Experiment, dump_experiment
 
 PINNED, DENSE = "block_1/mlp/down_proj", "block_2/attention/q_proj"
 
@@ -48,6 +50,23 @@ def test_budgets_are_checked_whatever_costs_go_by(costs):
     else:
         with pytest.raises(UserError, match=r"budgets\.0: 4\.5 bits per weight cannot be met"):
             check_budgets(finer, llama_config(hidden=128))
+
+
+def test_a_latency_limit_of_a_config(tmp_path):
+    """Is read, written back as YAML, and holds."""
+    config = llama_config(tied=False)
+    table = {path: {"int2-g64": 1e-6, "int4-g64": 2e-6} for path in model_shapes(config)}
+    (tmp_path / "times.json").write_text(json.dumps(table))
+    latency = {"table": str(tmp_path / "times.json"), "seconds": 30e-6}
+    x = experiment("blocks", method="knapsack", bits=[2, 4], latency=latency, budgets=[4.3], pins=[])
+    assert yaml.safe_load(dump_experiment(x))["allocation"]["latency"] == latency
+    check_budgets(x, config)
+    plan = planned(x)["zd @ 4.3"]
+    assert 0 < plan.provenance["seconds"] <= 30e-6
+    assert plan.bpw < 3.5, "the budget alone would allow 4.3"
+    for seconds in (0.0, float("inf"), float("nan")):
+        with pytest.raises(ValidationError, match="latency"):
+            experiment(latency={**latency, "seconds": seconds})
 
 
 def test_allocator_options_are_checked_with_the_config():

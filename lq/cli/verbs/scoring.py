@@ -1,6 +1,7 @@
 """`lq score`."""
 
 import itertools
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -86,7 +87,7 @@ def _read(items: list[str], shared: dict) -> dict[str, tuple[str, dict]]:
     read = {}
     for item in items:
         name, options = arguments.named(item, "--metric")
-        if item in read:
+        if (name, shared | options) in read.values():
             raise UserError(f"--metric {item}: given twice; leave one out")
         read[item] = name, shared | options
         METRICS.options(*read[item])
@@ -131,6 +132,9 @@ def _print_agreement(results: Mapping[str, list["Scores"]], top: int | None, see
             continue
         parts = (first[1:] or first, second[1:] or second) if len(first) > 1 or len(second) > 1 else None
         found = agreement(first[0], second[0], parts, top=top, seed=seed)
+        if math.isnan(found.spearman):
+            apart.append(f"{a} and {b} are not compared: one of them tells no units apart")
+            continue
         spearman, common = f"{found.spearman:.3f}", f"{found.common} of {found.top}"
         if found.spearman_interval is not None and found.common_interval is not None:
             spearman += " ({:.3f} to {:.3f})".format(*found.spearman_interval)
