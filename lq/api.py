@@ -335,6 +335,8 @@ def save(
 
 def _pipeline(method: str, options, transforms, scaling, bias_correction: bool, propagate: bool | None) -> Pipeline:
     """What the arguments that `quantize`, `quantize_checkpoint` and `save` share ask for."""
+    if isinstance(transforms, str | Mapping):
+        raise UserError(f"transforms: {transforms!r} is no list; write [{transforms!r}]")
     return Pipeline.read(method, options, [*transforms, *_scalings(scaling)], bias_correction, propagate)
 
 

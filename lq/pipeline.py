@@ -52,8 +52,6 @@ class Pipeline:
         """
         if propagate is not None and (options or {}).get("propagate", propagate) is not propagate:
             raise UserError(f"propagate: {str(propagate).lower()}, and another one as an option of {method}; keep one")
-        if isinstance(transforms, str | Mapping):
-            raise UserError(f"transforms: {transforms!r} is no list; write [{transforms!r}]")
         whole, scaling = [], None
         for given in transforms:
             name, fields = _named(given)

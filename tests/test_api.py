@@ -153,6 +153,11 @@ def test_a_checkpoint_is_quantized_from_disk_to_disk_and_gone_on_with(windows, s
         for name in ("memory", "disk")
     )
     assert disk == memory
+    for wrong, line in [({"transforms": "hadamard"}, "is no list"), ({"batch_size": "8"}, "whole number from 1")]:
+        with pytest.raises(UserError, match=line):
+            lq.quantize_checkpoint(small_model.path, plan, tmp_path / "other", **given, **wrong)
+    with pytest.raises(UserError, match=r"is no Plan; make one with lq\.allocate"):
+        lq.quantize_checkpoint(small_model.path, "plan.json", tmp_path / "other", **given)
     other = lq.uniform_plan(OTHER, SPEC)
     with pytest.raises(UserError, match="plan: made for another model"):
         lq.quantize_checkpoint(small_model.path, other, tmp_path / "other", **given)

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -70,7 +71,7 @@ def score(
                 results[label].append(score_source(source, name, text, options))
                 step(label)
     whole = {label: found[0] for label, found in results.items()}
-    files = {label: out / f"{label.replace(':', '_').replace(',', '_')}.json" for label in whole}
+    files = {label: out / f"{re.sub(r'[^\w.=-]+', '_', label)}.json" for label in whole}
     for label, scores in whole.items():
         scores.write(files[label])
     write_scores_figure(whole, out / "scores.png")
