@@ -71,7 +71,7 @@ def score(
                 results[label].append(score_source(source, name, text, options))
                 step(label)
     whole = {label: found[0] for label, found in results.items()}
-    files = {label: out / f"{re.sub(r'[^\w.=-]+', '_', label)}.json" for label in whole}
+    files = {label: out / (re.sub(r"[^\w.=-]+", "_", label) + ".json") for label in whole}
     for label, scores in whole.items():
         scores.write(files[label])
     write_scores_figure(whole, out / "scores.png")
