@@ -28,7 +28,7 @@ def catalogue(kind: str) -> list[list[str]]:
 
         sizes, dtypes = "|".join(map(str, GROUP_SIZES)), "|".join(SCALE_BITS)
         options = f"bits=1..8, group_size={sizes}|column, symmetric=True|False, scale_dtype={dtypes}, "
-        options += f"zero_dtype=None|{dtypes}, rank=0.., mixed=True|False"
+        options += f"zero_dtype=None|{dtypes}, rank=0.., mixed=True|False, by_energy=True|False"
         return [["int", "integer codes with a scale, and a zero point unless symmetric, per group", options]]
     if kind == "transforms":
         from lq.quantizers import SCALINGS

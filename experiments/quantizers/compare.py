@@ -46,6 +46,7 @@ class MethodSection(Section):
     zero_dtype: str | None = None
     rank: NonNegativeInt = 0
     mixed: bool = False
+    by_energy: bool = False
     bias_correction: bool = False
     rotated: bool = True  # with the rotation as well
 

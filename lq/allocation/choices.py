@@ -17,7 +17,7 @@ from lq.errors import UserError
 from lq.importance.scores import Scores
 from lq.importance.units import members, segment_of
 from lq.models.matrices import block_of
-from lq.numerics.spec import SEGMENT_BITS, QuantSpec, smallest_first
+from lq.numerics.spec import QuantSpec, smallest_first
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -126,10 +126,7 @@ def _matrix_size(shape: tuple[int, ...], spec: QuantSpec | None) -> int:
 
 
 def _size_in(unit: str, shape: tuple[int, ...], spec: QuantSpec) -> int:
-    """Bits that a matrix, or its segment that is the unit, takes under a spec.
-
-    Of the segments of a matrix that all get one width less is stored: the matrix is not cut then.
-    """
+    """Bits that a matrix, or its segment that is the unit, takes under a spec."""
     count = _parts_of(unit)
     if count == 1:
         return _matrix_size(shape, spec)
@@ -139,11 +136,11 @@ def _size_in(unit: str, shape: tuple[int, ...], spec: QuantSpec) -> int:
             "a smaller group size, or score with longer segments"
         )
     K, N = shape
-    return SEGMENT_BITS * (K // count) + spec.size_bits((K // count, N))
+    return spec.channel_bits(K) * (K // count) + spec.segment(spec.bits).size_bits((K // count, N))
 
 
 def _specs_of(chosen: Mapping[str, QuantSpec], paths: Mapping[str, list[str]]) -> dict[str, QuantSpec]:
-    """Path -> spec, from the option of every unit. Segments of several widths become one spec with `widths`."""
+    """Path -> spec, from the option of every unit. Segments of a matrix become one spec, with groups by energy."""
     found, segments = {}, defaultdict(dict)
     for unit, spec in chosen.items():
         if segment := segment_of(unit):
@@ -152,6 +149,6 @@ def _specs_of(chosen: Mapping[str, QuantSpec], paths: Mapping[str, list[str]]) -
             found |= dict.fromkeys(paths[unit], spec)
     for path, by_index in segments.items():
         widths = tuple(by_index[index].bits for index in range(len(by_index)))
-        same = dataclasses.replace(by_index[0], bits=max(widths))
-        found[path] = same if len(set(widths)) == 1 else dataclasses.replace(same, widths=widths)
+        one = len(set(widths)) == 1
+        found[path] = dataclasses.replace(by_index[0], bits=max(widths), by_energy=one, widths=None if one else widths)
     return found

@@ -13,7 +13,8 @@ A shard holds one part of the parameter tree. A dense leaf is stored under its p
                                  points have a dtype of their own; absent when symmetric
     mlp/up_proj/kernel:permutation, :widths     of a mixed matrix: uint16 [K], and uint8, the width of every run of 128
                                  channels; its codes are those of its segments one below the other, its zeros flat
-    mlp/up_proj/kernel:run       of a matrix whose plan gives widths, instead: uint8 [K], the run of every channel
+    mlp/up_proj/kernel:group     of a matrix with groups by energy, instead: uint8 [K], the group of every channel;
+                                 uint16 beyond 256 groups
     mlp/up_proj/kernel:left:codes, :left:scales, :right:codes, :right:scales     the factors of a low-rank residual
 
 The manifest is written last: a directory without one is an interrupted write, which `shards.json` lets the writer
@@ -86,13 +87,13 @@ def _segmented_tensors(path: str, leaf: SegmentedQTensor) -> dict[str, np.ndarra
         f"{path}:codes": np.concatenate(planes, axis=-2),
         f"{path}:scales": np.concatenate([np.asarray(segment.scales) for segment in leaf.segments], axis=-2),
     }
-    if leaf.spec.widths is None:
+    if leaf.spec.mixed:
         tensors |= {
             f"{path}:permutation": np.asarray(leaf.channels),
             f"{path}:widths": np.asarray(leaf.widths, np.uint8),
         }
     else:
-        tensors[f"{path}:run"] = np.asarray(leaf.channels)
+        tensors[f"{path}:group"] = np.asarray(leaf.channels)
     if not leaf.spec.symmetric:
         zeros = [np.asarray(plane).ravel() for segment in leaf.segments for plane in segment.zeros or ()]
         tensors[f"{path}:zeros"] = np.concatenate(zeros)
@@ -112,12 +113,13 @@ def from_tensors(tensors: dict[str, np.ndarray], specs: dict[str, tuple[QuantSpe
 
 def _from_segments(tensors, path: str, spec: QuantSpec, shape: tuple[int, ...]) -> SegmentedQTensor:
     """The inverse of `_segmented_tensors`. Raises ValueError for widths that are not those of the spec."""
-    widths = spec.widths or tuple(int(width) for width in tensors[f"{path}:widths"])
+    stored = tuple(int(width) for width in tensors[f"{path}:widths"]) if spec.mixed else None
+    widths = stored or spec.widths or (spec.bits,)
     try:
         check_widths(widths, spec, shape)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    channels = tensors[f"{path}:permutation" if spec.widths is None else f"{path}:run"]
+    channels = tensors[f"{path}:permutation" if spec.mixed else f"{path}:group"]
     N, segments, word, zero = shape[1], [], 0, 0
     for bits, first, stop in runs_of(widths, run_channels(spec, shape[0])):
         groups = slice(first // spec.group_length(shape[0]), stop // spec.group_length(shape[0]))
@@ -127,8 +129,8 @@ def _from_segments(tensors, path: str, spec: QuantSpec, shape: tuple[int, ...]) 
         if not spec.symmetric:
             shapes = [(groups.stop - groups.start, words_along(N, p)) for p in plane_widths(bits)]
             ends = np.cumsum([zero, *map(math.prod, shapes)])
-            stored = tensors[f"{path}:zeros"]
-            zeros = tuple(jnp.asarray(stored[a:b].reshape(s)) for a, b, s in zip(ends, ends[1:], shapes, strict=False))
+            flat = tensors[f"{path}:zeros"]
+            zeros = tuple(jnp.asarray(flat[a:b].reshape(s)) for a, b, s in zip(ends, ends[1:], shapes, strict=False))
             zero = int(ends[-1])
         scales = jnp.asarray(tensors[f"{path}:scales"][groups])
         segments.append(QTensor(planes, scales, zeros, spec.segment(bits), (stop - first, N)))
@@ -136,7 +138,7 @@ def _from_segments(tensors, path: str, spec: QuantSpec, shape: tuple[int, ...]) 
 
 
 def _from_packed(tensors, path: str, spec: QuantSpec, shape: tuple[int, ...]) -> Packed:
-    if spec.mixes(shape) or spec.widths is not None:
+    if spec.mixes(shape) or spec.orders(shape):
         return _from_segments(tensors, path, spec, shape)
     widths = plane_widths(spec.bits)
     zeros = None if spec.symmetric else jnp.asarray(tensors[f"{path}:zeros"])
@@ -161,7 +163,7 @@ def expected_tensors(shapes: dict[str, tuple[int, ...]], specs: dict[str, tuple[
     expected = dict(shapes)
     for path, (spec, shape) in specs.items():
         *lead, K, N = shape
-        if spec.widths is not None:
+        if spec.orders(shape):
             expected |= _expected_segments(path, spec, shape)
             continue
         widths = plane_widths(spec.bits)
@@ -182,14 +184,15 @@ def expected_tensors(shapes: dict[str, tuple[int, ...]], specs: dict[str, tuple[
 
 
 def _expected_segments(path: str, spec: QuantSpec, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of the tensors of a matrix whose plan gives widths."""
+    """Name -> shape of the tensors of a matrix with groups by energy."""
+    widths = spec.widths or (spec.bits,)
     spec.check_segments(shape)
-    (K, N), planes = shape, [plane for bits in spec.widths or () for plane in plane_widths(bits)]
+    (K, N), planes = shape, [plane for bits in widths for plane in plane_widths(bits)]
     run = run_channels(spec, K)
     found: dict[str, tuple[int, ...]] = {
         f"{path}:codes": (sum(words_along(run, plane) for plane in planes), N),
         f"{path}:scales": (spec.num_groups(K), N),
-        f"{path}:run": (K,),
+        f"{path}:group": (K,),
     }
     if not spec.symmetric:
         found[f"{path}:zeros"] = (spec.num_groups(run) * sum(words_along(N, plane) for plane in planes),)

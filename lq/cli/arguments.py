@@ -30,6 +30,7 @@ PLAN = (  # the options that decide a plan when none is given
         "zero_dtype",
         "rank",
         "mixed",
+        "by_energy",
         "pin",
     ),
     *("embedding_bits", "head_bits", "count", "latency", "max_latency", "metric"),
@@ -110,7 +111,7 @@ def group_sizes(text: str) -> list[int | None]:
 
 def spec(given: Mapping[str, Any]) -> QuantSpec:
     """The spec all matrices share but for their width, and for their group size where there are several."""
-    same = ("symmetric", "scale_dtype", "zero_dtype", "rank", "mixed")
+    same = ("symmetric", "scale_dtype", "zero_dtype", "rank", "mixed", "by_energy")
     return QuantSpec(bits=8, group_size=group_sizes(given["group_size"])[0], **{name: given[name] for name in same})
 
 

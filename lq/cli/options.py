@@ -38,6 +38,10 @@ Mixed = Annotated[
     bool,
     typer.Option("--mixed", help="Widths of their own for runs of 128 input channels, the plan's on average (BAQ)."),
 ]
+ByEnergy = Annotated[
+    bool,
+    typer.Option("--by-energy", help="Groups of channels in the order of their energy, not of neighbours (GPTQ)."),
+]
 Transforms = Annotated[
     list[str] | None,
     typer.Option("--transform", help="NAME or NAME:KEY=VALUE,..., see lq list transforms; repeat in order."),

@@ -18,9 +18,9 @@ where row k of C is R_kk times what was left over when channel k was rounded. So
 times row k of C: a triangular solve for each matrix and window. The parts of a matrix sum to the whole.
 
 Prices of one segment hold whatever widths the others get where what is left over goes by the width of its own channel.
-That is so of rounding for itself. It is not of GPTQ as it rounds segments today (`lq.quantizers.runs`): ranges are
-those of the original weights, what the last channels have to make up for leaves them, and a plan priced so was worse
-than one width for all. Segments are therefore priced for rtn alone.
+That is so of rounding for itself, and nearly so of GPTQ where the range of a group is found when the sweep comes to it
+(`lq.quantizers.runs`). With ranges of the original weights it is not: what the last channels have to make up for leaves
+them, and a plan priced so was worse than one width for all.
 """
 
 import dataclasses
@@ -46,10 +46,8 @@ from lq.importance.units import segment_name, units_of
 from lq.models.matrices import matrices
 from lq.models.source import ParameterSource
 from lq.quantizers.apply import quantize_matrix
-from lq.quantizers.gptq import GPTQFactor, energy
-from lq.quantizers.runs import by_energy, round_runs, sweep_runs
-
-SWEEPING = ("gptq", "rsq", "baq")
+from lq.quantizers.gptq import GPTQFactor, GPTQOptions
+from lq.quantizers.runs import round_widths, sweep_widths
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,13 +68,14 @@ class PredictedOptions(QuantizedOptions):
             self._check_segments()
 
     def _check_segments(self):
-        if self.method in SWEEPING:
+        if self.method not in ("rtn", "gptq"):
+            raise UserError(f"unit: segment, but no segments of {self.method} are priced; write method rtn or gptq")
+        method = self.recipe.options
+        if isinstance(method, GPTQOptions) and (method.static_groups or not method.act_order):
             raise UserError(
-                f"unit: segment, but the ranges of {self.method} are found before its sweep, and what later segments "
-                "make up for leaves them: prices at one width do not hold for mixtures; write method rtn"
+                "unit: segment, but with ranges of the original weights what later segments make up for leaves them, "
+                "and prices at one width do not hold for mixtures; leave out static_groups and act_order"
             )
-        if self.method != "rtn":
-            raise UserError(f"unit: segment, but {self.method} rounds none for itself; write method rtn")
         if len(self.group_sizes) > 1 or self.group_sizes[0] is None:
             raise UserError("group_size: the segments of a matrix share one, and hold whole groups; write one number")
         if self.segment_channels < 32 or self.segment_channels % max(32, self.group_sizes[0]):
@@ -168,17 +167,15 @@ class SegmentErrors:
         if count == 1:
             made = [quantize_matrix(weight, prepared, spec, options.method, options.recipe.options) for spec in specs]
             return jnp.stack([tensor.dequantize() - weight for tensor in made])
-        swept = isinstance(prepared, GPTQFactor)
-        energies = energy(prepared) if swept else stats.square
-        permutation = by_energy(energies, len(weight) // count)
-        found = []
-        for spec in specs:
-            widths = np.full(count, spec.bits, np.int32)
-            given = (weight, prepared if swept else energies, permutation, widths, spec.segment(8))
-            found.append((sweep_runs if swept else round_runs)(*given, options.recipe.options)[-1])
-        order = prepared.order if swept else jnp.arange(len(weight))
-        upper = prepared.upper if swept else None
-        return _attributed(order, upper, jnp.stack(found), permutation, count)
+        method, cuts = options.recipe.options, [dataclasses.replace(spec, by_energy=True) for spec in specs]
+        if isinstance(prepared, GPTQFactor):
+            found = [sweep_widths(weight, prepared, spec, method) for spec in cuts]
+            order, upper = prepared.order, prepared.upper
+        else:
+            found = [round_widths(weight, stats.square, spec, method) for spec in cuts]
+            order, upper = jnp.arange(len(weight)), None
+        permutation = found[0][0]  # the order of energy, whatever the width
+        return _attributed(order, upper, jnp.stack([difference for *_, difference in found]), permutation, count)
 
 
 @functools.partial(jax.jit, static_argnames="count")

@@ -1,12 +1,13 @@
-"""`SegmentedQTensor`: a packed weight whose input channels, once permuted, fall into runs of different widths.
+"""`SegmentedQTensor`: a packed weight whose input channels are permuted, in runs of one width or several.
 
-Invariants, for a logical shape `[K, N]` and a spec that mixes it (`QuantSpec.mixes`) or gives its `widths`:
+Invariants, for a logical shape `[K, N]` and a spec that mixes it (`QuantSpec.mixes`) or orders it (`QuantSpec.orders`):
 - `segments` are `QTensor`s of whole runs, neighbours of equal width joined, one below the other;
-- a run has 128 channels where the spec is mixed, and K over the number of widths where they are given;
+- a run has 128 channels where the spec is mixed, and K over the number of widths where they are given, one otherwise;
 - `widths` has the width of every run; of a mixed spec their mean is `spec.bits`, so that the codes take the bits of a
   matrix of one width;
-- row i of the segments is input channel `permutation[i]`. Of a mixed spec that is stored, uint16 `[K]`; where widths
-  are given, only the run that every channel is in is, uint8 `[K]`: within a run channels keep their order.
+- row i of the segments is input channel `permutation[i]`. Of a mixed spec that is stored, uint16 `[K]`; where groups
+  are by energy, only the group that every channel is in is, uint8 `[K]`, uint16 beyond 256 groups: within a group
+  channels keep their order.
 
 What a linear map does with it is x[..., permutation] @ segments; nothing is permuted back.
 """
@@ -30,7 +31,7 @@ class SegmentedQTensor:
     """See the module's docstring for the invariants. Build one with `from_segments`."""
 
     segments: tuple[QTensor, ...]
-    channels: Array  # the permutation, uint16 [K], or the run of every channel, uint8 [K]
+    channels: Array  # [K]: the permutation, uint16, or the group of every channel, uint8 or uint16
     spec: QuantSpec = flax.struct.field(pytree_node=False)
     shape: tuple[int, ...] = flax.struct.field(pytree_node=False)
 
@@ -45,21 +46,22 @@ class SegmentedQTensor:
         """Packs.
 
         Args:
-          permutation: `[K]`: which input channel each row of the segments is; ascending within each run where the spec
-            gives widths.
+          permutation: `[K]`: which input channel each row of the segments is; ascending within each group where groups
+            are by energy.
           segments: one below the other, width, codes, scales and zeros of each as `QTensor.from_codes` takes them.
             Their widths are those that the spec gives, or `spec.bits` a code on average.
-          spec: a mixed spec, or one with widths.
+          spec: one that mixes or orders the shape.
           shape: `[K, N]`.
         """
         packed = tuple(
             QTensor.from_codes(codes, scales, zeros, spec.segment(bits)) for bits, codes, scales, zeros in segments
         )
-        if spec.widths is None:
+        if spec.mixed:
             channels = permutation.astype(jnp.uint16)
         else:
-            run = jnp.arange(shape[0]) // run_channels(spec, shape[0])
-            channels = jnp.zeros(shape[0], jnp.uint8).at[permutation].set(run.astype(jnp.uint8))
+            dtype = jnp.dtype(f"uint{spec.channel_bits(shape[0])}")
+            group = (jnp.arange(shape[0]) // spec.group_length(shape[0])).astype(dtype)
+            channels = jnp.zeros(shape[0], dtype).at[permutation].set(group)
         tensor = cls(packed, channels, spec, shape)
         check_widths(tensor.widths, spec, shape)
         return tensor
@@ -71,7 +73,7 @@ class SegmentedQTensor:
     @property
     def permutation(self) -> Array:
         """Which input channel each row of the segments is, int32 `[K]`."""
-        if self.spec.widths is None:
+        if self.spec.mixed:
             return self.channels.astype(jnp.int32)
         return jnp.argsort(self.channels, stable=True).astype(jnp.int32)
 
@@ -85,7 +87,7 @@ class SegmentedQTensor:
     def nbytes(self) -> int:
         """Bytes of every array, a byte for the width of each mixed run included; `spec.size_bits(shape) / 8`."""
         arrays = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
-        return arrays + (len(self.widths) if self.spec.widths is None else 0)
+        return arrays + (len(self.widths) if self.spec.mixed else 0)
 
     @property
     def scales(self) -> Array:
@@ -103,13 +105,14 @@ class SegmentedQTensor:
 
 def run_channels(spec: QuantSpec, in_features: int) -> int:
     """Input channels of a run."""
-    return SEGMENT_CHANNELS if spec.widths is None else in_features // len(spec.widths)
+    return SEGMENT_CHANNELS if spec.mixed else in_features // len(spec.widths or (spec.bits,))
 
 
 def check_widths(widths: Sequence[int], spec: QuantSpec, shape: tuple[int, ...]) -> None:
     """Raises ValueError unless runs of these widths are a matrix of that spec and shape."""
-    if spec.widths is not None:
-        fits = spec.segmentable(shape, len(spec.widths)) and tuple(widths) == spec.widths
+    if not spec.mixed:
+        given = spec.widths or (spec.bits,)
+        fits = spec.orders(shape) and spec.segmentable(shape, len(given)) and tuple(widths) == given
     else:
         whole = len(widths) * SEGMENT_CHANNELS == shape[0]
         fits = spec.mixes(shape) and whole and sum(widths) == spec.bits * len(widths)

@@ -8,8 +8,12 @@ and, when asymmetric, one zero point:
 A zero point is a code of the same width, or a number of `zero_dtype`, fractions included (HQQ's). The sum is a
 low-rank residual (LoRC, arXiv 2303.08302), there when `rank` is above zero; its factors are themselves packed, in 8
 bits. A `mixed` matrix has widths of its own for every run of 128 input channels, `bits` on average, after a permutation
-of the channels (`lq.numerics.segmented`); one that cannot be cut so is not mixed. With `widths` a plan says them: the
-channels, those of most energy first, are cut into as many segments of equal length.
+of the channels (`lq.numerics.segmented`); one that cannot be cut so is not mixed.
+
+`by_energy`, the groups are not of neighbours: the first has the channels of most energy, and so on, and the group of
+every channel is stored. So a quantizer that rounds channels in that order, GPTQ with act-order, meets every group
+whole. A matrix without several whole groups keeps those of neighbours. With `widths` a plan gives widths to such
+groups: the channels, those of most energy first, are cut into as many segments of equal length.
 
 Sizes counted here are sizes on disk and on the device: codes in whole uint32 words (`lq_kernels.packing`), scales in
 their dtype, zero points as codes packed along the output axis or in their dtype, the factors of the residual with their
@@ -27,7 +31,7 @@ SCALE_BITS = {"bfloat16": 16, "float16": 16, "float32": 32}
 GROUP_SIZES = (32, 64, 128, 256)
 SEGMENT_CHANNELS = 128  # input channels of a mixed matrix that share a width; those of `lq_kernels`
 PERMUTATION_BITS, WIDTH_BITS = 16, 8  # stored per channel and per run of a mixed matrix
-SEGMENT_BITS = 8  # stored per channel where a plan gives widths: the number of its segment
+MOST_SEGMENTS = 256  # of a matrix whose plan gives widths
 LEAST_SEGMENT = 32  # channels: what any width packs into whole words
 
 
@@ -46,6 +50,7 @@ class QuantSpec:
     zero_dtype: str | None = None  # of zero points that need not be whole; None: they are codes of `bits` bits
     rank: int = 0  # of the low-rank residual, 0: none
     mixed: bool = False  # runs of 128 input channels have widths of their own, `bits` on average
+    by_energy: bool = False  # groups of channels in the order of their energy, not of neighbours
     # Of the segments of the input channels, most energy first; `bits` is the largest of them. None: one width.
     widths: tuple[int, ...] | None = None
 
@@ -76,23 +81,35 @@ class QuantSpec:
             raise UserError(
                 f"mixed: runs of {SEGMENT_CHANNELS} channels hold no whole group; write group_size 32, 64 or 128"
             )
-
+        if not isinstance(self.by_energy, bool):
+            raise UserError(f"by_energy: {self.by_energy!r}; write true or false")
         if self.widths is not None:
             self._check_widths()
+        if self.ordered:
+            self._check_order("by_energy" if self.by_energy else "widths")
 
     def _check_widths(self):
         widths = self.widths or ()
         if not isinstance(self.widths, tuple) or any(type(b) is not int or b not in range(1, 9) for b in widths):
             raise UserError(f"widths: {self.widths!r}; write whole numbers from 1 to 8, such as (4, 3, 2, 2)")
-        if not 2 <= len(widths) <= 1 << SEGMENT_BITS or self.bits != max(widths):
+        if not 2 <= len(widths) <= MOST_SEGMENTS or self.bits != max(widths):
             raise UserError(
                 f"widths: {widths} and bits {self.bits}; write 2 to 256 widths, and bits the largest of them"
             )
+        if self.by_energy:
+            raise UserError("widths: segments are by energy in any case; leave out by_energy")
+
+    def _check_order(self, field: str):
         for name in ("rank", "zero_dtype", "mixed"):
             if getattr(self, name):
-                raise UserError(f"widths: of segments of channels do not go with {name}; leave one out")
+                raise UserError(f"{field}: groups of channels by their energy do not go with {name}; leave one out")
         if self.group_size is None:
-            raise UserError("widths: segments hold whole groups; write a group_size, such as 64")
+            raise UserError(f"{field}: a column is one group, without an order; write a group_size, such as 64")
+
+    @property
+    def ordered(self) -> bool:
+        """Whether groups are of channels in the order of their energy, in a matrix where they can be."""
+        return self.by_energy or self.widths is not None
 
     @property
     def code_bits(self) -> float:
@@ -123,7 +140,7 @@ class QuantSpec:
         if self.widths is not None:
             self.check_segments(shape)
             part = K // len(self.widths), N
-            return SEGMENT_BITS * K + sum(self.segment(bits).size_bits(part) for bits in self.widths)
+            return self.channel_bits(K) * K + sum(self.segment(bits).size_bits(part) for bits in self.widths)
         stack, groups = math.prod(lead), self.num_groups(K)
         scales = stack * groups * N * SCALE_BITS[self.scale_dtype]
         # Zero points that are codes are packed along N: transposed, N is the axis that is cut into words.
@@ -133,6 +150,8 @@ class QuantSpec:
         if self.mixes(shape):
             # As many bits in codes and zero points as without: widths average to `bits`. And what says which is which.
             scales += PERMUTATION_BITS * K + WIDTH_BITS * (K // SEGMENT_CHANNELS)
+        if self.orders(shape):
+            scales += self.channel_bits(K) * K
         residual = sum(factor.size_bits(factor_shape) for factor, factor_shape in self.residual(shape))
         return packed_bits(shape, self.bits) + scales + (0 if self.symmetric else zeros) + residual
 
@@ -143,7 +162,17 @@ class QuantSpec:
 
     def segment(self, bits: int) -> "QuantSpec":
         """The spec of a segment of that width: all that is the same, of one width."""
-        return dataclasses.replace(self, bits=bits, mixed=False, widths=None)
+        return dataclasses.replace(self, bits=bits, mixed=False, by_energy=False, widths=None)
+
+    def orders(self, shape: tuple[int, ...]) -> bool:
+        """Whether the groups of a weight of `shape` are by energy: where that is asked for, and there are several."""
+        return self.widths is not None or (
+            self.by_energy and self.segmentable(shape, 1) and self.num_groups(shape[0]) > 1
+        )
+
+    def channel_bits(self, in_features: int) -> int:
+        """Stored per channel where groups are by energy: the number of its group."""
+        return 8 if self.num_groups(in_features) <= 256 else 16
 
     def segmentable(self, shape: tuple[int, ...], count: int) -> bool:
         """Whether a weight of `shape` can be cut along its inputs into `count` segments of whole groups and words."""
@@ -152,7 +181,7 @@ class QuantSpec:
 
     def check_segments(self, shape: tuple[int, ...]) -> None:
         """Raises UserError for a weight that cannot be cut into the segments that `widths` are of."""
-        count = len(self.widths or ())
+        count = len(self.widths or (self.bits,))
         if not self.segmentable(shape, count):
             raise UserError(
                 f"widths: a matrix {list(shape)} has no {count} segments of whole groups of {self.group_size} input "
@@ -194,6 +223,7 @@ class QuantSpec:
         group = "column" if self.group_size is None else f"g{self.group_size}"
         zeros = "-sym" if self.symmetric else f"-zero {self.zero_dtype}" if self.zero_dtype else ""
         more = (f"-rank {self.rank}" if self.rank else "") + ("-mixed" if self.mixed else "")
+        more += "-by energy" if self.by_energy else ""
         width = self.bits if self.widths is None else ".".join(map(str, self.widths))
         return f"{self.format}{width}-{group}{zeros}{more}"
 

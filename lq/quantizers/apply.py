@@ -21,7 +21,7 @@ from lq.numerics.segmented import Packed, SegmentedQTensor, is_packed
 from lq.numerics.spec import QuantSpec
 from lq.quantizers.low_rank import with_residual
 from lq.quantizers.placement import Place, back
-from lq.quantizers.recipe import WIDTHS_REFUSED, Recipe
+from lq.quantizers.recipe import ORDER_REFUSED, Recipe
 from lq.quantizers.registry import QUANTIZERS
 
 
@@ -39,30 +39,30 @@ def quantize_matrix(
       method, options: a name in `QUANTIZERS` and its options.
       hessian: what a low-rank residual minimizes the error in; None: all weights count alike.
     """
-    plain = dataclasses.replace(spec, rank=0)
+    # A matrix that is here has neither: it cannot be mixed or ordered where its spec says so.
+    plain = dataclasses.replace(spec, rank=0, by_energy=False)
     codes, scales, zeros = QUANTIZERS[method].function(weight.astype(jnp.float32), stats, plain, options)
-    tensor = QTensor.from_codes(codes, scales, zeros, plain)
+    tensor = QTensor.from_codes(codes, scales, zeros, dataclasses.replace(spec, rank=0))
     return with_residual(tensor, weight, spec.rank, hessian) if spec.rank else tensor
 
 
 def quantize_leaf(weight: Array, stats: InputStats | None, prepared: Any, spec: QuantSpec, recipe: Recipe) -> Packed:
     """One weight packed, its low-rank residual included. `prepared` is what the method's `prepare` made of `stats`."""
-    if spec.widths is not None or spec.mixes(weight.shape):
+    if spec.orders(weight.shape) or spec.mixes(weight.shape):
         return segmented_matrix(weight, prepared, spec, recipe)
     hessian = stats.hessian if stats is not None and spec.rank else None
     return quantize_matrix(weight, prepared, spec, recipe.method, recipe.options, hessian)
 
 
 def segmented_matrix(weight: Array, prepared: Any, spec: QuantSpec, recipe: Recipe) -> SegmentedQTensor:
-    """One weight with runs of channels of several widths, packed: those of the spec, or those that the method chooses.
+    """One weight with its channels permuted, packed, in runs with widths of the spec, or that the method chooses.
 
     Which channels get which width depends on the numbers, so this is not one program.
     """
-    planned, method = spec.widths is not None, recipe.quantizer
-    function = method.widths if planned else method.segments
+    function = recipe.quantizer.widths if spec.ordered else recipe.quantizer.segments
     if function is None:
         chosen = "cannot choose widths for runs of channels; write baq, or leave out mixed"
-        raise UserError(f"{recipe.method}: {WIDTHS_REFUSED if planned else chosen}")
+        raise UserError(f"{recipe.method}: {ORDER_REFUSED if spec.ordered else chosen}")
     permutation, found = function(weight.astype(jnp.float32), prepared, spec, recipe.options)
     return SegmentedQTensor.from_segments(permutation, found, spec, weight.shape)
 

@@ -52,13 +52,13 @@ class BAQOptions(GPTQOptions):
         if not 0.0 < self.slope < float("inf"):
             self._refuse("slope", self.slope, "a number above 0, such as 1.6")
 
-    def resolve(self, spec: QuantSpec) -> str:
-        """The convention for `spec`. Raises UserError when an option contradicts the spec or another option."""
-        if spec.mixed and not self.static_groups:
+    def check(self, spec: QuantSpec) -> None:
+        """Raises UserError when an option contradicts the spec or another option."""
+        if spec.mixed and self.static_groups is False:
             raise UserError("baq: the ranges of a mixed spec are found before the sweep; write static_groups true")
         if spec.mixed and not self.low <= spec.bits <= self.high:
             raise UserError(f"baq: {spec.bits} bits of runs from {self.low} to {self.high}; write other low and high")
-        return super().resolve(spec)
+        super().check(spec)
 
 
 def baq(weight: Float[Array, "... K N"], stats: InputStats | GPTQFactor, spec: QuantSpec, options: BAQOptions):
@@ -91,7 +91,7 @@ def baq_segments(weight: Float[Array, "K N"], stats: InputStats | GPTQFactor, sp
     """
     if not spec.mixes(weight.shape):
         raise ValueError(f"{spec} does not mix a matrix {weight.shape}")
-    options.resolve(spec)
+    options.check(spec)
     factor = stats if isinstance(stats, GPTQFactor) else factorize(stats, options)
     losses, error = channel_losses(weight, factor, spec, options)
     losses = np.asarray(losses, np.float64)

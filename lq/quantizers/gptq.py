@@ -3,16 +3,20 @@
 The inputs x of a matrix enter through their second moment H, the sum of x x^T. It is damped and factored once for every
 matrix that reads the same inputs (`factorize`); `lq.quantizers.sweep` has the sweep itself and its derivation.
 
-With `act_order` the channels of most energy H_kk are rounded first, while all others can still make up for them. Ranges
-are found on the original weights (`static_groups`), so that a group stays a run of neighbouring channels in any order.
+With `act_order` the channels of most energy H_kk are rounded first, while all others can still make up for them. A
+group that is a run of neighbouring channels is then met in pieces, so that its range is found on the original weights
+(`static_groups`).
 
-Without both, the ranges of all groups that begin in one block of the sweep are found when it comes to that block, on
-the weights as the channels before have left them. That is when Frantar's code finds them too: of groups shorter than
-the block, those after the first do not see what happens within it. `block=1` finds each as late as can be.
+Where the sweep meets a group whole, in natural order, or in act-order where a plan gives widths and the groups are
+those of the sweep (`lq.quantizers.runs`), the ranges of all groups that begin in one block of the sweep are found when
+it comes to that block, on the weights as the channels before have left them. That is when Frantar's code finds them
+too: of groups shorter than the block, those after the first do not see what happens within it. Its block is 128; here
+it is one group unless `block` says otherwise, and each range is found as late as can be.
 """
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import ClassVar
 
 import flax.struct
@@ -27,6 +31,7 @@ from lq.quantizers.cholesky import cholesky
 from lq.quantizers.rtn import RangeOptions, find_ranges, round_to_codes, split_groups, stored_zeros
 from lq.quantizers.sweep import Grid, GridOf, fixed_grid, sweep
 
+BLOCK = 128  # channels
 DAMPING_TRIES = 10  # each ten times the one before
 LEAST_RETRY = 1e-4  # of the mean diagonal: where no damping was asked for, what is tried next
 
@@ -39,8 +44,11 @@ class GPTQOptions(RangeOptions):
 
     damping: float = 0.01  # added to the diagonal of H, as a share of its mean
     act_order: bool = True  # channels of large H_kk first
-    static_groups: bool = True  # ranges of the original weights, not of the compensated ones
-    block: int = 128  # channels between two products with all finished ones; matters to dynamic groups only
+    # Ranges of the original weights, not of the compensated ones. None: only where the sweep meets groups in pieces.
+    static_groups: bool | None = None
+    # Channels between two products with all finished ones. None: 128, and one group where ranges are found in the
+    # sweep, each then as late as can be.
+    block: int | None = None
     # For the driver. The inputs of a matrix are what the quantized matrices before it in its block give, and those of a
     # block what the quantized blocks before it give; false: what the original ones give.
     true_sequential: bool = True
@@ -49,20 +57,37 @@ class GPTQOptions(RangeOptions):
     def __post_init__(self):
         if not 0.0 <= self.damping < float("inf"):
             self._refuse("damping", self.damping, "a share of the mean diagonal, such as 0.01")
-        if self.block < 1:
-            self._refuse("block", self.block, "a number of channels, such as 128")
+        if self.block is not None and self.block < 1:
+            self._refuse("block", self.block, "a number of channels, such as 128, or null")
 
     def _refuse(self, option: str, value, instead: str):
         raise UserError(f"{self.method}: option {option}: {value}; write {instead}")
 
-    def resolve(self, spec: QuantSpec) -> str:
-        """The convention for `spec`. Raises UserError when an option contradicts the spec or another option."""
-        if self.act_order and not self.static_groups and spec.group_size is not None:
+    def check(self, spec: QuantSpec) -> None:
+        """Raises UserError when an option contradicts the spec or another option."""
+        if self.static_groups is False and not self._meets_groups_whole(spec):
+            if not spec.ordered:
+                problem, instead = "act_order without static_groups", "act_order false, or group_size null"
+            else:
+                problem, instead = "groups by energy, without act_order,", "act_order true"
             raise UserError(
-                f"{self.method}: act_order without static_groups scatters the channels of a group; "
-                "write static_groups true, act_order false, or group_size null"
+                f"{self.method}: {problem} scatters the channels of a group; write static_groups true, {instead}"
             )
-        return super().resolve(spec)
+        self.resolve(spec)
+
+    def dynamic(self, spec: QuantSpec) -> bool:
+        """Whether the range of a group is found when the sweep comes to it."""
+        return self._meets_groups_whole(spec) and not self.static_groups
+
+    def block_channels(self, in_features: int, group: int | None = None) -> int:
+        """The block of a sweep over `in_features` channels: whole groups of `group`, where ranges are found in it."""
+        if group is None:
+            return min(self.block or BLOCK, in_features)
+        return group * -(-min(self.block or 1, in_features) // group)
+
+    def _meets_groups_whole(self, spec: QuantSpec) -> bool:
+        """Whether the sweep finishes one group before the next begins."""
+        return spec.group_size is None or self.act_order == spec.ordered
 
 
 @flax.struct.dataclass
@@ -156,6 +181,7 @@ def gptq(weight: Float[Array, "... K N"], stats: InputStats | GPTQFactor, spec: 
 
     Source: Frantar et al., arXiv 2210.17323, algorithm 1, with the options of the code beside it.
     """
+    options.check(spec)
     factor = stats if isinstance(stats, GPTQFactor) else factorize(stats, options)
     if weight.ndim > 2:
         return jax.lax.map(lambda pair: gptq(pair[0], pair[1], spec, options), (weight, factor))
@@ -171,8 +197,8 @@ def sweep_matrix(weight: Float[Array, "K N"], factor: GPTQFactor, spec: QuantSpe
     """The sweep of `gptq`: D = W - Q `[K, N]`, of `live` weights, and scale and zero `[groups, N]`; all float32."""
     K, groups = len(weight), spec.num_groups(len(weight))
     weight = live(weight, factor)
-    if options.static_groups or groups == 1:
-        block = min(options.block, K)
+    if groups == 1 or not options.dynamic(spec):
+        block = options.block_channels(K)
         importance, _ = split_groups(energy(factor)[:, None], spec)
         scale, zero = (a[:, 0] for a in find_ranges(*split_groups(weight, spec), spec, options, importance))
         rows = Grid(scale, zero, jnp.full((groups, 1), float(spec.max_code)))
@@ -180,11 +206,16 @@ def sweep_matrix(weight: Float[Array, "K N"], factor: GPTQFactor, spec: QuantSpe
         difference, _ = sweep(weight, factor.upper, factor.order, grid_of, block)
         return difference, scale, zero
     length = spec.group_length(K)
-    block = length * -(-min(options.block, K) // length)
-    grid_of = _dynamic_grid(energy(factor), block, spec, options)
+    block = options.block_channels(K, length)
+
+    def grid_of_groups(_, grouped, real, importance):
+        scale, zero = (a[:, 0] for a in find_ranges(grouped, real, spec, options, importance))
+        return Grid(scale, zero, jnp.full((len(grouped), 1), float(spec.max_code)))
+
+    grid_of = dynamic_grid(grid_of_groups, energy(factor), length, block)
     difference, found = sweep(weight, factor.upper, factor.order, grid_of, block)
-    scale, zero = (a.reshape(-1, a.shape[-1])[:groups] for a in found)
-    return difference, scale, zero
+    grid = of_groups(found, groups)
+    return difference, grid.scale, grid.zero
 
 
 def live(weight: Float[Array, "K N"], factor: GPTQFactor) -> Float[Array, "K N"]:
@@ -197,9 +228,21 @@ def energy(factor: GPTQFactor) -> Float[Array, " K"]:
     return jnp.zeros(len(factor.order)).at[factor.order].set(jnp.sum(factor.upper**2, axis=1))
 
 
-def _dynamic_grid(importance: Float[Array, " K"], block: int, spec: QuantSpec, options: GPTQOptions) -> GridOf:
-    """For `sweep` in natural order, a block being whole groups: ranges of the compensated weights, which are kept."""
-    length = spec.group_length(len(importance))
+def dynamic_grid(
+    grid_of_groups: Callable[[Array, Array, Array, Array], Grid],
+    importance: Float[Array, " K"],
+    length: int,
+    block: int,
+) -> GridOf:
+    """For `sweep`: the ranges of groups that it meets whole, found on the compensated weights and kept.
+
+    Args:
+      grid_of_groups: (number of the first group, weights `[groups, length, N]`, which of them are real, importance
+        `[groups, length, 1]`) of the groups of a block -> their `Grid`, a row for each.
+      importance: of the channels in the order of the sweep.
+      length: of a group.
+      block: of the sweep; whole groups.
+    """
     real = jnp.arange(-(-len(importance) // block) * block) < len(importance)
     importance = jnp.pad(importance, (0, len(real) - len(importance)))
 
@@ -208,9 +251,12 @@ def _dynamic_grid(importance: Float[Array, " K"], block: int, spec: QuantSpec, o
         # Of a group of padding alone any range will do, if it is finite.
         mask = of_block(real) | ~of_block(real).any(axis=1, keepdims=True)
         grouped = compensated().reshape(block // length, length, -1)
-        scale, zero = find_ranges(grouped, mask, spec, options, of_block(importance))
-        per_channel = lambda a: jnp.repeat(a[:, 0], length, axis=0)  # noqa: E731
-        top = jnp.full((block, 1), float(spec.max_code))
-        return Grid(per_channel(scale), per_channel(zero), top), (scale[:, 0], zero[:, 0])
+        found = grid_of_groups(i * (block // length), grouped, mask, of_block(importance))
+        return jax.tree.map(lambda a: jnp.repeat(a, length, axis=0), found), found
 
     return grid_of
+
+
+def of_groups(found: Grid, groups: int) -> Grid:
+    """What `dynamic_grid` kept, block by block, as one row for each of the groups."""
+    return jax.tree.map(lambda a: a.reshape(-1, a.shape[-1])[:groups], found)

@@ -22,7 +22,7 @@ from lq.registry import Method
 
 MIXABLE = "2 to 7 bits and more than 128 input channels, a multiple of 128, in one matrix (see QuantSpec.mixes)"
 
-WIDTHS_REFUSED = "cannot round a matrix in segments of several widths; write gptq, rsq or rtn"
+ORDER_REFUSED = "cannot round a matrix in groups or segments of channels by their energy; write gptq, rsq or rtn"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -118,8 +118,8 @@ class Recipe:
             if spec.mixed and self.quantizer.segments is None:
                 able = " or ".join(name for name, method in QUANTIZERS.items() if method.segments is not None)
                 raise UserError(f"mixed: {self.method} cannot choose widths for runs of channels; write method {able}")
-            if spec.widths is not None and self.quantizer.widths is None:
-                raise UserError(f"widths: {self.method} {WIDTHS_REFUSED}")
+            if spec.ordered and self.quantizer.widths is None:
+                raise UserError(f"{'by_energy' if spec.by_energy else 'widths'}: {self.method} {ORDER_REFUSED}")
         if self.quantizer.segments is not None and specs:
             self._check_mixed(config, specs)
         if self.bias_correction and not (config.qkv_bias and config.attention_out_bias and config.mlp_bias):

@@ -32,7 +32,7 @@ QUANTIZERS = Registry(
             needs=frozenset({"hessian", "calibration"}),
             prepare=factorize,
             widths=gptq_widths,
-            check=GPTQOptions.resolve,
+            check=GPTQOptions.check,
             fractional=GPTQOptions.fractional,
         ),
         "baq": Method(
@@ -41,7 +41,7 @@ QUANTIZERS = Registry(
             needs=frozenset({"hessian", "calibration"}),
             prepare=factorize,
             segments=baq_segments,
-            check=BAQOptions.resolve,
+            check=BAQOptions.check,
             fractional=BAQOptions.fractional,
         ),
         "rsq": Method(
@@ -51,7 +51,7 @@ QUANTIZERS = Registry(
             prepare=factorize,
             token_weights=token_importance,
             widths=gptq_widths,
-            check=RSQOptions.resolve,
+            check=RSQOptions.check,
             fractional=RSQOptions.fractional,
         ),
         "awq": Method(

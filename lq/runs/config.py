@@ -126,6 +126,7 @@ class QuantizationSection(Section):
     zero_dtype: Literal["bfloat16", "float16", "float32"] | None = None  # of zero points that need not be whole
     rank: NonNegativeInt = 0  # of the low-rank residual
     mixed: bool = False  # widths of their own for runs of 128 input channels
+    by_energy: bool = False  # groups of channels in the order of their energy
 
     @property
     def spec(self) -> QuantSpec:
@@ -138,6 +139,7 @@ class QuantizationSection(Section):
             zero_dtype=self.zero_dtype,
             rank=self.rank,
             mixed=self.mixed,
+            by_energy=self.by_energy,
         )
 
     @property

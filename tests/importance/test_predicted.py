@@ -95,7 +95,7 @@ def test_what_a_segment_causes(method):
         )
         tensor = SegmentedQTensor.from_segments(*segments, spec, weight.shape)
         difference = weight - np.asarray(tensor.dequantize(), np.float64)
-        runs = np.asarray(tensor.channels)
+        runs = np.asarray(tensor.channels)  # of a group each
         for s in range(4):
             if method == "rtn":
                 caused = np.where((runs == s)[:, None], difference, 0.0)
@@ -163,9 +163,13 @@ def test_the_order_of_the_windows_does_not_matter(segments):
         ({"seed": -1}, "seed: -1; write a whole number"),
         (
             {"unit": "segment", "method": "hqq", "zero_dtype": "bfloat16"},
-            "unit: segment, but hqq rounds none for itself",
+            "unit: segment, but no segments of hqq are priced",
         ),
-        ({"unit": "segment", "method": "gptq"}, "unit: segment, but the ranges of gptq are found before its sweep"),
+        ({"unit": "segment", "method": "rsq"}, "unit: segment, but no segments of rsq are priced"),
+        (
+            {"unit": "segment", "method": "gptq", "options": {"static_groups": True}},
+            "unit: segment, but with ranges of the original weights",
+        ),
         ({"unit": "segment", "group_size": [32, 64]}, "group_size: the segments of a matrix share one"),
         ({"unit": "segment", "segment_channels": 96}, "segment_channels: 96; write a multiple of 32 and of the group"),
     ],

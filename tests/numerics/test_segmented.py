@@ -11,8 +11,11 @@ from lq.checkpoint.layout import expected_tensors, from_tensors, to_tensors
 from lq.errors import UserError
 from lq.models.prepared import prepare
 from lq.numerics.matmul import lookup, matmul
+from lq.numerics.qtensor import QTensor
 from lq.numerics.segmented import SegmentedQTensor, runs_of
 from lq.numerics.spec import QuantSpec
+from lq.quantizers.apply import quantize_leaf
+from lq.quantizers.recipe import Recipe
 
 pytestmark = pytest.mark.once
 
@@ -45,12 +48,13 @@ def mixed(bits=3, group_size=64, symmetric=False, widths=(4, 4, 3, 1), seed=0):
 
 
 def planned(widths=(4, 2, 2, 1), group_size=32, symmetric=False, shape=(256, 96), seed=0):
-    """A tensor whose spec gives the widths, and the weight that it stands for, float64."""
+    """A tensor whose spec gives the widths, or groups by energy of one; and the weight that it stands for, float64."""
     rng = np.random.default_rng(seed)
-    spec = QuantSpec(bits=max(widths), group_size=group_size, symmetric=symmetric, widths=widths)
+    order = {"widths": widths} if len(widths) > 1 else {"by_energy": True}
+    spec = QuantSpec(bits=max(widths), group_size=group_size, symmetric=symmetric, **order)
     length = shape[0] // len(widths)
-    run = rng.permutation(np.repeat(np.arange(len(widths)), length))
-    permutation = np.argsort(run, kind="stable")
+    group = rng.permutation(np.repeat(np.arange(shape[0] // group_size), group_size))
+    permutation = np.argsort(group, kind="stable")
     weight, segments = np.empty(shape), []
     for i, bits in enumerate(widths):
         codes = rng.integers(0, 2**bits, (length, shape[1]))
@@ -60,7 +64,8 @@ def planned(widths=(4, 2, 2, 1), group_size=32, symmetric=False, shape=(256, 96)
             np.full(groups, 0.5 if bits == 1 else 2.0 ** (bits - 1)) if symmetric else rng.integers(0, 2**bits, groups)
         )
         expand = lambda a: np.repeat(a, group_size, axis=0)  # noqa: E731
-        weight[run == i] = (codes - expand(zeros)) * expand(scales)
+        rows = np.arange(i * length, (i + 1) * length)
+        weight[permutation[rows]] = (codes - expand(zeros)) * expand(scales)
         if segments and segments[-1][0] == bits:
             _, *before = segments.pop()
             codes, scales, zeros = (np.concatenate(pair) for pair in zip(before, (codes, scales, zeros), strict=True))
@@ -70,21 +75,32 @@ def planned(widths=(4, 2, 2, 1), group_size=32, symmetric=False, shape=(256, 96)
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.parametrize(("widths", "group_size"), [((4, 2, 2, 1), 32), ((3, 5), 64), ((8, 8, 1, 2), 64)])
-def test_widths_that_a_plan_gives(symmetric, widths, group_size):
+@pytest.mark.parametrize(
+    ("widths", "group_size", "shape"),
+    [
+        ((4, 2, 2, 1), 32, (256, 96)),
+        ((3, 5), 64, (256, 96)),
+        ((8, 8, 1, 2), 64, (256, 96)),
+        ((2, 1), 32, (8320, 32)),
+        ((3,), 32, (96, 64)),
+    ],
+)
+def test_widths_that_a_plan_gives(symmetric, widths, group_size, shape):
     """What it stands for and costs, products, a shard and back."""
-    tensor, weight = planned(widths, group_size, symmetric)
+    tensor, weight = planned(widths, group_size, symmetric, shape)
     np.testing.assert_array_equal(np.asarray(tensor.dequantize()), weight)
     assert tensor.widths == widths
     assert tensor.spec.code_bits == sum(widths) / len(widths)
     stored = sum(leaf.on_device_size_in_bytes() for leaf in jax.tree.leaves(tensor))
     assert tensor.nbytes == stored == tensor.spec.size_bits(tensor.shape) // 8
-    part = 256 // len(widths), 96
+    K, N = shape
+    part = K // len(widths), N
     of_parts = [QuantSpec(bits=bits, group_size=group_size, symmetric=symmetric).size_bits(part) for bits in widths]
-    assert 8 * stored == sum(of_parts) + 8 * 256, "a byte a channel says where it belongs"
+    of_channel = 8 if K // group_size <= 256 else 16
+    assert 8 * stored == sum(of_parts) + of_channel * K, "each channel says in which group it is"
 
-    x = np.random.default_rng(1).standard_normal((5, 256)).astype(np.float32)
-    bound = 256 * 2.0**-24 * (np.abs(x) @ np.abs(weight))
+    x = np.random.default_rng(1).standard_normal((5, K)).astype(np.float32)
+    bound = K * 2.0**-24 * (np.abs(x) @ np.abs(weight))
     assert (np.abs(np.asarray(matmul(jnp.asarray(x), tensor)) - x.astype(np.float64) @ weight) <= bound).all()
 
     tensors, specs = to_tensors({"up_proj": {"kernel": tensor}}), {"up_proj/kernel": (tensor.spec, tensor.shape)}
@@ -106,12 +122,30 @@ def test_widths_that_a_plan_gives(symmetric, widths, group_size):
         ({"bits": 4, "widths": (4, 2), "rank": 4}, "do not go with rank"),
         ({"bits": 4, "widths": (4, 2), "zero_dtype": "bfloat16"}, "do not go with zero_dtype"),
         ({"bits": 4, "widths": (4, 2), "mixed": True}, "do not go with mixed"),
-        ({"bits": 4, "widths": (4, 2), "group_size": None}, "segments hold whole groups"),
+        ({"bits": 4, "widths": (4, 2), "group_size": None}, "widths: a column is one group"),
+        ({"bits": 4, "widths": (4, 2), "by_energy": True}, "leave out by_energy"),
+        ({"bits": 4, "by_energy": True, "group_size": None}, "by_energy: a column is one group"),
+        (
+            {"bits": 4, "by_energy": True, "rank": 2},
+            "by_energy: groups of channels by their energy do not go",
+        ),
+        ({"bits": 4, "by_energy": 1}, "by_energy: 1; write true or false"),
     ],
 )
 def test_widths_that_cannot_be(given, line):
     with pytest.raises(UserError, match=line):
         QuantSpec(**given)
+
+
+@pytest.mark.parametrize("shape", [(32, 64), (80, 64), (2, 64, 64)])
+def test_a_matrix_without_several_whole_groups_keeps_neighbours(shape):
+    spec = QuantSpec(bits=4, group_size=32, by_energy=True)
+    assert not spec.orders(shape)
+    assert spec.size_bits(shape) == QuantSpec(bits=4, group_size=32).size_bits(shape)
+    weight = jnp.ones(shape)
+    tensor = quantize_leaf(weight, None, None, spec, Recipe())
+    assert isinstance(tensor, QTensor)
+    assert tensor.nbytes == spec.size_bits(shape) // 8
 
 
 def test_a_matrix_without_such_segments():

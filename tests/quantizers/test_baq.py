@@ -210,7 +210,7 @@ def test_compiles_once_whatever_the_widths():
 )
 def test_options_that_do_not_fit(given, message):
     with pytest.raises(UserError, match=f"^{message}$"):
-        BAQOptions(**given).resolve(mixed())
+        BAQOptions(**given).check(mixed())
 
 
 def test_a_matrix_that_is_not_mixed_is_refused():

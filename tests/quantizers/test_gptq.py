@@ -24,10 +24,12 @@ from calibrated_layers import (
 
 from lq.calibration.statistics import InputStats
 from lq.errors import UserError
+from lq.numerics.segmented import SegmentedQTensor
 from lq.numerics.spec import QuantSpec
 from lq.quantizers.apply import quantize_matrix
 from lq.quantizers.gptq import GPTQFactor, GPTQOptions, factorize, gptq
 from lq.quantizers.rtn import RTNOptions, rtn
+from lq.quantizers.runs import gptq_widths
 
 pytestmark = pytest.mark.once
 
@@ -94,8 +96,8 @@ class Variant:
             group_order = np.argsort(-of_group.max(1), kind="stable")
             order = np.concatenate([group * g + np.argsort(-of_group[g], kind="stable") for g in group_order])
         elif act and not static and group > 0:
-            # Groups of neighbours in the order of the sweep, which lq does not store: with the channels given in that
-            # order they are neighbours.
+            # Groups of neighbours in the order of the sweep: with the channels given in that order they are neighbours.
+            # With those of the model, see `test_groups_by_energy_are_the_original_act_order`.
             order, act = np.argsort(-energy, kind="stable"), False
             if f"{name}_g_idx" in SWEEP:
                 np.testing.assert_array_equal(SWEEP[f"{name}_g_idx"][order], np.arange(256) // group)
@@ -147,6 +149,24 @@ def test_equals_the_original_implementation(name):
     np.testing.assert_allclose(scales[:, ~apart], variant.scales[:, ~apart], rtol=256 * EPS)
     if not variant.spec.symmetric:
         np.testing.assert_array_equal(zeros[:, ~apart], variant.zeros[:, ~apart])
+
+
+@pytest.mark.parametrize("name", [name for name in VARIANTS if f"{name}_g_idx" in SWEEP])
+def test_groups_by_energy_are_the_original_act_order(name):
+    """Its act-order without static groups, which stores the group of every channel, and so does lq."""
+    variant = Variant.read(name)
+    spec = dataclasses.replace(variant.spec, by_energy=True)
+    options = dataclasses.replace(variant.options, act_order=True, static_groups=False)
+    permutation, segments = gptq_widths(jnp.asarray(W.T), factorize(hessian_stats(X), options), spec, options)
+    tensor = SegmentedQTensor.from_segments(permutation, segments, spec, W.T.shape)
+    group = tensor.spec.group_length(256)
+    np.testing.assert_array_equal(tensor.channels, SWEEP[f"{name}_g_idx"])
+    zeros = np.full_like(variant.scales, spec.zero_point) if spec.symmetric else variant.zeros
+    scales, zeros = (per_channel(a, 256, group) for a in (variant.scales, zeros))
+    theirs = np.zeros(W.T.shape)
+    theirs[np.argsort(-np.diagonal(hessian_stats(X).hessian), kind="stable")] = scales * (variant.codes - zeros)
+    equal = np.isclose(np.asarray(tensor.dequantize()), theirs, rtol=256 * EPS, atol=0).all(axis=0)
+    assert (~equal).sum() <= 5, "output channels that go their own way, see above"
 
 
 def test_most_variants_are_equal_to_the_last_code():
@@ -445,7 +465,7 @@ def test_experts_are_swept_each_with_its_own_moment():
 def test_a_searched_range_may_weigh_channels_by_their_energy(act_order):
     """Ranges of clip="opt" are those that round to nearest finds with the damped moment."""
     weight, _, stats = layer()
-    spec, options = QuantSpec(bits=2, group_size=32), GPTQOptions(clip="opt", act_order=act_order)
+    spec, options = QuantSpec(bits=2, group_size=32), GPTQOptions(clip="opt", act_order=act_order, static_groups=True)
     factor = factorize(stats, options)
     damped = stats.replace(square=jnp.diagonal(stats.hessian) + factor.damping)
     plain, weighted = (
@@ -545,9 +565,9 @@ def test_columns_over_eight_devices():
 )
 def test_options_that_do_not_fit(given, spec, message):
     with pytest.raises(UserError, match=f"^{re.escape(message)}"):
-        GPTQOptions(**given).resolve(QuantSpec(bits=3, **spec))
+        GPTQOptions(**given).check(QuantSpec(bits=3, **spec))
 
 
 def test_options_that_fit():
-    GPTQOptions(static_groups=False).resolve(QuantSpec(bits=3, group_size=None))
-    GPTQOptions(static_groups=False, act_order=False).resolve(QuantSpec(bits=3))
+    GPTQOptions(static_groups=False).check(QuantSpec(bits=3, group_size=None))
+    GPTQOptions(static_groups=False, act_order=False).check(QuantSpec(bits=3))

@@ -11,7 +11,7 @@ from lq.quantizers import QUANTIZERS, Recipe
 from lq.quantizers.apply import quantize_leaf, quantize_matrix
 from lq.quantizers.gptq import GPTQOptions, factorize
 from lq.quantizers.rtn import RTNOptions
-from lq.quantizers.runs import sweep_runs
+from lq.quantizers.runs import sweep_in_order
 
 pytestmark = pytest.mark.once
 
@@ -43,16 +43,16 @@ def packed(layer, method, spec, **options):
 
 
 @pytest.mark.parametrize("method", ["rtn", "gptq"])
-def test_the_first_segment_has_the_channels_of_most_energy(layer, method):
+def test_the_first_group_has_the_channels_of_most_energy(layer, method):
     tensor = packed(layer, method, spec_of())
     energies = np.asarray(layer[1].square)
-    runs = np.asarray(tensor.channels)
-    assert (np.bincount(runs) == K // 4).all()
-    for i in range(3):
-        assert energies[runs == i].min() >= energies[runs == i + 1].max()
+    groups = np.asarray(tensor.channels)
+    assert (np.bincount(groups) == 32).all()
+    for i in range(7):
+        assert energies[groups == i].min() >= energies[groups == i + 1].max()
     assert tensor.widths == WIDTHS
     permutation = np.asarray(tensor.permutation)
-    assert (np.diff(permutation.reshape(4, -1), axis=1) > 0).all(), "in their own order within a segment"
+    assert (np.diff(permutation.reshape(8, -1), axis=1) > 0).all(), "in their own order within a group"
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
@@ -61,31 +61,32 @@ def test_rounding_to_nearest_is_that_of_each_segment_alone(layer, symmetric):
     tensor = packed(layer, "rtn", spec)
     found, weight = np.asarray(tensor.dequantize()), np.asarray(layer[0])
     for i, bits in enumerate(WIDTHS):
-        rows = np.flatnonzero(np.asarray(tensor.channels) == i)
+        rows = np.asarray(tensor.permutation)[i * K // 4 : (i + 1) * K // 4]
         alone = quantize_matrix(jnp.asarray(weight[rows]), None, spec.segment(bits), "rtn", RTNOptions())
         np.testing.assert_array_equal(found[rows], np.asarray(alone.dequantize()))
 
 
-def test_equal_widths_are_gptq_on_the_sorted_channels(layer):
+@pytest.mark.parametrize("options", [{}, {"block": 32}, {"static_groups": True}])
+def test_equal_widths_are_gptq_on_the_sorted_channels(layer, options):
     """The same sweep: another order of storage changes the groups, and nothing else."""
     weight, stats = layer
-    tensor = packed(layer, "gptq", spec_of((3, 3, 3, 3)))
-    order = np.asarray(tensor.permutation)
+    tensor = packed(layer, "gptq", spec_of((3, 3, 3, 3)), **options)
+    order = np.argsort(-np.diagonal(stats.hessian), kind="stable")
     hessian = np.asarray(stats.hessian)[np.ix_(order, order)]
     permuted = weight[order], InputStats(tokens=600.0, hessian=jnp.asarray(hessian))
-    plain = packed(permuted, "gptq", QuantSpec(bits=3, group_size=32))
+    plain = packed(permuted, "gptq", QuantSpec(bits=3, group_size=32), act_order=False, **options)
     found, expected = np.asarray(tensor.dequantize())[order], np.asarray(plain.dequantize())
     assert (found != expected).mean() < 2e-3, "ties of rounding, where sums run in another order"
 
 
-def test_a_mixed_sweep_in_float64(layer):
-    """Channel by channel, each rounded on the grid of its segment, the others making up for it."""
+@pytest.mark.parametrize("static", [True, None])
+def test_a_mixed_sweep_in_float64(layer, static):
+    """Channel by channel, each rounded on the grid of its group, the others making up for it."""
     weight, stats = layer
-    spec, options = spec_of(), GPTQOptions()
+    spec, options = spec_of(), GPTQOptions(static_groups=static)
     factor = factorize(stats, options)
-    tensor = packed(layer, "gptq", spec)
-    runs = np.asarray(tensor.channels)
-    widths = np.asarray(WIDTHS)[runs]
+    tensor = packed(layer, "gptq", spec, static_groups=static)
+    widths = np.asarray(WIDTHS)[np.asarray(tensor.channels) // 2]
     position = np.argsort(np.asarray(tensor.permutation))
     scale, zero = np.concatenate([np.asarray(s.packed().scales, np.float64) for s in tensor.segments]), []
     zero = np.concatenate([np.asarray(s.packed().zeros, np.float64) for s in tensor.segments])
@@ -121,15 +122,17 @@ def test_more_bits_where_energy_is_lose_less(layer):
 
 
 def test_widths_share_a_program(layer):
-    before = sweep_runs._cache_size()
+    before = sweep_in_order._cache_size()
     for widths in ((4, 3, 2, 2), (2, 2, 2, 1), (8, 1, 1, 1)):
         packed(layer, "gptq", spec_of(widths))
-    assert sweep_runs._cache_size() - before <= 1
+    assert sweep_in_order._cache_size() - before <= 1
 
 
 def test_what_cannot_be():
-    with pytest.raises(UserError, match="widths: autoround cannot round a matrix in segments of several widths"):
+    with pytest.raises(UserError, match="widths: autoround cannot round a matrix in groups or segments of channels"):
         Recipe(method="autoround").check(None, {"block_0/mlp/up_proj": spec_of()})
+    with pytest.raises(UserError, match="by_energy: awq cannot round a matrix in groups or segments of channels"):
+        Recipe(method="awq").check(None, {"block_0/mlp/up_proj": QuantSpec(bits=4, by_energy=True)})
     weight = jnp.ones((K, N))
     with pytest.raises(UserError, match="rtn: widths by segment go by the energy of the inputs"):
         quantize_leaf(weight, None, None, spec_of(), Recipe())

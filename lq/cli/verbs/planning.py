@@ -9,6 +9,7 @@ from lq.cli.inputs import calibration_text, plan_of
 from lq.cli.options import (
     BitsList,
     Bpw,
+    ByEnergy,
     Bytes,
     Costs,
     Count,
@@ -49,6 +50,7 @@ def allocate(
     zero_dtype: ZeroDtype = None,
     rank: Rank = 0,
     mixed: Mixed = False,
+    by_energy: ByEnergy = False,
     pin: Pins = None,
     embedding_bits: EmbeddingBits = 16,
     head_bits: HeadBits = 16,

@@ -8,6 +8,7 @@ import typer
 from lq.cli.inputs import calibration_text, plan_of, reads_text
 from lq.cli.options import (
     AllocatorSettings,
+    ByEnergy,
     Bytes,
     Costs,
     Count,
@@ -59,6 +60,7 @@ def quantize(
     zero_dtype: ZeroDtype = None,
     rank: Rank = 0,
     mixed: Mixed = False,
+    by_energy: ByEnergy = False,
     pin: Pins = None,
     embedding_bits: EmbeddingBits = 16,
     head_bits: HeadBits = 16,
