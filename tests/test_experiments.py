@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from experiments.quantizers.compare import Bench, append, claim, models, read, rows_of
+from experiments.quantizers.compare import Bench, Measured, models, read
 from experiments.quantizers.tables import draw, lines, noise, ratios, table
+from experiments.rows import append, rows_of
 from lq.errors import UserError
 from lq.quantizers import QUANTIZERS
 
@@ -35,7 +36,7 @@ def test_the_committed_rows_are_of_the_shipped_comparison():
     methods = {method.name: method.model_dump(exclude={"name", "rotated"}) for method in comparison.methods}
     assert identity["methods"] == methods
     assert identity["rotation"] == comparison.rotation
-    names = [row.name for row in rows_of(measured / "rows.jsonl")]
+    names = [row.name for row in rows_of(measured / "rows.jsonl", Measured)]
     assert len(names) == len(set(names))
     assert {name for name, *_ in models(comparison, [])} >= set(names)
 
@@ -53,8 +54,8 @@ def test_rows_are_measured_kept_and_tabulated(small_model, text_file, tmp_path):
         append(file, bench.measure(name, *what))
     with file.open("a") as f:
         f.write('{"name": "cut sh')  # by a crash
-    append(file, dataclasses.replace(rows_of(file)[0], name="one more"))
-    *rows, last = rows_of(file)
+    append(file, dataclasses.replace(rows_of(file, Measured)[0], name="one more"))
+    *rows, last = rows_of(file, Measured)
     assert last.name == "one more", "what was cut short takes nothing with it"
     assert [row.name for row in rows] == [name for name, *_ in models(comparison, [])]
     assert len(rows) == 1 + 3 * 2, "absmax once, and rotated, gptq and gptq rotated with two seeds"
@@ -81,7 +82,7 @@ def test_rows_of_something_else_are_not_gone_on_with(small_model, text_file, tmp
 
     def begin(**changes):
         (tmp_path / "small.yaml").write_text(yaml.safe_dump(given | changes), encoding="utf-8")
-        claim(out, Bench(read(tmp_path / "small.yaml")))
+        Bench(read(tmp_path / "small.yaml")).claim(out)
 
     begin()
     begin(methods=[methods["awq"]], bits=[2])

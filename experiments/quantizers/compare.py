@@ -11,8 +11,6 @@ says otherwise is refused; methods may be added. `tables.py` prints and draws wh
 import argparse
 import dataclasses
 import itertools
-import json
-import os
 import re
 import time
 from collections.abc import Iterator
@@ -22,9 +20,9 @@ from typing import Annotated, Any
 import yaml
 from pydantic import Field, NonNegativeInt, ValidationError
 
+from experiments.rows import append, claim, rows_of
 from lq.allocation import uniform_plan
 from lq.assets import resolve_data, resolve_model
-from lq.atomic import write_text
 from lq.calibration.data import calibration_windows, evaluation_windows
 from lq.errors import UserError
 from lq.evaluation import evaluate, make_reference
@@ -32,7 +30,6 @@ from lq.models.fingerprint import fingerprint
 from lq.models.loading import load_tokenizer, open_checkpoint
 from lq.models.source import InMemory
 from lq.runs.config import Bits, CalibrationSection, EvaluationSection, QuantizationSection, Section
-from lq.runs.environment import device_name, versions
 
 
 class MethodSection(Section):
@@ -127,19 +124,18 @@ class Bench:
         self.windows = evaluation_windows(self.tokenizer, data, e.window, stride=e.stride, limit=e.windows)
         self.reference = make_reference(self.original, self.windows, batch_size=e.batch_size)
 
-    def identity(self) -> dict[str, Any]:
-        """What a row depends on but for what its name says, as JSON gives it back."""
+    def claim(self, out: Path) -> None:
+        """Says in `out` what a row depends on but for what its name says; see `experiments.rows.claim`."""
         c = self.comparison
-        methods = {method.name: method.model_dump(exclude={"name", "rotated"}) for method in c.methods}
-        found = {
+        fixed = {
             "model": fingerprint(self.source),
             "evaluation": self.windows.fingerprint,
             "calibration": self.calibration(0).fingerprint,
             "batch_size": c.calibration.batch_size,
             "rotation": c.rotation,
-            "methods": methods,
         }
-        return json.loads(json.dumps(found))
+        methods = {method.name: method.model_dump(exclude={"name", "rotated"}) for method in c.methods}
+        claim(out, fixed, {"methods": methods})
 
     def calibration(self, seed: int):
         c = self.comparison.calibration
@@ -178,57 +174,6 @@ class Bench:
         )
 
 
-def rows_of(file: Path) -> list[Measured]:
-    """The rows measured so far; a line that a crash cut short is left out."""
-    found = []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
-        try:
-            found.append(Measured(**json.loads(line)))
-        except (json.JSONDecodeError, TypeError):
-            continue
-    return found
-
-
-def append(file: Path, row: Measured) -> None:
-    """One write, so that lines of several processes do not mix; behind a line that a crash cut short, a new one."""
-    line = (json.dumps(dataclasses.asdict(row)) + "\n").encode()
-    descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-    try:
-        size = os.fstat(descriptor).st_size
-        whole = size == 0 or os.pread(descriptor, 1, size - 1) == b"\n"
-        os.write(descriptor, line if whole else b"\n" + line)
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def claim(out: Path, bench: Bench) -> None:
-    """Says in `out` what its rows are of, and on what they were measured.
-
-    Raises UserError where rows are there of another model or other texts, of a method with other options, or of nobody
-    knows what.
-    """
-    file, identity = out / "identity.json", bench.identity()
-    if file.exists():
-        try:
-            there = json.loads(file.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise UserError(f"{file}: damaged ({error}); copy it again from where the rows are from") from None
-        for name in [name for name in identity if name != "methods" and there.get(name) != identity[name]]:
-            raise UserError(f"{out}: rows of another {name} ({there.get(name)}, here {identity[name]}); write --out")
-        for name, options in there["methods"].items():
-            if name in identity["methods"] and identity["methods"][name] != options:
-                raise UserError(f"{out}: rows of {name} with other options ({options}); write --out, or another name")
-        identity["methods"] = there["methods"] | identity["methods"]
-    elif (out / "rows.jsonl").exists():
-        raise UserError(f"{out}: rows without identity.json, which says what they are of; copy it as well")
-    write_text(file, json.dumps(identity, indent=1))
-    environments = out / "environments.json"
-    found = json.loads(environments.read_text(encoding="utf-8")) if environments.exists() else []
-    if (here := {"versions": versions(), "device": device_name()}) not in found:
-        write_text(environments, json.dumps([*found, here], indent=1))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("config", type=Path)
@@ -245,10 +190,10 @@ def main() -> None:
     out = arguments.out or Path(comparison.output)
     out.mkdir(parents=True, exist_ok=True)
     bench, file = Bench(comparison), out / "rows.jsonl"
-    claim(out, bench)
+    bench.claim(out)
     todo = [(name, *what) for name, *what in models(comparison, chosen) if re.search(arguments.only, name)]
     for i, (name, *what) in enumerate(todo, 1):
-        if name not in {row.name for row in rows_of(file)}:
+        if name not in {row.name for row in rows_of(file, Measured)}:
             row = bench.measure(name, *what)
             append(file, row)
             print(f"{i}/{len(todo)} {name}: {row.bpw:.4f} bpw, perplexity {row.perplexity:.4f}, KL {row.kl:.5f}, "

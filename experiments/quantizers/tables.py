@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 
-from experiments.quantizers.compare import Measured, rows_of
+from experiments.quantizers.compare import Measured
+from experiments.rows import rows_of
 from lq.runs.figures.style import cycled, matplotlib_figure
 
 ABSMAX, SIGNED = "rtn absmax", "rtn absmax signed"  # what the others are measured against
@@ -162,7 +163,7 @@ def main() -> None:
     parser.add_argument("--original", type=float, required=True, help="perplexity of the original on the same text")
     parser.add_argument("--picture", type=Path)
     arguments = parser.parse_args()
-    found = lines(rows_of(arguments.rows))
+    found = lines(rows_of(arguments.rows, Measured))
     print(f"### KL over GPTQ's\n\n{ratios(found)}\n\n### How far seeds lie apart\n\n{noise(found)}")
     for bits, group_size in sorted({(line.bits, line.group_size) for line in found}):
         print(f"\n### {bits} bits, groups of {group_size}\n\n{table(found, bits, group_size, arguments.original)}")

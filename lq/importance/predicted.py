@@ -76,6 +76,8 @@ class PredictedOptions(QuantizedOptions):
                 "unit: segment, but with ranges of the original weights what later segments make up for leaves them, "
                 "and prices at one width do not hold for mixtures; leave out static_groups and act_order"
             )
+        if self.by_energy:
+            raise UserError("unit: segment, whose groups are by energy in any case; leave out by_energy")
         if len(self.group_sizes) > 1 or self.group_sizes[0] is None:
             raise UserError("group_size: the segments of a matrix share one, and hold whole groups; write one number")
         if self.segment_channels < 32 or self.segment_channels % max(32, self.group_sizes[0]):

@@ -29,6 +29,7 @@ class QuantizedOptions:
     group_size: int | list[int] | None = 128  # one, or several to choose from
     symmetric: bool = False
     zero_dtype: str | None = None
+    by_energy: bool = False  # groups of channels in the order of their energy
     method: str = "rtn"
     options: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the method
     batch_size: int = 8  # windows per device step
@@ -49,7 +50,7 @@ class QuantizedOptions:
     @property
     def specs(self) -> list[QuantSpec]:
         """What every matrix may become, smallest first."""
-        same = {"symmetric": self.symmetric, "zero_dtype": self.zero_dtype}
+        same = {"symmetric": self.symmetric, "zero_dtype": self.zero_dtype, "by_energy": self.by_energy}
         return smallest_first(
             QuantSpec(bits=bits, group_size=size, **same)
             for bits, size in itertools.product(self.bits, self.group_sizes)
