@@ -8,7 +8,7 @@ environments.json    versions and devices they were measured with
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -82,3 +82,9 @@ def _read(file: Path) -> dict[str, Any]:
         return json.loads(file.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise UserError(f"{file}: damaged ({error}); copy it again from where the rows are from") from None
+
+
+def markdown(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table."""
+    bar = "|" + " --- |" * len(names)
+    return "\n".join([f"| {' | '.join(names)} |", bar, *(f"| {' | '.join(cells)} |" for cells in rows)])

@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from experiments.allocation.compare import Bench, Measured, plans, read
+from experiments.allocation.tables import draw, draw_damage, lines, ratios, table
 from experiments.rows import append, rows_of
 from lq.allocation import ALLOCATORS
 from lq.errors import UserError
@@ -40,7 +41,7 @@ def small(small_model, text_file, tmp_path_factory):
     given["scores"] = [segments, *({"name": name, "metric": name} for name in ("random", "kl", "predicted_kl"))]
     given["plans"] = [
         {"name": "random", "score": "random", "allocator": "rank", "bits": [2, 4], "seeds": 2, "quantizers": ["rtn"]},
-        {"name": "kl", "score": "kl"},
+        {"name": "kl", "score": "kl", "quantizers": ["rtn"]},
         {"name": "segments", "score": "segments"},
         {
             "name": "evopress",
@@ -64,7 +65,6 @@ def test_plans_are_measured_at_equal_bytes(small, tmp_path):
         append(file, bench.measure(name, *what))
     rows = {row.name: row for row in rows_of(file, Measured)}
     assert set(rows) == {
-        "gptq, kl, 3.4 bpw",
         "gptq, segments, 3.4 bpw",
         "rtn, random, 3.4 bpw, seed 0",
         "rtn, random, 3.4 bpw, seed 1",
@@ -84,11 +84,21 @@ def test_plans_are_measured_at_equal_bytes(small, tmp_path):
     assert rows["rtn, random, 3.4 bpw, seed 0"].passes is None
     assert rows["rtn, evopress, 3.4 bpw"].passes > 0
     made = sorted(path.name for path in (tmp_path / "scores").glob("*.json") if "seconds" not in path.name)
-    assert made == ["gptq_kl.json", "gptq_segments_0.json", "random_0.json", "random_1.json", "rtn_kl.json", "rtn_segments_0.json"]  # fmt: skip  # noqa: E501
+    assert made == ["gptq_segments_0.json", "random_0.json", "random_1.json", "rtn_kl.json", "rtn_segments_0.json"]  # fmt: skip  # noqa: E501
     before = (tmp_path / "scores" / "rtn_kl.json").stat().st_mtime_ns
     assert bench.scores(comparison.of("quantizers", "rtn"), comparison.of("scores", "kl"), 0)[0].metric == "kl"
     assert (tmp_path / "scores" / "rtn_kl.json").stat().st_mtime_ns == before, "scores are made once"
     assert not list(tmp_path.glob(".written-*"))
+    found = lines(list(rows.values()))
+    assert "| kl | 1.00 |" in ratios(found, "rtn")
+    assert f"| random | {rows['rtn, random, 3.4 bpw, seed 0'].bpw:.4f} |" in table(found, "rtn", 3.4)
+    draw(found, tmp_path / "pareto.png")
+    draw_damage(tmp_path / "scores", "rtn", tmp_path / "none.png")
+    bench.scores(comparison.of("quantizers", "rtn"), comparison.of("scores", "predicted_kl"), 0)
+    draw_damage(tmp_path / "scores", "rtn", tmp_path / "damage.png")
+    assert not (tmp_path / "none.png").exists(), "no other score of matrices"
+    for name in ("pareto.png", "damage.png"):
+        assert (tmp_path / name).stat().st_size > 10_000
 
 
 def of(comparison, row):

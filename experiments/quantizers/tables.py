@@ -6,12 +6,11 @@ python -m experiments.quantizers.tables experiments/quantizers/measured/rows.jso
 import argparse
 import dataclasses
 from collections import defaultdict
-from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 
 from experiments.quantizers.compare import Measured
-from experiments.rows import rows_of
+from experiments.rows import markdown, rows_of
 from lq.runs.figures.style import cycled, matplotlib_figure
 
 ABSMAX, SIGNED = "rtn absmax", "rtn absmax signed"  # what the others are measured against
@@ -87,7 +86,7 @@ def table(found: list[Line], bits: int, group_size: int, original: float) -> str
         ]
         out.append(cells)
     names = "method", "bits per weight", "perplexity", "seeds", "of absmax", "of signed", "KL", "top-1", "seconds"
-    return _markdown(names, out)
+    return markdown(names, out)
 
 
 def ratios(found: list[Line]) -> str:
@@ -102,7 +101,7 @@ def ratios(found: list[Line]) -> str:
             for place, line in zip(places, cells, strict=True)
         ]
         out.append([label, *shown])
-    return _markdown(["method", *(f"{bits} bits, {size}" for bits, size in places)], out)
+    return markdown(["method", *(f"{bits} bits, {size}" for bits, size in places)], out)
 
 
 def noise(found: list[Line]) -> str:
@@ -121,7 +120,7 @@ def noise(found: list[Line]) -> str:
             cells += ["" if kl is None else f"{100 * kl:.0f} %", "" if perplexity is None else f"{perplexity:.2f}"]
         out.append(cells)
     names = [f"{bits} bits, {what}" for bits in widths for what in ("KL", "perplexity")]
-    return _markdown(["method", "seeds", *names], out)
+    return markdown(["method", "seeds", *names], out)
 
 
 def _by_label(found: list[Line]) -> dict[str, dict[tuple[int, int], Line]]:
@@ -130,11 +129,6 @@ def _by_label(found: list[Line]) -> dict[str, dict[tuple[int, int], Line]]:
     for line in found:
         by_label[line.label][line.bits, line.group_size] = line
     return by_label
-
-
-def _markdown(names: Sequence[str], rows: list[list[str]]) -> str:
-    bar = "|" + " --- |" * len(names)
-    return "\n".join([f"| {' | '.join(names)} |", bar, *(f"| {' | '.join(cells)} |" for cells in rows)])
 
 
 def draw(found: list[Line], out: Path) -> None:

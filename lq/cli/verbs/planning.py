@@ -59,6 +59,7 @@ def allocate(
     max_latency: MaxLatency = None,
     reverse: Annotated[bool, typer.Option("--reverse", help="The control: least important first.")] = False,
     out: Annotated[Path, typer.Option(help="The plan.")] = Path("plan.json"),
+    picture: Annotated[Path | None, typer.Option(help="A PNG of which matrix got which bits.")] = None,
 ) -> None:
     """A width for every matrix so that a budget is met, from scores."""
     from lq.cli.arguments import Allocation, settings
@@ -71,6 +72,11 @@ def allocate(
     plan.write(out)
     describe_plan(plan)
     print(f"wrote {out}")
+    if picture is not None:
+        from lq.runs.figures.plans import write_plan_figure
+
+        write_plan_figure(plan, picture)
+        print(f"wrote {picture}")
 
 
 def search(

@@ -1,0 +1,143 @@
+"""The tables and pictures of this folder's README, from the rows of a comparison.
+
+python -m experiments.allocation.tables RUN --pictures DIR
+"""
+
+import argparse
+import dataclasses
+from collections import defaultdict
+from pathlib import Path
+from statistics import mean
+
+from experiments.allocation.compare import Measured
+from experiments.rows import markdown, rows_of
+from lq.importance import Scores
+from lq.runs.figures.plans import write_damage_figure
+from lq.runs.figures.style import cycled, matplotlib_figure
+
+BASE = "kl"  # whose KL that of others is divided by: exact, on measured losses of whole matrices
+RANDOM = "random"
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """The seeds of one plan at one budget."""
+
+    quantizer: str
+    plan: str
+    budget: float
+    rows: tuple[Measured, ...]
+
+    @property
+    def kl(self) -> float:
+        return mean(row.kl for row in self.rows)
+
+    @property
+    def perplexity(self) -> float:
+        return mean(row.perplexity for row in self.rows)
+
+    def spread(self) -> str:
+        """Least and greatest KL over the seeds; empty for one."""
+        values = [row.kl for row in self.rows]
+        return f"{min(values):.4f} to {max(values):.4f}" if len(values) > 1 else ""
+
+
+def lines(rows: list[Measured]) -> list[Line]:
+    """One for every quantizer, plan and budget."""
+    found = defaultdict(list)
+    for row in rows:
+        found[row.quantizer, row.plan, row.budget].append(row)
+    return [Line(*key, rows=tuple(of_key)) for key, of_key in found.items()]
+
+
+def ratios(found: list[Line], quantizer: str) -> str:
+    """Markdown: KL over that of `BASE` at the same budget, best first by the mean over budgets; and what it took."""
+    budgets = sorted({line.budget for line in found if line.quantizer == quantizer})
+    by_plan = defaultdict(dict)
+    for line in found:
+        if line.quantizer == quantizer:
+            by_plan[line.plan][line.budget] = line
+    base = by_plan.get(BASE, {})
+    of = lambda mine: {b: line.kl / base[b].kl for b, line in mine.items() if b in base}  # noqa: E731
+    rows = []
+    for plan, mine in sorted(by_plan.items(), key=lambda item: mean(of(item[1]).values() or [float("inf")])):
+        shares = of(mine)
+        measured = [row for line in mine.values() for row in line.rows]
+        passes = max((row.passes for row in measured if row.passes is not None), default=None)
+        took = max(row.seconds for row in measured)
+        cells = [f"{shares[b]:.2f}" if b in shares else "" for b in budgets]
+        rows.append([plan, *cells, "" if passes is None else f"{passes:.0f}", f"{took:.0f}"])
+    return markdown(["plan", *(f"{budget} bpw" for budget in budgets), "forward passes", "seconds"], rows)
+
+
+def table(found: list[Line], quantizer: str, budget: float) -> str:
+    """Markdown: every plan at one budget, least KL first."""
+    rows = []
+    for line in sorted(found, key=lambda line: line.kl):
+        if (line.quantizer, line.budget) == (quantizer, budget):
+            row = line.rows[0]
+            sizes = f"{row.bpw:.4f}", str(row.bytes_on_disk)
+            top1 = f"{100 * mean(row.top1 for row in line.rows):.1f} %"
+            rows.append([line.plan, *sizes, f"{line.kl:.5f}", line.spread(), f"{line.perplexity:.3f}", top1])
+    return markdown(["plan", "bits per weight", "bytes on disk", "KL", "seeds", "perplexity", "top-1"], rows)
+
+
+def draw(found: list[Line], path: Path) -> None:
+    """KL divergence against bits per weight; a panel for each quantizer, random plans as a band."""
+    quantizers = list(dict.fromkeys(line.quantizer for line in found))
+    with matplotlib_figure() as figure_class:
+        figure = figure_class(figsize=(6.2 * len(quantizers), 5.6))
+        panels = figure.subplots(1, len(quantizers), sharey=True, squeeze=False)[0]
+        plans = [plan for plan in dict.fromkeys(line.plan for line in found) if plan != RANDOM]
+        for axes, quantizer in zip(panels, quantizers, strict=True):
+            mine = sorted((line for line in found if line.quantizer == quantizer), key=lambda line: line.budget)
+            drawn = [line for line in mine if line.plan == RANDOM]
+            low, high = ([end(row.kl for row in line.rows) for line in drawn] for end in (min, max))
+            axes.fill_between([line.budget for line in drawn], low, high, color="0.85", label=RANDOM)
+            for index, plan in enumerate(plans):
+                points = [line for line in mine if line.plan == plan]
+                bpw = [mean(row.bpw for row in line.rows) for line in points]
+                axes.plot(bpw, [line.kl for line in points], label=plan, lw=0.9, ms=3.5, **cycled(index).line)
+            axes.set_title(quantizer)
+            axes.set_xlabel("bits per weight")
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:g}")
+        panels[0].set_ylabel("KL divergence to the original")
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=7)
+        figure.savefig(path, dpi=160, facecolor="white")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("run", type=Path, help="directory of a comparison, with rows.jsonl and scores/")
+    parser.add_argument("--pictures", type=Path, help="directory for pareto.png and damage-QUANTIZER.png")
+    arguments = parser.parse_args()
+    found = lines(rows_of(arguments.run / "rows.jsonl", Measured))
+    for quantizer in dict.fromkeys(line.quantizer for line in found):
+        print(f"## {quantizer}\n\n### KL over that of {BASE}\n\n{ratios(found, quantizer)}")
+        for budget in sorted({line.budget for line in found if line.quantizer == quantizer}):
+            print(f"\n### {quantizer}, {budget} bits per weight\n\n{table(found, quantizer, budget)}")
+    if arguments.pictures is not None:
+        arguments.pictures.mkdir(parents=True, exist_ok=True)
+        draw(found, arguments.pictures / "pareto.png")
+        for quantizer in dict.fromkeys(line.quantizer for line in found):
+            draw_damage(arguments.run / "scores", quantizer, arguments.pictures / f"damage-{quantizer}.png")
+
+
+def draw_damage(directory: Path, quantizer: str, path: Path) -> None:
+    """Scores of matrices by a quantizer against what rounding them was measured to lose; nothing without both."""
+    measured = directory / f"{quantizer}_{BASE}.json"
+    if not measured.exists():
+        return
+    damage, of_matrices = Scores.read(measured), {}
+    for file in sorted(directory.glob(f"{quantizer}_*.json")):
+        if file != measured and not file.name.endswith(".seconds.json"):
+            found = Scores.read(file)
+            if found.values.keys() == damage.values.keys():
+                of_matrices[file.stem.removeprefix(f"{quantizer}_")] = found
+    if of_matrices:
+        write_damage_figure(of_matrices, damage, path)
+
+
+if __name__ == "__main__":
+    main()
