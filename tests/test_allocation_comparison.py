@@ -28,6 +28,14 @@ def test_the_shipped_comparison_has_every_score_and_allocator():
     assert len(names) == len(set(names))
 
 
+@pytest.mark.parametrize("path", sorted((CONFIG.parent / "replications").glob("*.yaml")), ids=lambda path: path.stem)
+def test_replications_can_be_read(path):
+    comparison = read(path)
+    assert len({name for name, *_ in plans(comparison)}) == len(list(plans(comparison)))
+    for name in ("Claims", "Deviates", "Costs", "Expects", "Measured"):
+        assert f"# {name} " in path.read_text(encoding="utf-8")
+
+
 @pytest.fixture(scope="module")
 def small(small_model, text_file, tmp_path_factory):
     """A config of a few plans on a small model, as a file."""

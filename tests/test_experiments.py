@@ -29,6 +29,11 @@ def test_the_shipped_comparison_has_every_quantizer():
     assert len(names) == len(set(names))
 
 
+def test_the_replication_of_baq_can_be_read():
+    comparison = read(CONFIG.parent / "baq_opt_125m.yaml")
+    assert len(list(models(comparison, []))) == 2 * 3 * 4
+
+
 def test_the_committed_rows_are_of_the_shipped_comparison():
     """So that they can be gone on with, and the tables are of what the config says."""
     comparison, measured = read(CONFIG), CONFIG.parent / "measured"

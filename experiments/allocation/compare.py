@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
+import jax.numpy as jnp
 import yaml
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
 
@@ -149,7 +150,8 @@ class Bench:
 
     @functools.cached_property
     def reference(self):
-        return make_reference(self.original, self.windows, batch_size=self.comparison.evaluation.batch_size)
+        e = self.comparison.evaluation
+        return make_reference(self.original, self.windows, batch_size=e.batch_size, dtype=jnp.dtype(e.dtype))
 
     def claim(self) -> None:
         """Says in the directory what its rows are of; see `experiments.rows.claim`."""
@@ -229,8 +231,9 @@ class Bench:
             written = Path(directory) / "model"
             plan = pipeline.write(self.source, plan, written, windows, batch_size=batch_size)
             size = sum(shard.stat().st_size for shard in written.glob("*.safetensors"))
-            batch_size = self.comparison.evaluation.batch_size
-            found = evaluate(open_quantized(written), self.windows, reference=self.reference, batch_size=batch_size)
+            e, model = self.comparison.evaluation, open_quantized(written)
+            data = {"reference": self.reference, "batch_size": e.batch_size, "dtype": jnp.dtype(e.dtype)}
+            found = evaluate(model, self.windows, **data)
         assert found.kl is not None
         assert found.top1 is not None
         return Measured(

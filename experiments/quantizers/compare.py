@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
+import jax.numpy as jnp
 import yaml
 from pydantic import Field, NonNegativeInt, ValidationError
 
@@ -122,7 +123,7 @@ class Bench:
         e = comparison.evaluation
         data = resolve_data(e.data, "evaluation")
         self.windows = evaluation_windows(self.tokenizer, data, e.window, stride=e.stride, limit=e.windows)
-        self.reference = make_reference(self.original, self.windows, batch_size=e.batch_size)
+        self.reference = make_reference(self.original, self.windows, batch_size=e.batch_size, dtype=jnp.dtype(e.dtype))
 
     def claim(self, out: Path) -> None:
         """Says in `out` what a row depends on but for what its name says; see `experiments.rows.claim`."""
@@ -154,8 +155,9 @@ class Bench:
         packed, plan = pipeline.quantized(self.original, plan, windows, batch_size=batch_size)
         model = InMemory(packed.config, packed.params())
         seconds = time.perf_counter() - started
-        batch_size = self.comparison.evaluation.batch_size
-        found = evaluate(model, self.windows, reference=self.reference, batch_size=batch_size)
+        e = self.comparison.evaluation
+        data = {"reference": self.reference, "batch_size": e.batch_size, "dtype": jnp.dtype(e.dtype)}
+        found = evaluate(model, self.windows, **data)
         assert found.kl is not None
         assert found.top1 is not None
         return Measured(
