@@ -70,16 +70,16 @@ class Candidates:
           tables: embedding and head have options too.
 
         Raises:
-          UserError: models that differ in more than their matrices, as after scaling channels.
+          UserError: models that differ from the original in more than their matrices, as after scaling channels.
         """
         rest, stacks = [], []
         for index in range(original.config.num_blocks):
             models = [_split(source.block(index)) for source in (*quantized, original)]
             for option, (other, _) in enumerate(models[:-1]):
-                if not _alike(other, models[0][0]):
+                if not _alike(other, models[-1][0]):
                     raise UserError(
-                        f"candidates: options 0 and {option} differ in what is no matrix of block_{index}; leave out "
-                        "what scales channels or corrects biases"
+                        f"candidates: option {option} has other norms or biases in block_{index} than the original; "
+                        "leave out what scales channels or corrects biases"
                     )
             rest.append(models[0][0])
             stacks.append({path: jnp.stack([m[1][path].astype(dtype) for m in models]) for path in models[0][1]})
@@ -122,9 +122,13 @@ class Judge:
 
     `passes` counts what it has cost: forward passes of all windows through all blocks, parts of one as shares; the
     original's own, for reference, is the first.
+
+    Raises UserError for windows of one token, which foretell none.
     """
 
     def __init__(self, candidates: Candidates, windows: Windows, *, batch_size: int = 8):
+        if windows.tokens.shape[1] < 2:
+            raise UserError(f"{windows.source}: windows of one token, which foretell none; write a length of 2 or more")
         self.candidates, self.windows = candidates, windows
         self._rows = batches(windows.tokens, batch_size)
         self._masks = batches(scored_targets(windows), batch_size)
@@ -221,7 +225,9 @@ def _table(source: ParameterSource, path: str) -> Array:
 
 
 def _alike(a: Params, b: Params) -> bool:
+    """Whether both are the same once they are kept in 16 bits, as what stays dense is."""
     flat = [flatten_dict(tree, sep="/") for tree in (a, b)]
+    stored = lambda leaf: np.asarray(jnp.asarray(leaf, jnp.bfloat16))  # noqa: E731
     return flat[0].keys() == flat[1].keys() and all(
-        np.array_equal(np.asarray(flat[0][path]), np.asarray(flat[1][path])) for path in flat[0]
+        np.array_equal(stored(flat[0][path]), stored(flat[1][path])) for path in flat[0]
     )

@@ -19,7 +19,7 @@ import numpy as np
 
 from lq.calibration.data import Windows
 from lq.evaluation.candidates import Judge
-from lq.importance.quantized import QuantizedOptions, candidates_of
+from lq.importance.quantized import QuantizedOptions, candidates_of, values_of
 from lq.importance.units import units_of
 from lq.models.matrices import EMBEDDING, block_of
 from lq.models.source import ParameterSource
@@ -42,8 +42,7 @@ def measured_kl(source: ParameterSource, windows: Windows, options: MeasuredOpti
     costs: dict[str, dict[str, float]] = {unit: {} for unit in units}
     for unit, option, found in one_at_a_time(judge, start, units, range(len(specs))):
         costs[unit][str(specs[option])] = found - loss
-    values = {unit: of_unit[str(specs[0])] - of_unit[str(specs[-1])] for unit, of_unit in costs.items()}
-    return {"values": values, "costs": costs, "passes": judge.passes}
+    return {"values": values_of(costs), "costs": costs, "passes": judge.passes}
 
 
 def one_at_a_time(

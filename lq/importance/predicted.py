@@ -41,7 +41,7 @@ from lq.calibration.taps import block_inputs, input_statistics
 from lq.errors import UserError
 from lq.importance.backward import Backward, WindowGradients, split_block
 from lq.importance.perturbations import Perturbations, slopes
-from lq.importance.quantized import QuantizedOptions
+from lq.importance.quantized import QuantizedOptions, values_of
 from lq.importance.units import segment_name, units_of
 from lq.models.matrices import matrices
 from lq.models.source import ParameterSource
@@ -110,8 +110,7 @@ def predicted_kl(source: ParameterSource, windows: Windows, options: PredictedOp
         total = np.sum([products[p] if place is None else products[p][..., place] for p, place in members], axis=0)
         squares = 0.5 * np.square(total).mean(0) / per_window
         costs[unit] = dict(zip(names, squares.tolist(), strict=True))
-    values = {unit: of_unit[names[0]] - of_unit[names[-1]] for unit, of_unit in costs.items()}
-    return {"values": values, "costs": costs, "passes": backward.passes}
+    return {"values": values_of(costs), "costs": costs, "passes": backward.passes}
 
 
 def _segment_units(source: ParameterSource, options: PredictedOptions) -> dict[str, list[tuple[str, int | None]]]:

@@ -5,6 +5,7 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Array, Float
 
@@ -15,6 +16,7 @@ from lq.importance.units import Unit
 from lq.importance.weights import weight_at
 from lq.models.matrices import block_of, matrices, model_shapes
 from lq.models.source import ParameterSource
+from lq.numerics.segmented import is_packed
 from lq.numerics.spec import QuantSpec, smallest_first
 from lq.quantizers import QUANTIZERS, Recipe, quantized_source
 from lq.quantizers.apply import read_matrix
@@ -108,7 +110,12 @@ def quantized_sources(
     *,
     tables: bool = False,
 ) -> list[ParameterSource]:
-    """The model quantized uniformly at each of `specs`, embedding and head where `tables`, as it is read."""
+    """The model quantized uniformly at each of `specs`, embedding and head where `tables`, as it is read.
+
+    Raises UserError for a model that is packed.
+    """
+    if source.config.num_blocks and any(map(is_packed, jax.tree.leaves(source.block(0), is_leaf=is_packed))):
+        raise UserError("block_0 is packed already, and options are made from dense weights; give the original model")
     text, paths = windows if recipe.calibrated else None, (model_shapes if tables else matrices)(source.config)
     return [quantized_source(source, dict.fromkeys(paths, spec), recipe, text, batch_size=batch_size) for spec in specs]
 
@@ -121,9 +128,17 @@ def scores_from(
     A unit loses what its matrices lose together. Its score is what it gains from the smallest to the largest spec; of
     one spec alone, what it loses.
     """
-    costs, values = {}, {}
+    costs = {}
     for unit, paths in units.items():
         lost = np.sum([losses[path] for path in paths], axis=0)
         costs[unit] = {str(spec): float(loss) for spec, loss in zip(specs, lost, strict=True)}
-        values[unit] = float(lost[0] - lost[-1]) if len(specs) > 1 else float(lost[0])
-    return {"values": values, "costs": costs}
+    return {"values": values_of(costs), "costs": costs}
+
+
+def values_of(costs: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """What every unit gains from the first, smallest option to the last; of one option alone, what it loses."""
+    found = {}
+    for unit, of_unit in costs.items():
+        first, *others = of_unit.values()
+        found[unit] = first - others[-1] if others else first
+    return found

@@ -93,8 +93,16 @@ def test_models_that_differ_in_more_than_matrices_are_refused():
     source, params = InMemory(config, random_params(config)), random_params(config)
     norm = params["block_0"]["mlp_norm"]
     other = InMemory(config, {**params, "block_0": {**params["block_0"], "mlp_norm": {"scale": norm["scale"] * 2}}})
-    with pytest.raises(UserError, match=r"^candidates: options 0 and 1 differ in what is no matrix of block_0; "):
+    with pytest.raises(UserError, match=r"^candidates: option 1 has other norms or biases in block_0"):
         Candidates.of(source, [planned(source, 2), planned(other, 2)])
+    with pytest.raises(UserError, match=r"^candidates: option 0 has other norms"):
+        Candidates.of(source, [planned(other, 2)])
+
+
+def test_one_token_foretells_nothing(source):
+    windows = Windows(WINDOWS.tokens[:, :1], "short.txt", "random")
+    with pytest.raises(UserError, match=r"^short\.txt: windows of one token, which foretell none"):
+        Judge(Candidates.of(source, [planned(source, 2)]), windows)
 
 
 def test_choices_that_cannot_be():

@@ -154,6 +154,18 @@ def test_embedding_and_head_are_units(tied):
         allocate(found, bpw=3.8, bits=(2, 4), spec=spec, method="knapsack")
 
 
+def test_of_one_width_a_unit_is_worth_what_it_loses(source):
+    found = score(source, "kl", WINDOWS, {**FORMAT, "bits": [2], "unit": "block"})
+    assert all(value == found.costs[unit]["int2-g32"] > 0 for unit, value in found.values.items())
+
+
+def test_a_packed_model_is_refused(source):
+    spec = QuantSpec(bits=4, group_size=32)
+    packed = PlannedSource(source, dict.fromkeys(matrices(source.config), spec), Recipe())
+    with pytest.raises(UserError, match="block_0 is packed already"):
+        score(packed, "kl", WINDOWS, {**FORMAT, "unit": "block"})
+
+
 def test_costs_survive_json(kl, tmp_path):
     kl.write(tmp_path / "kl.json")
     assert Scores.read(tmp_path / "kl.json") == kl
