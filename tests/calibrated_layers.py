@@ -6,6 +6,7 @@ import numpy as np
 
 from lq.calibration.statistics import InputStats, reduce_inputs
 from lq.numerics.spec import QuantSpec
+from lq.quantizers.gptq import GPTQOptions, gptq
 
 
 def correlated_inputs(tokens: int, channels: int, seed: int = 0, spread: float = 1.0) -> np.ndarray:
@@ -46,6 +47,14 @@ def dequantized_float64(found, spec: QuantSpec) -> np.ndarray:
     K, g = codes.shape[-2], spec.group_length(codes.shape[-2])
     rows = lambda array: np.repeat(array, g, axis=-2)[..., :K, :]  # noqa: E731
     return rows(scales) * (codes - (spec.zero_point if zeros is None else rows(zeros)))
+
+
+def gptq_codes(weight, stats, spec, options=GPTQOptions()):  # noqa: B008, frozen
+    """Codes, scales and zero points of GPTQ, under jit, as float64; zero points of symmetric codes too."""
+    codes, scales, zeros = jax.jit(gptq, static_argnames=("spec", "options"))(jnp.asarray(weight), stats, spec, options)
+    if zeros is None:
+        zeros = jnp.full_like(scales, spec.zero_point)
+    return tuple(np.asarray(a, np.float64) for a in (codes, scales, zeros))
 
 
 def codes_in_float64(weight, hessian, damping, order, scale, zero, top) -> np.ndarray:

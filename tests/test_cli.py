@@ -50,10 +50,13 @@ def scores(small_model, text_file, tmp_path_factory):
 def plan(scores, tmp_path_factory):
     out = tmp_path_factory.mktemp("plan") / "plan.json"
     budget = ("--bpw", 3.2, "--bits", "2,3,4", "--group-size", 64)
-    status, printed, _ = lq("allocate", scores / "lim.json", *budget, "--out", out)
+    picture = out.with_suffix(".png")
+    status, printed, _ = lq("allocate", scores / "lim.json", *budget, "--out", out, "--picture", picture)
     assert status == 0
     assert "bits per weight" in printed
     assert "code bits" in printed
+    assert f"wrote {picture}" in printed
+    assert picture.read_bytes()[:4] == b"\x89PNG"
     return out
 
 

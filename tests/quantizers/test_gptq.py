@@ -1,8 +1,6 @@
-"""GPTQ: against the original implementation and GPTQModel, the paper's recurrence in float64, and what must hold."""
+"""GPTQ: against the paper's recurrence in float64, and what must hold."""
 
-import dataclasses
 import functools
-import operator
 import re
 import subprocess
 import sys
@@ -16,6 +14,7 @@ import pytest
 from calibrated_layers import (
     codes_in_float64,
     correlated_inputs,
+    gptq_codes,
     hessian_stats,
     output_error_float64,
     per_channel,
@@ -24,35 +23,18 @@ from calibrated_layers import (
 
 from lq.calibration.statistics import InputStats
 from lq.errors import UserError
-from lq.numerics.segmented import SegmentedQTensor
 from lq.numerics.spec import QuantSpec
 from lq.quantizers.apply import quantize_matrix
 from lq.quantizers.gptq import GPTQFactor, GPTQOptions, factorize, gptq
 from lq.quantizers.rtn import RTNOptions, rtn
-from lq.quantizers.runs import gptq_widths
 
 pytestmark = pytest.mark.once
 
-FIXTURES = Path(__file__).parent.parent / "fixtures" / "quantizers"
-SWEEP, MODEL = np.load(FIXTURES / "gptq_sweep.npz"), np.load(FIXTURES / "gptqmodel.npz")
-W = np.load(FIXTURES / "gptq_round_to_nearest.npz")["W"]
-X = SWEEP["X"].astype(np.float32)
-VARIANTS = [name.removesuffix("_codes") for name in SWEEP if name.endswith("_codes")]
-GPTQMODEL = [name.removesuffix("_err") for name in MODEL if re.fullmatch("gptq_.*_err", name)]
-GROUP_AWARE = [name for name in GPTQMODEL if name.endswith("_group_aware")]
 EPS = 2.0**-24  # float32 rounding
 
 
-def run(weight, stats, spec, options=GPTQOptions()):  # noqa: B008, frozen
-    """Codes, scales and zero points, under jit, as float64; zero points of symmetric codes too."""
-    codes, scales, zeros = jax.jit(gptq, static_argnames=("spec", "options"))(jnp.asarray(weight), stats, spec, options)
-    if zeros is None:
-        zeros = jnp.full_like(scales, spec.zero_point)
-    return tuple(np.asarray(a, np.float64) for a in (codes, scales, zeros))
-
-
 def nearest(weight, spec, options=RTNOptions()):  # noqa: B008, frozen
-    """The same of round to nearest."""
+    """As `gptq_codes`, of rounding to nearest."""
     codes, scales, zeros = jax.jit(rtn, static_argnames=("spec", "options"))(jnp.asarray(weight), None, spec, options)
     if zeros is None:
         zeros = jnp.full_like(scales, spec.zero_point)
@@ -63,153 +45,6 @@ def dequantized(codes, scales, zeros, spec):
     group = spec.group_length(len(codes))
     scales, zeros = (per_channel(a, len(codes), group) for a in (scales, zeros))
     return scales * (codes - zeros)
-
-
-# Against the original implementation, and GPTQModel's
-
-
-@dataclasses.dataclass(frozen=True)
-class Variant:
-    """A recorded variant, brought to `[in, out]` and to an order of channels in which lq can store its groups."""
-
-    weight: np.ndarray
-    inputs: np.ndarray
-    spec: QuantSpec
-    options: GPTQOptions
-    error: float
-    # None where the error alone was recorded
-    codes: np.ndarray | None
-    scales: np.ndarray | None
-    zeros: np.ndarray | None
-
-    @classmethod
-    def read(cls, name: str) -> "Variant":
-        pattern = r"gptq_b(\d)_g(-?\d+)_(a?sym)_(?:act(\d)_static(\d)_mse(\d)(_block64)?|group_aware)"
-        fields = re.fullmatch(pattern, name)
-        bits, group = int(fields[1]), int(fields[2])
-        act, static, mse = (int(fields[i] or 0) for i in (4, 5, 6))
-        order, group_order = np.arange(256), slice(None)
-        energy = np.square(X.astype(np.float64)).sum(0)
-        if fields[4] is None:
-            # Whole groups in the order of their largest energy, the channels of each in that of theirs.
-            of_group = energy.reshape(-1, group)
-            group_order = np.argsort(-of_group.max(1), kind="stable")
-            order = np.concatenate([group * g + np.argsort(-of_group[g], kind="stable") for g in group_order])
-        elif act and not static and group > 0:
-            # Groups of neighbours in the order of the sweep: with the channels given in that order they are neighbours.
-            # With those of the model, see `test_groups_by_energy_are_the_original_act_order`.
-            order, act = np.argsort(-energy, kind="stable"), False
-            if f"{name}_g_idx" in SWEEP:
-                np.testing.assert_array_equal(SWEEP[f"{name}_g_idx"][order], np.arange(256) // group)
-        spec = QuantSpec(
-            bits=bits, group_size=None if group < 0 else group, symmetric=fields[3] == "sym", scale_dtype="float32"
-        )
-        options = GPTQOptions(
-            convention="symu" if spec.symmetric else "asym0",
-            clip="mse" if mse else "none",
-            act_order=bool(act),
-            static_groups=bool(static),
-            block=64 if fields[7] else 128,
-        )
-        recorded = SWEEP if f"{name}_codes" in SWEEP else MODEL
-        of = lambda key, rows: recorded[f"{name}_{key}"].T[rows] if f"{name}_{key}" in recorded else None  # noqa: E731
-        outcome = of("codes", order), of("scales", group_order), of("zeros", group_order)
-        return cls(W.T[order], X[:, order], spec, options, float(recorded[f"{name}_err"]), *outcome)
-
-
-@functools.cache
-def outcome(name: str):
-    """The variant, what lq makes of it, and its output error."""
-    variant = Variant.read(name)
-    found = swept(variant, hessian_stats(variant.inputs))
-    return variant, found, error_of(variant, found)
-
-
-def swept(variant: Variant, stats: InputStats):
-    """With the factor made beforehand the order of the channels is data: one program serves both orders."""
-    factor = factorize(stats, variant.options)
-    return run(variant.weight, factor, variant.spec, dataclasses.replace(variant.options, act_order=False))
-
-
-def error_of(variant: Variant, found) -> float:
-    """In the norm of the Hessian, over that of the outputs."""
-    return output_error_float64(variant.weight, dequantized(*found, variant.spec), variant.inputs)
-
-
-@pytest.mark.parametrize("name", [*VARIANTS, *GROUP_AWARE])
-def test_equals_the_original_implementation(name):
-    variant, (codes, scales, zeros), error = outcome(name)
-    # Targets agree to 2e-5 levels: of at most 16 levels, sums of 256 terms and a factor good to 1e-6. Of 32,768 weights
-    # 2 * 2e-5 * 32768 = 1.3 lie so near a tie, and more of symmetric ones, whose extremes are ties. From there on an
-    # output channel goes its own way, no better or worse.
-    apart = (codes != variant.codes).any(axis=0)
-    assert apart.sum() <= 5
-    assert error == pytest.approx(variant.error, rel=0.005 if apart.any() else 2e-5)
-    # Ranges of compensated weights are off by what the weights are: as far as sums of 256 terms.
-    np.testing.assert_allclose(scales[:, ~apart], variant.scales[:, ~apart], rtol=256 * EPS)
-    if not variant.spec.symmetric:
-        np.testing.assert_array_equal(zeros[:, ~apart], variant.zeros[:, ~apart])
-
-
-@pytest.mark.parametrize("name", [name for name in VARIANTS if f"{name}_g_idx" in SWEEP])
-def test_groups_by_energy_are_the_original_act_order(name):
-    """Its act-order without static groups, which stores the group of every channel, and so does lq."""
-    variant = Variant.read(name)
-    spec = dataclasses.replace(variant.spec, by_energy=True)
-    options = dataclasses.replace(variant.options, act_order=True, static_groups=False)
-    permutation, segments = gptq_widths(jnp.asarray(W.T), factorize(hessian_stats(X), options), spec, options)
-    tensor = SegmentedQTensor.from_segments(permutation, segments, spec, W.T.shape)
-    group = tensor.spec.group_length(256)
-    np.testing.assert_array_equal(tensor.channels, SWEEP[f"{name}_g_idx"])
-    zeros = np.full_like(variant.scales, spec.zero_point) if spec.symmetric else variant.zeros
-    scales, zeros = (per_channel(a, 256, group) for a in (variant.scales, zeros))
-    theirs = np.zeros(W.T.shape)
-    theirs[np.argsort(-np.diagonal(hessian_stats(X).hessian), kind="stable")] = scales * (variant.codes - zeros)
-    equal = np.isclose(np.asarray(tensor.dequantize()), theirs, rtol=256 * EPS, atol=0).all(axis=0)
-    assert (~equal).sum() <= 5, "output channels that go their own way, see above"
-
-
-def test_most_variants_are_equal_to_the_last_code():
-    """32 of 39 as measured; the others are symmetric and differ in one or two of 128 output channels."""
-    found = [outcome(name) for name in VARIANTS]
-    assert sum((codes == variant.codes).all() for variant, (codes, _, _), _ in found) >= 28
-
-
-@functools.cache
-def reversed_moment():
-    """The statistics of `X` summed batch by batch, the last one first, as the original was given them again."""
-    return functools.reduce(operator.add, (hessian_stats(batch) for batch in np.split(X, 8)[::-1]))
-
-
-@pytest.mark.parametrize("name", [name for name in VARIANTS if f"{name}_g_idx" not in SWEEP])
-def test_batches_in_reverse_matter_as_little_as_in_the_original(name):
-    variant, (codes, *_), _ = outcome(name)
-    again = swept(variant, reversed_moment())
-    # Sums in another order are off by no more than the two programs are apart: up to five output channels of 128 go
-    # their own way, a quarter of whose codes differ on average. Measured: two channels, 0.0020; theirs 0.0019.
-    assert (again[0] != codes).mean() <= 0.01
-    assert SWEEP[f"{name}_flips"] <= 0.01
-    assert error_of(variant, again) == pytest.approx(float(SWEEP[f"{name}_err_again"]), rel=0.005)
-
-
-@pytest.mark.parametrize("name", GPTQMODEL)
-def test_loses_what_gptqmodel_loses(name):
-    """With 2 to 8 bits, one group or several, either order of the channels."""
-    variant, (codes, *_), error = outcome(name)
-    theirs = float(MODEL[f"{name}_err"])
-    # An output channel that goes its own way is no better or worse, see above. At 8 bits many more do, and one step of
-    # their codes is worth that much less. Measured: 0.0032 at most.
-    assert error == pytest.approx(theirs, rel=0.005)
-    if f"{name}_differ" in MODEL:
-        # Both have the original's codes but for a share: no more than the sum of the two is between them. The bound is
-        # that of five channels, see above. Measured: 0.0031 at most.
-        assert (codes != variant.codes).mean() + float(MODEL[f"{name}_differ"]) <= 0.01
-
-
-def test_most_errors_are_gptqmodels_to_the_last_digits():
-    """26 of 35 as measured: no code differs there, or so few that it does not show."""
-    errors = [(outcome(name)[2], float(MODEL[f"{name}_err"])) for name in GPTQMODEL]
-    assert sum(ours == pytest.approx(theirs, rel=2e-5) for ours, theirs in errors) >= 22
 
 
 # Against the recurrence of the paper
@@ -231,7 +66,7 @@ def test_codes_are_those_of_the_paper(bits, symmetric, group_size, act_order):
     weight, inputs, stats = layer()
     spec = QuantSpec(bits=bits, group_size=group_size, symmetric=symmetric)
     options = GPTQOptions(act_order=act_order, static_groups=act_order or group_size is None)
-    codes, scales, zeros = run(weight, stats, spec, options)
+    codes, scales, zeros = gptq_codes(weight, stats, spec, options)
     factor = factorize(stats, options)
     grid = [per_channel(a, 200, spec.group_length(200)) for a in (scales, zeros)]
     want = codes_in_float64(weight, stats.hessian, float(factor.damping), factor.order, *grid, spec.max_code)
@@ -265,7 +100,7 @@ def test_every_channel_is_rounded_from_its_target(bits):
     """E = R^T D: a code inside the range leaves at most half a step of its own contribution, whatever went before."""
     weight, _, stats = layer(spread=0.5)
     spec = QuantSpec(bits=bits, group_size=32)
-    codes, scales, zeros = run(weight, stats, spec)
+    codes, scales, zeros = gptq_codes(weight, stats, spec)
     factor = factorize(stats, GPTQOptions())
     order = np.asarray(factor.order)
     damped = np.asarray(stats.hessian, np.float64)[np.ix_(order, order)] + float(factor.damping) * np.eye(200)
@@ -291,7 +126,7 @@ def test_two_channels_by_hand():
     # A third channel, apart from these, has the weight 3 that makes the step 1.
     stats = InputStats(tokens=jnp.float32(2), hessian=jnp.zeros((3, 3)).at[:2, :2].set(moment).at[2, 2].set(1.0))
     spec = QuantSpec(bits=2, group_size=None, scale_dtype="float32")
-    codes, scales, zeros = run(np.asarray([[0.4], [0.4], [3.0]], np.float32), stats, spec, options)
+    codes, scales, zeros = gptq_codes(np.asarray([[0.4], [0.4], [3.0]], np.float32), stats, spec, options)
     assert (scales, zeros) == (1, 0)
     np.testing.assert_array_equal(codes[:, 0], [0, 1, 3])
 
@@ -312,7 +147,7 @@ def test_is_round_to_nearest_where_inputs_are_uncorrelated(bits, symmetric, grou
     stats = InputStats(tokens=jnp.float32(1), hessian=jnp.diag(jnp.asarray(energy)))
     spec = QuantSpec(bits=bits, group_size=group_size, symmetric=symmetric)
     options = GPTQOptions(act_order=act_order, static_groups=act_order or group_size is None)
-    for ours, theirs in zip(run(weight, stats, spec, options), nearest(weight, spec), strict=True):
+    for ours, theirs in zip(gptq_codes(weight, stats, spec, options), nearest(weight, spec), strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
 
@@ -320,7 +155,7 @@ def test_is_round_to_nearest_where_inputs_are_uncorrelated(bits, symmetric, grou
 def test_the_block_is_a_matter_of_speed():
     weight, _, stats = layer(channels=256)
     spec = QuantSpec(bits=3, group_size=64)
-    first, *others = (run(weight, stats, spec, GPTQOptions(block=block))[0] for block in (128, 1, 8, 24, 256))
+    first, *others = (gptq_codes(weight, stats, spec, GPTQOptions(block=block))[0] for block in (128, 1, 8, 24, 256))
     for codes in others:
         assert (codes != first).any(axis=0).sum() <= 1, "of 24 output channels; ties"
 
@@ -329,9 +164,9 @@ def test_act_order_is_the_natural_order_of_sorted_channels():
     weight, _, stats = layer()
     order = np.argsort(-np.diag(np.asarray(stats.hessian)), kind="stable")
     spec = QuantSpec(bits=3, group_size=None)
-    codes = run(weight, stats, spec)[0]
+    codes = gptq_codes(weight, stats, spec)[0]
     sorted_stats = stats.replace(hessian=stats.hessian[order[:, None], order])
-    expected = run(weight[order], sorted_stats, spec, GPTQOptions(act_order=False))[0]
+    expected = gptq_codes(weight[order], sorted_stats, spec, GPTQOptions(act_order=False))[0]
     np.testing.assert_array_equal(codes[order], expected)
 
 
@@ -340,7 +175,7 @@ def test_loses_less_than_round_to_nearest():
     spec, ratios = QuantSpec(bits=3, group_size=32), []
     for seed in range(100):
         weight, inputs, stats = layer(channels=64, outputs=16, tokens=256, seed=seed, spread=0.5)
-        found = (dequantized(*codes, spec) for codes in (run(weight, stats, spec), nearest(weight, spec)))
+        found = (dequantized(*codes, spec) for codes in (gptq_codes(weight, stats, spec), nearest(weight, spec)))
         ours, theirs = (output_error_float64(weight, q, inputs) for q in found)
         ratios.append(ours / theirs)
     assert np.mean(np.asarray(ratios) <= 1.0) >= 0.95
@@ -351,14 +186,14 @@ def test_loses_less_than_round_to_nearest():
 def test_only_the_shape_of_the_moment_matters(factor):
     weight, _, stats = layer()
     spec = QuantSpec(bits=3, group_size=32)
-    codes = run(weight, stats, spec)[0]
-    scaled = run(weight, stats.replace(hessian=factor * stats.hessian), spec)[0]
+    codes = gptq_codes(weight, stats, spec)[0]
+    scaled = gptq_codes(weight, stats.replace(hessian=factor * stats.hessian), spec)[0]
     assert (codes != scaled).any(axis=0).sum() <= (1 if factor == 3.0 else 0)
 
 
 def test_is_the_same_every_time():
     weight, _, stats = layer()
-    for a, b in zip(*(run(weight, stats, QuantSpec(bits=2)) for _ in range(2)), strict=True):
+    for a, b in zip(*(gptq_codes(weight, stats, QuantSpec(bits=2)) for _ in range(2)), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
@@ -367,7 +202,7 @@ def test_takes_a_factor_in_place_of_statistics():
     spec = QuantSpec(bits=3, group_size=32)
     factor = factorize(stats, GPTQOptions())
     assert isinstance(factor, GPTQFactor)
-    for a, b in zip(run(weight, stats, spec), run(weight, factor, spec), strict=True):
+    for a, b in zip(gptq_codes(weight, stats, spec), gptq_codes(weight, factor, spec), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
@@ -382,9 +217,9 @@ def test_channels_without_input_are_zero_and_touch_nothing(symmetric):
     inputs[:, dead] = 0.0
     weight[dead] *= 100.0
     spec = QuantSpec(bits=3, group_size=None, symmetric=symmetric)
-    codes, scales, zeros = run(weight, hessian_stats(inputs), spec)
+    codes, scales, zeros = gptq_codes(weight, hessian_stats(inputs), spec)
     assert (dequantized(codes, scales, zeros, spec)[dead] == 0).all()
-    without = run(weight[alive], hessian_stats(inputs[:, alive]), spec)
+    without = gptq_codes(weight[alive], hessian_stats(inputs[:, alive]), spec)
     np.testing.assert_array_equal(scales, without[1])
     assert (codes[alive] != without[0]).any(axis=0).sum() <= 1, "of 24 output channels; ties"
 
@@ -393,7 +228,7 @@ def test_zero_weights_stay_zero():
     weight, _, stats = layer()
     weight[:, 5] = 0.0
     spec = QuantSpec(bits=3, group_size=32)
-    assert (dequantized(*run(weight, stats, spec), spec)[:, 5] == 0).all()
+    assert (dequantized(*gptq_codes(weight, stats, spec), spec)[:, 5] == 0).all()
 
 
 @pytest.mark.parametrize("tokens", [1, 20, 100])
@@ -402,7 +237,7 @@ def test_fewer_tokens_than_channels(tokens):
     spec = QuantSpec(bits=3, group_size=32)
     factor = factorize(stats, GPTQOptions())
     assert float(factor.damping) == pytest.approx(0.01 * np.trace(stats.hessian) / 200, rel=1e-5)
-    ours, theirs = (dequantized(*codes, spec) for codes in (run(weight, factor, spec), nearest(weight, spec)))
+    ours, theirs = (dequantized(*codes, spec) for codes in (gptq_codes(weight, factor, spec), nearest(weight, spec)))
     assert output_error_float64(weight, ours, inputs) < 0.5 * output_error_float64(weight, theirs, inputs)
 
 
@@ -433,7 +268,7 @@ def test_a_moment_that_is_not_finite_is_told(value, where):
     assert not bool(factor.finite)
     assert np.isinf(factor.damping)
     spec = QuantSpec(bits=3, group_size=32)
-    np.testing.assert_array_equal(run(weight, factor, spec)[0], nearest(weight, spec)[0])
+    np.testing.assert_array_equal(gptq_codes(weight, factor, spec)[0], nearest(weight, spec)[0])
 
 
 def test_statistics_are_asked_for():
@@ -450,9 +285,9 @@ def test_experts_are_swept_each_with_its_own_moment():
     inputs[1] = 0.0  # an expert that no token reached
     spec = QuantSpec(bits=3, group_size=32)
     stats = hessian_stats(inputs)
-    codes, scales, zeros = run(weight, stats, spec)
+    codes, scales, zeros = gptq_codes(weight, stats, spec)
     for i in range(3):
-        alone = run(weight[i], hessian_stats(inputs[i]), spec)
+        alone = gptq_codes(weight[i], hessian_stats(inputs[i]), spec)
         for a, b in zip((codes[i], scales[i], zeros[i]), alone, strict=True):
             assert (a != b).any(axis=0).sum() <= 1
     np.testing.assert_array_equal(codes[1], nearest(weight[1], spec)[0], err_msg="nothing is known: all count alike")
@@ -472,7 +307,7 @@ def test_a_searched_range_may_weigh_channels_by_their_energy(act_order):
         rtn(jnp.asarray(weight), damped, spec, RTNOptions(clip="opt", importance=importance))[1]
         for importance in (False, True)
     )
-    found = run(weight, factor, spec, options)[1]
+    found = gptq_codes(weight, factor, spec, options)[1]
     # Two candidates may be as good to the last digits of the weights H_kk.
     assert (found != np.asarray(weighted)).mean() <= 0.02
     assert (found != np.asarray(plain)).mean() > 0.5
