@@ -204,6 +204,22 @@ def test_sparse_columns(isa, x_dtype, columns):
 
 @needs_library
 @pytest.mark.parametrize("isa", ISAS)
+def test_the_greatest_x_near_a_power_of_two(isa):
+    """Its highest digit is 127 at most: what would carry beyond takes a unit twice as large."""
+    w = random_matrix(4, 256, 64, 128, asymmetric=False)
+    x = np.array(random_rows(64, 256))
+    x *= 0.9 / np.abs(x).max(axis=1, keepdims=True)
+    significands = np.r_[0x7EFE00:0x7F0100, 0x7FFFFF].astype(np.uint32)
+    greatest = (significands | np.uint32(0x3F800000)).view(np.float32)
+    for first in range(0, len(greatest), 64):
+        some = greatest[first : first + 64]
+        x[: len(some), 5] = some
+        assert_product(product(jnp.asarray(x), w, isa=isa), x, w)
+        assert_product(product(jnp.asarray(-x), w, isa=isa), -x, w)
+
+
+@needs_library
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("size", [1e-33, 1e-30, 1e-10, 1e10, 1e30])
 def test_small_and_large_x(isa, size):
     w = random_matrix(3, 300, 70, 64)

@@ -59,8 +59,9 @@ struct Unit {
 };
 
 inline Unit unit_of(uint32_t greatest, int terms) {
-  // 2^e > greatest (1 + 2^-7): a digit of 127 at the top may not round up to 128.
-  const int32_t e = static_cast<int32_t>((greatest + (1u << 16)) >> 23) + 1, shift = 8 * terms - 1;
+  // The least e with greatest / 2^e <= 0x7F7F7F7F / 2^31, the largest number of digits up to 127. With 2^e next above
+  // greatest that is a significand up to 0x7EFEFE beyond its one; from 0x7EFEFF on the addition carries.
+  const int32_t e = static_cast<int32_t>((greatest + 0x10101u) >> 23) + 1, shift = 8 * terms - 1;
   return {as_float(static_cast<uint32_t>(e - shift) << 23), as_float(static_cast<uint32_t>(254 + shift - e) << 23)};
 }
 
