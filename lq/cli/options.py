@@ -40,7 +40,9 @@ Mixed = Annotated[
 ]
 ByEnergy = Annotated[
     bool,
-    typer.Option("--by-energy", help="Groups of channels in the order of their energy, not of neighbours (GPTQ)."),
+    typer.Option(
+        "--by-energy", help="Groups of channels in the order of their energy, not of neighbours (gptq, rsq, rtn)."
+    ),
 ]
 Transforms = Annotated[
     list[str] | None,

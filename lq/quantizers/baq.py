@@ -60,6 +60,10 @@ class BAQOptions(GPTQOptions):
             raise UserError(f"baq: {spec.bits} bits of runs from {self.low} to {self.high}; write other low and high")
         super().check(spec)
 
+    def dynamic(self, spec: QuantSpec) -> bool:
+        """As GPTQ's; no range of a mixed spec is found in the sweep, whose order is not that of the runs."""
+        return not spec.mixed and super().dynamic(spec)
+
 
 def baq(weight: Float[Array, "... K N"], stats: InputStats | GPTQFactor, spec: QuantSpec, options: BAQOptions):
     """GPTQ where, with a mixed spec, runs of input channels get widths of their own by what they lose.
@@ -83,7 +87,7 @@ def baq_segments(weight: Float[Array, "K N"], stats: InputStats | GPTQFactor, sp
       What `SegmentedQTensor.from_segments` takes: the permutation int32 `[K]`, row i of the segments being input
       channel `permutation[i]`; and the segments, widest first: width, codes uint32 `[channels, N]`, scales float32 and
       zeros uint32 `[groups, N]` (None when symmetric). Where all runs get the same width nothing is permuted, and the
-      one segment is what `gptq` makes.
+      one segment is what `gptq` with static groups makes.
 
     Raises:
       UserError: the options contradict the spec.

@@ -22,6 +22,7 @@ from lq.registry import Method
 
 MIXABLE = "2 to 7 bits and more than 128 input channels, a multiple of 128, in one matrix (see QuantSpec.mixes)"
 
+ORDERABLE = "several whole groups of input channels in one matrix"
 ORDER_REFUSED = "cannot round a matrix in groups or segments of channels by their energy; write gptq, rsq or rtn"
 
 
@@ -122,6 +123,8 @@ class Recipe:
                 raise UserError(f"{'by_energy' if spec.by_energy else 'widths'}: {self.method} {ORDER_REFUSED}")
         if self.quantizer.segments is not None and specs:
             self._check_mixed(config, specs)
+        if any(spec.by_energy for spec in specs.values()):
+            self._check_by_energy(config, specs)
         if self.bias_correction and not (config.qkv_bias and config.attention_out_bias and config.mlp_bias):
             raise UserError(
                 f"bias_correction: the matrices of this {config.family} model have no biases to correct; "
@@ -153,6 +156,23 @@ class Recipe:
                 f"{MIXABLE}; write the method gptq"
             )
 
+    def _check_by_energy(self, config: ModelConfig, specs: Mapping[str, QuantSpec]) -> None:
+        neighbours = self.unordered(config, specs)
+        if len(neighbours) == sum(spec.by_energy for spec in specs.values()):
+            raise UserError(
+                f"by_energy: no matrix of this model has {ORDERABLE}; write a smaller group_size, or leave it out"
+            )
+        if neighbours and getattr(self.options, "static_groups", None) is False:
+            raise UserError(
+                f"{self.method}: static_groups false, but the groups of {neighbours[0]} are of neighbours, since it "
+                f"has not {ORDERABLE}; leave static_groups out"
+            )
+
+    def unordered(self, config: ModelConfig, specs: Mapping[str, QuantSpec]) -> list[str]:
+        """The matrices that keep groups of neighbours where groups by energy were asked for."""
+        shapes = model_shapes(config)
+        return [path for path, spec in specs.items() if spec.by_energy and not spec.orders(shapes[path])]
+
     def unmixed(self, config: ModelConfig, specs: Mapping[str, QuantSpec]) -> list[str]:
         """The matrices that keep one width where widths for runs of their channels were asked for."""
         shapes = model_shapes(config)
@@ -169,6 +189,10 @@ class Recipe:
             few = ", ".join(unmixed[:2]) + (" ..." if len(unmixed) > 2 else "")
             kept = f"{len(unmixed)} of {len(specs)} matrices keep one width ({few})"
             found.append(f"mixed: {kept}; several take {MIXABLE}")
+        if any(spec.by_energy for spec in specs.values()) and (unordered := self.unordered(config, specs)):
+            few = ", ".join(unordered[:2]) + (" ..." if len(unordered) > 2 else "")
+            kept = f"{len(unordered)} of {len(specs)} matrices keep groups of neighbours ({few})"
+            found.append(f"by_energy: {kept}; it takes {ORDERABLE}")
         return found
 
     def to_dict(self) -> dict:

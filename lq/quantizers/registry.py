@@ -22,7 +22,7 @@ QUANTIZERS = Registry(
             options=RTNOptions,
             needs_more=lambda options: options.needs,
             widths=rtn_widths,
-            check=RTNOptions.resolve,
+            check=RTNOptions.check,
             fractional=RTNOptions.fractional,
         ),
         "hqq": Method(function=hqq, options=HQQOptions, check=HQQOptions.check, fractional=lambda options, spec: True),

@@ -96,6 +96,15 @@ class RTNOptions(RangeOptions):
         if self.importance and self.clip != "opt":
             raise UserError(f"rtn: option importance: it weighs errors of clip opt, not {self.clip}; write clip: opt")
 
+    def check(self, spec: QuantSpec) -> None:
+        """Raises UserError when an option contradicts the spec."""
+        self.resolve(spec)
+        if spec.ordered and not self.importance:
+            raise UserError(
+                f"{'by_energy' if spec.by_energy else 'widths'}: groups of channels by the energy of the inputs, which "
+                "rtn does not look at; write its options clip: opt and importance: true, or the method gptq"
+            )
+
     @property
     def needs(self) -> frozenset[str]:
         """Of the inputs."""

@@ -19,7 +19,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from lq.calibration.statistics import InputStats
-from lq.errors import UserError
 from lq.numerics.segmented import runs_of
 from lq.numerics.spec import QuantSpec
 from lq.quantizers.gptq import GPTQFactor, GPTQOptions, dynamic_grid, energy, factorize, live, of_groups
@@ -68,12 +67,11 @@ def sweep_widths(weight: Float[Array, "K N"], factor: GPTQFactor, spec: QuantSpe
 def rtn_widths(weight: Float[Array, "K N"], stats: InputStats | None, spec: QuantSpec, options: RTNOptions):
     """Rounding to nearest of a matrix whose spec gives widths; as `gptq_widths`, from statistics with a `square`.
 
-    Raises UserError without statistics, which `clip="opt"` has collected: they show which channels have most energy.
+    Raises ValueError without statistics, which the option `importance` has collected: they show which channels have
+    most energy.
     """
-    if stats is None or stats.square is None:
-        raise UserError(
-            "rtn: widths by segment go by the energy of the inputs, which is not looked at; write the option clip: opt"
-        )
+    if stats is None:
+        raise ValueError("groups by energy need statistics of the inputs")
     permutation, codes, scales, zeros, _ = round_widths(weight, stats.square, spec, options)
     return permutation, cut(codes, scales, zeros, given_widths(spec), spec)
 

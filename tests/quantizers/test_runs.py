@@ -3,9 +3,11 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_models import llama_config
 
 from lq.calibration.statistics import InputStats
 from lq.errors import UserError
+from lq.models.matrices import matrices
 from lq.numerics.spec import QuantSpec
 from lq.quantizers import QUANTIZERS, Recipe
 from lq.quantizers.apply import quantize_leaf, quantize_matrix
@@ -133,6 +135,29 @@ def test_what_cannot_be():
         Recipe(method="autoround").check(None, {"block_0/mlp/up_proj": spec_of()})
     with pytest.raises(UserError, match="by_energy: awq cannot round a matrix in groups or segments of channels"):
         Recipe(method="awq").check(None, {"block_0/mlp/up_proj": QuantSpec(bits=4, by_energy=True)})
-    weight = jnp.ones((K, N))
-    with pytest.raises(UserError, match="rtn: widths by segment go by the energy of the inputs"):
-        quantize_leaf(weight, None, None, spec_of(), Recipe())
+    for spec, options, line in (
+        (spec_of(), {}, "widths: groups of channels by the energy of the inputs, which rtn does not look at"),
+        (QuantSpec(bits=4, by_energy=True), {"clip": "opt"}, "write its options clip: opt and importance: true"),
+    ):
+        with pytest.raises(UserError, match=line):
+            Recipe(options=RTNOptions(**options)).check(None, {"block_0/mlp/up_proj": spec})
+
+
+def test_groups_by_energy_where_no_matrix_or_not_every_one_has_several():
+    config = llama_config(1)  # 64 and 128 input channels
+    specs = lambda size: dict.fromkeys(matrices(config), QuantSpec(bits=4, group_size=size, by_energy=True))  # noqa: E731
+    with pytest.raises(UserError, match="by_energy: no matrix of this model has several whole groups"):
+        Recipe(method="gptq").check(config, specs(128))
+    recipe = Recipe(method="gptq")
+    recipe.check(config, specs(64))
+    assert (
+        "by_energy: 6 of 7 matrices keep groups of neighbours (block_0/attention/q_proj"
+        in recipe.notes(config, specs(64))[1]
+    )
+    assert not any("by_energy" in line for line in recipe.notes(config, specs(32)))
+    recipe = Recipe(method="gptq", options=GPTQOptions(static_groups=False))
+    recipe.check(config, specs(32))
+    with pytest.raises(
+        UserError, match="static_groups false, but the groups of block_0/attention/q_proj are of neighb"
+    ):
+        recipe.check(config, specs(64))
