@@ -40,9 +40,7 @@ Mixed = Annotated[
 ]
 ByEnergy = Annotated[
     bool,
-    typer.Option(
-        "--by-energy", help="Groups of channels in the order of their energy, not of neighbours (gptq, rsq, rtn)."
-    ),
+    typer.Option("--by-energy", help="Groups of channels in the order of their energy (gptq, rsq, rtn)."),
 ]
 Transforms = Annotated[
     list[str] | None,
