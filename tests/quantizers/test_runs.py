@@ -154,5 +154,5 @@ def test_groups_by_energy_where_no_matrix_or_not_every_one_has_several():
     assert not any("by_energy" in line for line in recipe.notes(config, specs(32)))
     recipe = Recipe(method="gptq", options=GPTQOptions(static_groups=False))
     recipe.check(config, specs(32))
-    with pytest.raises(UserError, match="static_groups false, but the groups of block_0/attention/._proj are"):
+    with pytest.raises(UserError, match=r"static_groups false, but the groups of block_0/attention/._proj are"):
         recipe.check(config, specs(64))
