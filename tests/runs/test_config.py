@@ -9,9 +9,11 @@ from lq.errors import UserError
 from lq.runs.config import Experiment, dump_experiment, load_experiment
 
 ROOT = Path(__file__).parent.parent.parent
-SHIPPED = sorted(  # comparisons of quantizers are no runs
-    {*ROOT.glob("configs/*.yaml"), *ROOT.glob("experiments/*/*.yaml"), ROOT / "lq" / "assets" / "demo.yaml"}
-    - {*ROOT.glob("experiments/quantizers/*.yaml")}
+COMPARISONS = [path.parent for path in ROOT.glob("experiments/*/compare.py")]  # their configs are no runs
+SHIPPED = sorted(
+    path
+    for path in [*ROOT.glob("configs/*.yaml"), *ROOT.glob("experiments/*/*.yaml"), ROOT / "lq" / "assets" / "demo.yaml"]
+    if path.parent not in COMPARISONS
 )
 
 
