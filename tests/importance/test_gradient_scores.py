@@ -116,9 +116,15 @@ def test_what_changes_more_than_matrices_is_refused():
         score(small_source(), "fisher", WINDOWS, OPTIONS | {"method": "awq", "options": {}})
 
 
-@pytest.mark.parametrize("name", ["fisher", "relevance"])
-def test_a_packed_model_is_refused(name):
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("fisher", "block_0 is packed already, and options are made from dense weights; give the original"),
+        ("relevance", "block_0 is packed, and gradients are of dense weights; score the original"),
+    ],
+)
+def test_a_packed_model_is_refused(name, reason):
     source = small_source()
     packed = PlannedSource(source, {"block_0/mlp/up_proj": QuantSpec(bits=4, group_size=32)}, Recipe())
-    with pytest.raises(UserError, match=r"^block_0 is packed, and gradients are of dense weights; score the original"):
+    with pytest.raises(UserError, match=f"^{reason}"):
         scored(packed, name)
