@@ -28,8 +28,8 @@ def test_the_shipped_comparison_has_every_score_and_allocator():
     assert len(names) == len(set(names))
 
 
-@pytest.mark.parametrize("path", sorted((CONFIG.parent / "replications").glob("*.yaml")), ids=lambda path: path.stem)
-def test_replications_can_be_read(path):
+@pytest.mark.parametrize("path", sorted(CONFIG.parent.rglob("*.yaml")), ids=lambda path: path.stem)
+def test_every_config_here_is_a_comparison(path):
     comparison = read(path)
     assert len({name for name, *_ in plans(comparison)}) == len(list(plans(comparison)))
     for name in ("Claims", "Deviates", "Costs", "Expects", "Measured"):

@@ -29,6 +29,12 @@ def test_the_shipped_comparison_has_every_quantizer():
     assert len(names) == len(set(names))
 
 
+@pytest.mark.parametrize("path", sorted(CONFIG.parent.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_config_here_is_a_comparison(path):
+    assert len(list(models(read(path), []))) > 0
+    assert path.read_text(encoding="utf-8").startswith("#"), "a config says in its header what it claims and costs"
+
+
 def test_the_replication_of_baq_can_be_read():
     comparison = read(CONFIG.parent / "baq_opt_125m.yaml")
     assert len(list(models(comparison, []))) == 2 * 3 * 4

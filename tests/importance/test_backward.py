@@ -146,7 +146,8 @@ def test_what_windows_stand_beside_a_window_does_not_matter(loss):
         return Backward(source, windows, loss=loss, batch_size=batch_size).gradients(point, everything)
 
     one, other = found(np.arange(5), 5), found(np.arange(5)[::-1], 2)
-    # A divergence sums differences of logarithms near ln 4096 at 11 positions, each off by some 2^-24 of itself.
+    # A divergence sums, at 11 positions, differences of two logarithms near ln 4096, each off by some 2^-24 of itself,
+    # in either of two runs.
     rounding = 11 * 4 * np.log(4096) * 2.0**-24 if loss == "kl" else 0.0
     np.testing.assert_allclose(one.losses, other.losses[::-1], rtol=1e-6, atol=rounding)
     for block, same in zip(one.blocks, other.blocks, strict=True):

@@ -9,7 +9,8 @@ from lq.errors import UserError
 from lq.runs.config import Experiment, dump_experiment, load_experiment
 
 ROOT = Path(__file__).parent.parent.parent
-COMPARISONS = [path.parent for path in ROOT.glob("experiments/*/compare.py")]  # their configs are no runs
+# Their configs are no runs; the tests of each comparison read all that lie there.
+COMPARISONS = [path.parent for path in ROOT.glob("experiments/*/compare.py")]
 SHIPPED = sorted(
     path
     for path in [*ROOT.glob("configs/*.yaml"), *ROOT.glob("experiments/*/*.yaml"), ROOT / "lq" / "assets" / "demo.yaml"]
