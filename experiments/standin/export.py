@@ -1,9 +1,11 @@
 """Writes the trained stand-in as lq ships it: model in Hugging Face layout, held-out texts, sources and licences.
 
 python -m experiments.standin.export --run DIR [--assets lq/assets] [--step N]
+python -m experiments.standin.export --run DIR --model narrow --assets DIR    # the model alone, in DIR/narrow
 """
 
 import argparse
+import functools
 import importlib.metadata
 import json
 import shutil
@@ -16,37 +18,38 @@ import orbax.checkpoint as ocp
 import safetensors.numpy
 
 from experiments.standin.corpus import PACKAGES, documents, provenance
-from experiments.standin.train import CONFIG, END, LENGTH, initialize, optimizer
+from experiments.standin.train import END, LENGTH, MODELS, initialize, optimizer
+from lq.models.config import ModelConfig
 from lq.models.families import to_hf
 
 TEXT_BYTES = 400_000  # of each shipped text
 
 
-def restore(run: Path, step: int | None):
+def restore(run: Path, config: ModelConfig, step: int | None):
     """The parameters of a checkpoint, the last one when `step` is None, and its step."""
     manager = ocp.CheckpointManager(run.absolute() / "checkpoints")
     step = manager.latest_step() if step is None else step
-    params = jax.eval_shape(initialize, jax.random.key(0))
+    params = jax.eval_shape(functools.partial(initialize, config), jax.random.key(0))
     abstract = {"params": params, "state": jax.eval_shape(optimizer(1).init, params)}
     return manager.restore(step, args=ocp.args.StandardRestore(abstract))["params"], step
 
 
-def write_model(params, run: Path, out: Path) -> None:
+def write_model(config: ModelConfig, params, run: Path, out: Path) -> None:
     """config.json, tokenizer and bfloat16 weights."""
     from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-    rope = CONFIG.kinds[0].rope
+    rope = config.kinds[0].rope
     out.mkdir(parents=True, exist_ok=True)
-    config = LlamaConfig(
-        vocab_size=CONFIG.vocab_size,
-        hidden_size=CONFIG.hidden_size,
-        intermediate_size=CONFIG.intermediate_size,
-        num_hidden_layers=CONFIG.num_blocks,
-        num_attention_heads=CONFIG.num_heads,
-        num_key_value_heads=CONFIG.num_kv_heads,
-        head_dim=CONFIG.head_dim,
-        max_position_embeddings=CONFIG.max_positions,
-        rms_norm_eps=CONFIG.norm_eps,
+    written = LlamaConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_blocks,
+        num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        max_position_embeddings=config.max_positions,
+        rms_norm_eps=config.norm_eps,
         tie_word_embeddings=True,
         rope_parameters={"rope_type": "default", "rope_theta": rope.theta},
         bos_token_id=0,
@@ -54,12 +57,12 @@ def write_model(params, run: Path, out: Path) -> None:
         dtype="bfloat16",
         architectures=["LlamaForCausalLM"],
     )
-    config.save_pretrained(out)
+    written.save_pretrained(out)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_file=str(run / "tokenizer.json"), bos_token=END, eos_token=END, model_max_length=LENGTH
     )
     tokenizer.save_pretrained(out)
-    tensors = dict(to_hf(CONFIG, jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)))
+    tensors = dict(to_hf(config, jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)))
     safetensors.numpy.save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     (out / "model.safetensors").chmod(0o644)
 
@@ -120,11 +123,15 @@ def write_curve(run: Path, step: int, out: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--model", choices=MODELS, default="standin")
     parser.add_argument("--assets", type=Path, default=Path("lq/assets"))
     parser.add_argument("--step", type=int)
     args = parser.parse_args()
-    params, step = restore(args.run, args.step)
-    write_model(params, args.run, args.assets / "standin")
+    config = MODELS[args.model].config
+    params, step = restore(args.run, config, args.step)
+    write_model(config, params, args.run, args.assets / args.model)
+    if args.model != "standin":
+        return
     write_texts(args.assets / "texts")
     write_curve(args.run, step, Path(__file__).parent / "curve.json")
 

@@ -12,7 +12,8 @@ Memory is that of the model as many times as there are options, and once more.
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -116,6 +117,14 @@ class Candidates:
             found.append({path: np.int32(option) for path, option in chosen.items()})
         return found
 
+    def path_of(self, choice: Choice) -> tuple[tuple[int, ...], ...]:
+        """The option of the embedding, then those of every block.
+
+        As far as those of two choices are alike, their hidden states are.
+        """
+        blocks = [tuple(map(int, options.values())) for options in self.indices(choice)]
+        return ((choice.get(EMBEDDING, self.options - 1),), *blocks)
+
 
 class Judge:
     """KL divergence to the original of any choice, on given windows.
@@ -131,71 +140,96 @@ class Judge:
             raise UserError(f"{windows.source}: windows of one token, which foretell none; write a length of 2 or more")
         self.candidates, self.windows = candidates, windows
         self._rows = batches(windows.tokens, batch_size)
-        self._masks = batches(scored_targets(windows), batch_size)
+        self._batches = batches(np.arange(len(windows.tokens)), batch_size)
+        self._masks = scored_targets(windows)
         self._embedded: list[Array | np.ndarray] = [*embed_batches(candidates.original, windows.tokens, batch_size)]
         self._head = candidates.head_params({})
         self.passes = 0.0
-        self._reference = self.states(self._embedded, 0, {})
+        self._reference = jnp.concatenate(self.states(self._embedded, 0, {}))
 
-    def inputs(self, choice: Choice, rows: Sequence[int] | None = None) -> list[Array | np.ndarray]:
-        """The hidden states at the input of the first block, one array a batch; of `rows` alone where given."""
-        rows = range(self.batches) if rows is None else rows
+    def inputs(self, choice: Choice) -> list[Array | np.ndarray]:
+        """The hidden states at the input of the first block, one array a batch."""
         params = self.candidates.embed_params(choice)
         if params is self.candidates.embed_params({}):
-            return [self._embedded[i] for i in rows]
-        return [embed_batch(self.candidates.config, params, self._rows[i]) for i in rows]
+            return self._embedded
+        return [embed_batch(self.candidates.config, params, rows) for rows in self._rows]
 
-    @property
-    def batches(self) -> int:
-        """How many batches the windows are in."""
-        return len(self._rows)
+    def kl(self, choice: Choice) -> Float[np.ndarray, " windows"]:
+        """Mean KL per scored token of every window, nats, float64."""
+        return self.kl_of([choice])[0]
 
-    def kl(self, choice: Choice, rows: Sequence[int] | None = None) -> Float[np.ndarray, " windows"]:
-        """Mean KL per scored token of every window, nats, float64; of the batches `rows` alone where given."""
-        return self.kl_from(self.inputs(choice, rows), 0, choice, rows)
+    def kl_of(
+        self, choices: Sequence[Choice], windows: Sequence[int] | None = None
+    ) -> Float[np.ndarray, "choices windows"]:
+        """The same of several choices, on all windows or on some.
+
+        What choices have in common from the first block on is computed once: they are taken in the order of their
+        options, and each goes on where it parts from the one before. The hidden states of a batch are held in front of
+        every block for that.
+        """
+        drawn = np.arange(len(self.windows.tokens)) if windows is None else np.asarray(windows)
+        paths = [self.candidates.path_of(choice) for choice in choices]
+        order = sorted(range(len(choices)), key=paths.__getitem__)
+        found, batch_size = np.empty((len(choices), len(drawn))), len(self._batches[0])
+        for first in range(0, len(drawn), batch_size):
+            which = drawn[first : first + batch_size]
+            for i, states in zip(order, self._along([choices[i] for i in order], which), strict=True):
+                found[i, first : first + len(which)] = self._losses(choices[i], which, states)[:, 1]
+        return found
+
+    def _along(self, choices: Sequence[Choice], which: np.ndarray) -> Iterator[Array]:
+        """States behind the last block, of one choice after the other, on the windows `which`."""
+        tokens, before = self.windows.tokens[which], ()
+        held: list[Array] = []  # behind the embedding and behind every block
+        for choice in choices:
+            path = self.candidates.path_of(choice)
+            alike = sum(
+                1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(before, path, strict=False))
+            )
+            del held[alike:]
+            if not held:
+                held.append(embed_batch(self.candidates.config, self.candidates.embed_params(choice), tokens))
+            for index, options in list(enumerate(self.candidates.indices(choice)))[len(held) - 1 :]:
+                held.append(self._through(index, options, tokens, held[-1]))
+            before = path
+            yield held[-1]
 
     def kl_from(
-        self, states: Sequence[Array | np.ndarray], block: int, choice: Choice, rows: Sequence[int] | None = None
+        self, states: Sequence[Array | np.ndarray], block: int, choice: Choice
     ) -> Float[np.ndarray, " windows"]:
-        """The same from the hidden states at the input of `block`, one array a batch, as `states` gives them."""
-        return self.losses_from(states, block, choice, rows)[:, 1]
+        """The KL from the hidden states at the input of `block`, one array a batch, as `states` gives them."""
+        return self.losses_from(states, block, choice)[:, 1]
 
     def losses_from(
-        self, states: Sequence[Array | np.ndarray], block: int, choice: Choice, rows: Sequence[int] | None = None
+        self, states: Sequence[Array | np.ndarray], block: int, choice: Choice
     ) -> Float[np.ndarray, "windows 2"]:
         """The mean negative log-likelihood per scored token as well, in front of the KL."""
-        config, found = self.candidates.config, []
-        head = self.candidates.head_params(choice)
-        rows = range(self.batches) if rows is None else rows
-        for i, h in zip(rows, self.states(states, block, choice, rows=rows), strict=True):
-            original = (self._head, self._reference[i])
-            sums = window_sums(config, config, head, self._rows[i], self._masks[i], h, original)
-            found.append(np.asarray(sums, np.float64)[:, :2] / self._masks[i].sum(1)[:, None])
-        return np.concatenate(found)
+        final = zip(self._batches, self.states(states, block, choice), strict=True)
+        return np.concatenate([self._losses(choice, which, h) for which, h in final])
 
     def states(
-        self,
-        states: Sequence[Array | np.ndarray],
-        block: int,
-        choice: Choice,
-        until: int | None = None,
-        rows: Sequence[int] | None = None,
+        self, states: Sequence[Array | np.ndarray], block: int, choice: Choice, until: int | None = None
     ) -> list[Array]:
-        """Hidden states behind the blocks from `block` to before `until` (all when None), from those at its input.
-
-        They are those of the batches `rows`, of all when None.
-        """
-        rows = range(self.batches) if rows is None else rows
-        config, found = self.candidates.config, [jnp.asarray(h) for h in states]
-        indices = self.candidates.indices(choice)
-        until = config.num_blocks if until is None else until
-        for index in range(block, until):
-            rest, stack, kind = self.candidates.rest[index], self.candidates.stacks[index], config.kinds[index]
-            for i, row in enumerate(rows):
-                found[i] = _chosen_block(config, kind, rest, stack, indices[index], self._rows[row], found[i])
-        tokens = sum(self._rows[row].size for row in rows)
-        self.passes += tokens / self.windows.tokens.size * (until - block) / config.num_blocks
+        """Hidden states behind the blocks from `block` to before `until` (all when None), from those at its input."""
+        found, indices = [jnp.asarray(h) for h in states], self.candidates.indices(choice)
+        for index in range(block, len(indices) if until is None else until):
+            pairs = zip(self._rows, found, strict=True)
+            found = [self._through(index, indices[index], tokens, h) for tokens, h in pairs]
         return found
+
+    def _through(self, index: int, options: Mapping[str, np.int32], tokens: np.ndarray, h: Array) -> Array:
+        """The states after block `index`, its matrices at `options`."""
+        candidates, config = self.candidates, self.candidates.config
+        self.passes += tokens.size / self.windows.tokens.size / config.num_blocks
+        kind, rest, stack = config.kinds[index], candidates.rest[index], candidates.stacks[index]
+        return _chosen_block(config, kind, rest, stack, options, tokens, h)
+
+    def _losses(self, choice: Choice, which: np.ndarray, final: Array) -> Float[np.ndarray, "windows 2"]:
+        """Mean negative log-likelihood and mean KL of the windows `which`, from the states behind the last block."""
+        config, head, masks = self.candidates.config, self.candidates.head_params(choice), self._masks[which]
+        original = (self._head, self._reference[which])
+        sums = window_sums(config, config, head, self.windows.tokens[which], masks, final, original)
+        return np.asarray(sums, np.float64)[:, :2] / masks.sum(1)[:, None]
 
 
 @functools.partial(jax.jit, static_argnames=("config", "kind"))

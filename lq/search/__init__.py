@@ -1,7 +1,7 @@
 """Search: plans found by trying them. `SEARCHES` is the registry.
 
 An allocator believes its costs; a search asks the model. Every one starts from a plan and stays within its size. A
-searching function takes (problem, start, loss, batches of text, options) and yields one generation after the other;
+searching function takes (problem, start, loss, windows of text, options) and yields one generation after the other;
 options have `generations`, the most there are.
 """
 
@@ -61,7 +61,7 @@ def search(
       unit: what changes its width together.
       method, options: a name in `SEARCHES`, and its options.
       recipe: the quantizer the candidates are made by; plain rounding when None.
-      batch_size: windows per device step, and of the text that a choice is judged on.
+      batch_size: windows per device step.
       on_generation: called with each.
 
     Raises:
@@ -78,11 +78,11 @@ def search(
     size = np.array([[_size(plan, paths, spec) for spec in specs] for paths in units.values()])
     problem = Problem(cost=np.zeros(size.shape), size=size, budget=int(size[np.arange(len(start)), start].sum()))
 
-    def loss(choice: np.ndarray, rows: Sequence[int]) -> float:
-        return float(judge.kl(_by_path(units.values(), choice), rows).mean())
+    def loss(choices: Sequence[np.ndarray], text: Sequence[int]) -> np.ndarray:
+        return judge.kl_of([_by_path(units.values(), choice) for choice in choices], text).mean(1)
 
     best, front = start, ()
-    for found in SEARCHES[method].function(problem, start, loss, judge.batches, chosen_options):
+    for found in SEARCHES[method].function(problem, start, loss, len(windows.tokens), chosen_options):
         best, front = found.parent, found.front
         on_generation(found)
     bits_of = {path: specs[option] for path, option in _by_path(units.values(), best).items()}

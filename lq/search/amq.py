@@ -70,17 +70,16 @@ def amq(problem: Problem, start: Choice, loss: Loss, text: int, options: AMQOpti
       problem: options in the order of their sizes in every unit, and the budget; costs are not looked at, but for what
         is not offered.
       start: within the budget.
-      loss: of a choice, always asked on all text.
-      text: how many batches there are.
+      loss: of several choices, always asked on all text.
+      text: how many windows there are.
       options: of the search.
     """
     rng, space = np.random.default_rng(options.seed), _Space.of(problem)
-    judged = lambda choice: loss(choice, range(text))  # noqa: E731
-    incumbent = Evaluated(np.asarray(start).copy(), judged(start))
+    judged = lambda levels: loss([space.choice(one) for one in levels], range(text))  # noqa: E731
+    incumbent = Evaluated(np.asarray(start).copy(), float(loss([start], range(text))[0]))
     free = ~_pinned(problem, space, judged, options.pin)
-    archive, losses = space.top[None][:0], np.zeros(0)
-    for levels in _initial(space, free, options.initial, rng):
-        archive, losses = np.concatenate([archive, levels[None]]), np.append(losses, judged(space.choice(levels)))
+    archive = np.array(list(_initial(space, free, options.initial, rng)), int).reshape(-1, len(free))
+    losses = judged(archive)
     for _ in range(options.generations):
         predicted = surrogate(archive[:, free], losses)
         front = archive[pareto(space.sizes(archive), losses)]
@@ -88,9 +87,8 @@ def amq(problem: Problem, start: Choice, loss: Loss, text: int, options: AMQOpti
         known = {levels.tobytes() for levels in archive}
         new = np.array([levels for levels in proposed if levels.tobytes() not in known], int)
         new = new.reshape(-1, len(free))
-        for which in widest_gaps(space.sizes(front), space.sizes(new), options.evaluations):
-            archive = np.concatenate([archive, new[which][None]])
-            losses = np.append(losses, judged(space.choice(new[which])))
+        new = new[widest_gaps(space.sizes(front), space.sizes(new), options.evaluations)]
+        archive, losses = np.concatenate([archive, new]), np.append(losses, judged(new))
         yield _generation(problem, space, archive, losses, incumbent)
 
 
@@ -113,17 +111,16 @@ class _Space:
 
 
 def _pinned(
-    problem: Problem, space: _Space, judged: Callable[[Choice], float], factor: float | None
+    problem: Problem, space: _Space, judged: Callable[[Levels], np.ndarray], factor: float | None
 ) -> Bool[np.ndarray, " units"]:
     """Units that stay at their highest level: too much is lost at their lowest. There is room for them."""
     pinned = space.top == 0
     if factor is None or pinned.all():
         return pinned
-    lost = np.full(len(pinned), -np.inf)
-    for unit in np.flatnonzero(~pinned):
-        levels = space.top.copy()
-        levels[unit] = 0
-        lost[unit] = judged(space.choice(levels))
+    lost, alone = np.full(len(pinned), -np.inf), np.flatnonzero(~pinned)
+    levels = np.repeat(space.top[None], len(alone), 0)
+    levels[np.arange(len(alone)), alone] = 0
+    lost[alone] = judged(levels)
     above = lost > factor * np.median(lost[~pinned])
     for unit in np.argsort(lost, kind="stable"):
         levels = np.where(pinned | above, space.top, 0)

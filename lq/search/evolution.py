@@ -32,7 +32,7 @@ class EvolutionOptions:
     generations: int = 150
     offspring: int = 32
     survivors: list[int] = dataclasses.field(default_factory=lambda: [4, 1])  # of each stage; the last is 1
-    batches: list[int] = dataclasses.field(default_factory=lambda: [1, 4])  # of text, in each stage
+    windows: list[int] = dataclasses.field(default_factory=lambda: [1, 8])  # of text, in each stage
     seed: int = 0
 
     def __post_init__(self):
@@ -40,13 +40,13 @@ class EvolutionOptions:
             if getattr(self, name) < least:
                 raise UserError(f"{name}: {getattr(self, name)}; write {least} or more")
         falling = [self.offspring, *self.survivors]
-        if len(self.survivors) != len(self.batches) or not self.survivors or self.survivors[-1] != 1:
+        if len(self.survivors) != len(self.windows) or not self.survivors or self.survivors[-1] != 1:
             raise UserError(
-                f"survivors: {self.survivors}, batches: {self.batches}; write as many of both, the last survivor 1"
+                f"survivors: {self.survivors}, windows: {self.windows}; write as many of both, the last survivor 1"
             )
-        if any(after > before for before, after in itertools.pairwise(falling)) or min(self.batches) < 1:
+        if any(after > before for before, after in itertools.pairwise(falling)) or min(self.windows) < 1:
             raise UserError(
-                f"survivors: {self.survivors}, batches: {self.batches}; write no more survivors than there were before"
+                f"survivors: {self.survivors}, windows: {self.windows}; write no more survivors than there were before"
             )
 
 
@@ -59,8 +59,8 @@ def evolve(problem: Problem, start: Choice, loss: Loss, text: int, options: Evol
       problem: options with their sizes, in the order of their sizes in every unit, and the budget; costs are not
         looked at, but for what is not offered.
       start: within the budget.
-      loss: of a choice.
-      text: how many batches there are. Those of a stage are the same for all that are judged in it.
+      loss: of several choices.
+      text: how many windows there are. Those of a stage are the same for all that are judged in it.
       options: of the search.
     """
     levels = [np.flatnonzero(row) for row in problem.offered]
@@ -68,13 +68,12 @@ def evolve(problem: Problem, start: Choice, loss: Loss, text: int, options: Evol
     for _ in range(options.generations):
         children = list(_children(problem, levels, parent, options.offspring, rng))
         found = np.inf
-        for stage, (survivors, batches) in enumerate(zip(options.survivors, options.batches, strict=True)):
+        for stage, (survivors, windows) in enumerate(zip(options.survivors, options.windows, strict=True)):
             if stage == len(options.survivors) - 1:
                 children.append(parent)
             if not children:  # nothing but the parent is of this size
                 continue
-            drawn = rng.permutation(text)[:batches].tolist()
-            losses = np.array([loss(child, drawn) for child in children])
+            losses = loss(children, rng.permutation(text)[:windows].tolist())
             order = np.argsort(losses, kind="stable")[:survivors]
             children, found = [children[i] for i in order], float(losses[order[0]])
         parent = children[0]

@@ -3,9 +3,13 @@
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
+from jaxtyping import Float
+
 from lq.allocation.problem import Choice
 
-Loss = Callable[[Choice, Sequence[int]], float]  # (choice, batches of text) -> what it loses on them
+# (choices, windows of text) -> what each loses on them
+Loss = Callable[[Sequence[Choice], Sequence[int]], Float[np.ndarray, " choices"]]
 
 
 class Evaluated(NamedTuple):

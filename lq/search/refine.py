@@ -52,13 +52,13 @@ def refine(problem: Problem, start: Choice, loss: Loss, text: int, options: Refi
       problem: options in the order of their sizes in every unit, and the budget; costs are not looked at, but for what
         is not offered.
       start: within the budget.
-      loss: of a choice, always asked on all text.
-      text: how many batches there are.
+      loss: of several choices, always asked on all text.
+      text: how many windows there are.
       options: of the search.
     """
     method = ALLOCATORS[options.allocator]
     incumbent = np.asarray(start).copy()
-    lost = loss(incumbent, range(text))
+    lost = float(loss([incumbent], range(text))[0])
     for _ in range(options.generations):
         cost = measured_around(problem, incumbent, lost, loss, text, options.reach)
         damped = np.where(cost < 0, -(np.abs(cost) ** options.power), cost)
@@ -76,7 +76,7 @@ def refine(problem: Problem, start: Choice, loss: Loss, text: int, options: Refi
             if not share:
                 steps = int((choice != incumbent).sum())
                 toll = max(-float(damped[np.arange(len(choice)), choice].sum()) / steps, 0.0)
-            if (found := loss(choice, range(text))) < lost:
+            if (found := float(loss([choice], range(text))[0])) < lost:
                 better = choice, found
                 break
         if better is None:
@@ -88,14 +88,16 @@ def refine(problem: Problem, start: Choice, loss: Loss, text: int, options: Refi
 
 def measured_around(problem: Problem, incumbent: Choice, lost: float, loss: Loss, text: int, reach: int) -> np.ndarray:
     """C `[units, options]`: 0 at the incumbent, infinite for options that are no `reach` levels away."""
-    cost = np.full(problem.cost.shape, np.inf)
+    cost, steps = np.full(problem.cost.shape, np.inf), []
+    cost[np.arange(len(incumbent)), incumbent] = 0.0
     for unit, offered in enumerate(problem.offered):
         levels = np.flatnonzero(offered)
         at = int(np.searchsorted(levels, incumbent[unit]))
-        cost[unit, incumbent[unit]] = 0.0
-        for option in levels[max(at - reach, 0) : at + reach + 1]:
-            if option != incumbent[unit]:
-                choice = incumbent.copy()
-                choice[unit] = option
-                cost[unit, option] = loss(choice, range(text)) - lost
+        near = levels[max(at - reach, 0) : at + reach + 1]
+        steps += [(unit, option) for option in near if option != incumbent[unit]]
+    changed = np.repeat(incumbent[None], len(steps), 0)
+    for row, (unit, option) in zip(changed, steps, strict=True):
+        row[unit] = option
+    for (unit, option), found in zip(steps, loss(changed, range(text)), strict=True):
+        cost[unit, option] = found - lost
     return cost

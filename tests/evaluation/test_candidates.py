@@ -68,16 +68,33 @@ def test_from_the_middle_it_is_the_same(source, judge):
     choice = {path: 0 for path in matrices(source.config) if path.startswith("block_1/")}
     states = judge.states(judge.inputs({}), 0, {}, until=1)
     np.testing.assert_array_equal(judge.kl_from(states, 1, choice), judge.kl(choice))
-    np.testing.assert_array_equal(judge.kl(choice, rows=[2, 0]), judge.kl(choice)[[4, 0, 1]])
+
+
+def test_several_choices_lose_what_each_does_alone(source, judge):
+    """Whatever they share; of all windows, and of some in any order, which are other batches."""
+    paths, rng = list(matrices(source.config)), np.random.default_rng(2)
+    first = {path: int(rng.integers(0, 4)) for path in paths}
+    others = [{**first, path: (first[path] + 1) % 4} for path in (paths[-1], paths[0], paths[len(paths) // 2])]
+    choices = [first, *others, {}, first]
+    alone = np.array([judge.kl(choice) for choice in choices])
+    np.testing.assert_array_equal(judge.kl_of(choices), alone)
+    np.testing.assert_allclose(judge.kl_of(choices, [4, 0, 1]), alone[:, [4, 0, 1]], rtol=1e-3, atol=1e-6)
+    assert judge.kl_of([], [0]).shape == (0, 1)
 
 
 def test_passes_are_counted(source):
     judge = Judge(Candidates.of(source, [planned(source, 2)]), WINDOWS, batch_size=2)
     assert judge.passes == pytest.approx(1.0), "the reference"
     judge.kl({})
-    judge.kl({}, rows=[0])
+    judge.kl_of([{}], [3, 0])
     judge.states(judge.inputs({}), 0, {}, until=1)
-    assert judge.passes == pytest.approx(2.0 + 2 / 5 + 1 / source.config.num_blocks)
+    blocks = source.config.num_blocks
+    assert judge.passes == pytest.approx(2.0 + 2 / 5 + 1 / blocks)
+    # One that differs in the last block alone computes that again; the same once more, nothing.
+    last = {path: 0 for path in matrices(source.config) if path.startswith(f"block_{blocks - 1}/")}
+    judge.passes = 0.0
+    judge.kl_of([last, {}, last])
+    assert judge.passes == pytest.approx(1.0 + 1 / blocks)
 
 
 def test_compiles_once_for_a_kind_of_block(source, judge):

@@ -27,10 +27,10 @@ def toy(units=8, seed=0, mean=3.0):
 def run(problem, loss=None, **options):
     asked = []
 
-    def judged(choice, rows):
-        assert list(rows) == [0, 1, 2], "all text"
-        asked.append(choice)
-        return (loss or problem.total_cost)(choice)
+    def judged(choices, windows):
+        assert list(windows) == [0, 1, 2], "all text"
+        asked.extend(choices)
+        return np.array([(loss or problem.total_cost)(choice) for choice in choices])
 
     found = list(amq(problem, problem.smallest(), judged, 3, AMQOptions(**{**QUICK, **options})))
     return found, asked

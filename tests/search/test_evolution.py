@@ -12,7 +12,7 @@ from lq.search.evolution import EvolutionOptions, evolve, mutated
 
 pytestmark = pytest.mark.once
 
-QUICK = {"survivors": [1], "batches": [1]}
+QUICK = {"survivors": [1], "windows": [1]}
 
 
 def separable(units=12, seed=0, weights=None, mean=3.0):
@@ -22,6 +22,11 @@ def separable(units=12, seed=0, weights=None, mean=3.0):
     weights = np.full(units, 100) if weights is None else np.asarray(weights)
     cost = rng.lognormal(0, 1.5, (units, 1)) * 4.0**-bits
     return Problem(cost=cost, size=weights[:, None] * bits, budget=int(mean * weights.sum()))
+
+
+def costs_in(problem):
+    """The loss that is the sum of what the problem says."""
+    return lambda choices, windows: np.array([problem.total_cost(choice) for choice in choices])
 
 
 def levels_of(problem):
@@ -57,7 +62,7 @@ def test_a_separable_loss_is_brought_to_its_least(weights):
     problem = separable(weights=weights)
     start, best = np.ones(12, int), problem.total_cost(knapsack(problem))
     options = EvolutionOptions(generations=60, offspring=32, **QUICK)
-    losses = [found.loss for found in evolve(problem, start, lambda choice, _: problem.total_cost(choice), 1, options)]
+    losses = [found.loss for found in evolve(problem, start, costs_in(problem), 1, options)]
     assert losses == sorted(losses, reverse=True), "the parent is never given up for a worse one"
     # Where sizes are of five kinds, an exchange that keeps the budget may take more flips than three.
     assert losses[-1] == pytest.approx(best, rel=1e-9 if weights is None else 0.05)
@@ -66,20 +71,20 @@ def test_a_separable_loss_is_brought_to_its_least(weights):
 def test_later_stages_judge_fewer_on_more_and_the_parent_again():
     problem, asked, drawn = separable(), [], set()
 
-    def loss(choice, rows):
-        asked.append((len(rows), choice.tobytes()))
-        drawn.add(tuple(rows))
-        return problem.total_cost(choice)
+    def loss(choices, windows):
+        asked.extend((len(windows), choice.tobytes()) for choice in choices)
+        drawn.add(tuple(windows))
+        return costs_in(problem)(choices, windows)
 
-    options = EvolutionOptions(generations=1, offspring=16, survivors=[4, 1], batches=[1, 8])
+    options = EvolutionOptions(generations=1, offspring=16, survivors=[4, 1], windows=[1, 8])
     start = np.ones(12, int)
     list(evolve(problem, start, loss, 20, options))
-    assert Counter(batches for batches, _ in asked) == {1: 16, 8: 5}
+    assert Counter(windows for windows, _ in asked) == {1: 16, 8: 5}
     assert (1, start.tobytes()) not in asked
     assert asked[-1] == (8, start.tobytes())
-    assert len({child for batches, child in asked if batches == 1}) == 16, "no child twice"
+    assert len({child for windows, child in asked if windows == 1}) == 16, "no child twice"
     assert len(drawn) == 2, "of each stage, the same for all"
-    assert all(len(set(rows)) == len(rows) and max(rows) < 20 for rows in drawn)
+    assert all(len(set(windows)) == len(windows) and max(windows) < 20 for windows in drawn)
 
 
 def test_the_seed_decides():
@@ -87,7 +92,7 @@ def test_the_seed_decides():
     runs = []
     for seed in (0, 0, 1):
         options = EvolutionOptions(generations=5, offspring=8, seed=seed, **QUICK)
-        found = evolve(problem, np.ones(12, int), lambda choice, _: problem.total_cost(choice), 1, options)
+        found = evolve(problem, np.ones(12, int), costs_in(problem), 1, options)
         runs.append([generation.parent.tobytes() for generation in found])
     assert runs[0] == runs[1]
     assert runs[0] != runs[2]
@@ -95,9 +100,9 @@ def test_the_seed_decides():
 
 def test_nothing_can_change():
     problem = Problem(cost=np.ones((2, 1)), size=np.ones((2, 1), int), budget=2)
-    for stages in (QUICK, {"survivors": [2, 1], "batches": [1, 1]}):
+    for stages in (QUICK, {"survivors": [2, 1], "windows": [1, 1]}):
         options = EvolutionOptions(generations=3, offspring=4, **stages)
-        found = list(evolve(problem, np.zeros(2, int), lambda choice, _: 1.0, 1, options))
+        found = list(evolve(problem, np.zeros(2, int), lambda choices, _: np.ones(len(choices)), 1, options))
         assert [generation.parent.tolist() for generation in found] == [[0, 0]] * 3
 
 
@@ -105,8 +110,8 @@ def test_nothing_can_change():
     ("given", "line"),
     [
         ({"generations": -1}, "generations: -1; write 0 or more"),
-        ({"survivors": [4, 2]}, "survivors: [4, 2], batches: [1, 4]; write as many of both, the last survivor 1"),
-        ({"survivors": [64, 1]}, "survivors: [64, 1], batches: [1, 4]; write no more survivors than"),
+        ({"survivors": [4, 2]}, "survivors: [4, 2], windows: [1, 8]; write as many of both, the last survivor 1"),
+        ({"survivors": [64, 1]}, "survivors: [64, 1], windows: [1, 8]; write no more survivors than"),
     ],
 )
 def test_options_that_cannot_be(given, line):

@@ -26,10 +26,10 @@ def toy(units=10, seed=0, mean=3.0):
 def run(problem, start, loss, **options):
     asked = []
 
-    def judged(choice, rows):
-        assert list(rows) == [0, 1], "all text"
-        asked.append(choice.copy())
-        return loss(choice)
+    def judged(choices, windows):
+        assert list(windows) == [0, 1], "all text"
+        asked.extend(choice.copy() for choice in choices)
+        return np.array([loss(choice) for choice in choices])
 
     return list(refine(problem, start, judged, 2, RefineOptions(**options))), asked
 
@@ -47,15 +47,16 @@ def test_an_additive_loss_is_brought_to_its_least(seed):
 def test_a_step_is_measured_where_the_plan_is():
     problem = toy(4)
     incumbent = np.array([0, 1, 2, 1])
-    loss = lambda choice, rows: float(np.prod(problem.costs_of(choice) + 1))  # noqa: E731
-    cost = measured_around(problem, incumbent, loss(incumbent, []), loss, 1, 1)
+    loss = lambda choices, _: np.array([np.prod(problem.costs_of(choice) + 1) for choice in choices])  # noqa: E731
+    (lost,) = loss([incumbent], [])
+    cost = measured_around(problem, incumbent, lost, loss, 1, 1)
     for unit, option in itertools.product(range(4), range(3)):
         if abs(option - incumbent[unit]) > 1:
             assert cost[unit, option] == np.inf
             continue
         changed = incumbent.copy()
         changed[unit] = option
-        assert cost[unit, option] == pytest.approx(loss(changed, []) - loss(incumbent, []), abs=1e-12)
+        assert cost[unit, option] == pytest.approx(loss([changed], [])[0] - lost, abs=1e-12)
 
 
 def test_interactions_are_followed_and_nothing_worse_is_kept():
