@@ -98,6 +98,6 @@ def measured_around(problem: Problem, incumbent: Choice, lost: float, loss: Loss
     changed = np.repeat(incumbent[None], len(steps), 0)
     for row, (unit, option) in zip(changed, steps, strict=True):
         row[unit] = option
-    for (unit, option), found in zip(steps, loss(changed, range(text)), strict=True):
+    for (unit, option), found in zip(steps, loss(list(changed), range(text)), strict=True):
         cost[unit, option] = found - lost
     return cost
