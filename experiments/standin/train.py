@@ -21,6 +21,7 @@ import os
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 if "XLA_FLAGS" not in os.environ:  # XLA's CPU backend runs two single-threaded devices faster than one with two threads
     os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={os.cpu_count()}"
@@ -47,6 +48,7 @@ class Model:
     config: ModelConfig
     seed: int  # of initialization and batches
     tokenizer: Path | None = None  # trained on the text when None
+    dtype: Any = jnp.bfloat16  # of matrix products
 
 
 def llama(*, blocks: int, width: int, heads: int, kv_heads: int, feed_forward: int) -> ModelConfig:
@@ -73,6 +75,7 @@ MODELS = {
     "narrow": Model(
         llama(blocks=12, width=192, heads=3, kv_heads=1, feed_forward=576),
         seed=1,
+        dtype=jnp.float32,
         tokenizer=ASSETS / "standin" / "tokenizer.json",
     ),
 }
@@ -143,9 +146,9 @@ def optimizer(steps: int):
     return optax.chain(optax.clip_by_global_norm(1.0), adamw)
 
 
-def loss_fn(config: ModelConfig, params, tokens):
-    """Mean cross-entropy in nats; matrix products in bfloat16, the rest in float32."""
-    logits = Decoder(config, dtype=jnp.bfloat16).apply({"params": params}, tokens[:, :-1])
+def loss_fn(model: Model, params, tokens):
+    """Mean cross-entropy in nats; all but matrix products in float32."""
+    logits = Decoder(model.config, dtype=model.dtype).apply({"params": params}, tokens[:, :-1])
     return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
 
 
@@ -169,7 +172,7 @@ def train(model: Model, out: Path, steps: int, evaluate_every: int) -> None:
     stream, held_out = prepare(out, model.tokenizer)
     mesh = Mesh(np.asarray(jax.devices()[: shards(jax.device_count())]), ("data",))
     rows, replicated = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
-    tx, loss_of = optimizer(steps), functools.partial(loss_fn, model.config)
+    tx, loss_of = optimizer(steps), functools.partial(loss_fn, model)
 
     @jax.jit
     def update(params, state, tokens):

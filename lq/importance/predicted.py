@@ -17,6 +17,13 @@ H + damping = R R^T, the channels in the order of the sweep, and C = R^T (W - Q)
 where row k of C is R_kk times what was left over when channel k was rounded. So its part of <G, dW> is row k of R^-1 G
 times row k of C: a triangular solve for each matrix and window. The parts of a matrix sum to the whole.
 
+With unit gain (`lq.quantizers.gain`) the scales of an output channel n give back what its outputs lose of their size,
+
+    D' = D - W_n <W_n, D_n> / <W_n, W_n>    in H + damping I, to first order,
+
+and that depends on all segments at once, but linearly: <G, D'> = <G', D>, with G' = G - H W_n <G_n, W_n> / <W_n, W_n>,
+the gradient without what gains see to. Plain rounding has a gain for every group, within its segment.
+
 Prices of one segment hold whatever widths the others get where what is left over goes by the width of its own channel.
 That is so of rounding for itself, and nearly so of GPTQ where the range of a group is found when the sweep comes to it
 (`lq.quantizers.runs`). With ranges of the original weights it is not: what the last channels have to make up for leaves
@@ -131,6 +138,8 @@ class Attributed:
     upper: Float[Array, "K K"] | None  # R; None: the identity
     parts: Float[Array, "options K N"]  # C
     segment: Float[Array, "K segments"]  # one where the channel is in the segment
+    # With unit gain: W, and H W over <W, W> of every output channel, in H + damping I.
+    gain: tuple[Float[Array, "K N"], Float[Array, "K N"]] | None = None
 
 
 class SegmentErrors:
@@ -176,16 +185,24 @@ class SegmentErrors:
             found = [round_widths(weight, stats.square, spec, method) for spec in cuts]
             order, upper = jnp.arange(len(weight)), None
         permutation = found[0][0]  # the order of energy, whatever the width
-        return _attributed(order, upper, jnp.stack([difference for *_, difference in found]), permutation, count)
+        differences = jnp.stack([difference for *_, difference in found])
+        of_outputs = isinstance(prepared, GPTQFactor) and method.unit_gain
+        return _attributed(order, upper, differences, permutation, weight if of_outputs else None, count)
 
 
 @functools.partial(jax.jit, static_argnames="count")
-def _attributed(order, upper, difference: Float[Array, "options K N"], permutation, count: int) -> Attributed:
+def _attributed(order, upper, difference: Float[Array, "options K N"], permutation, weight, count: int) -> Attributed:
     K = len(order)
     run = jnp.zeros(K, jnp.int32).at[permutation].set(jnp.arange(K) // (K // count))
     parts = difference[:, order]
     parts = parts if upper is None else jnp.einsum("jk,ojn->okn", upper, parts, precision=HIGHEST)
-    return Attributed(order, upper, parts, jax.nn.one_hot(run[order], count))
+    gain = None
+    if weight is not None:
+        weight = weight[order]
+        through = jnp.matmul(upper.T, weight, precision=HIGHEST)
+        energy = jnp.sum(through**2, axis=0)
+        gain = weight, jnp.matmul(upper, through, precision=HIGHEST) / jnp.where(energy > 0, energy, 1.0)
+    return Attributed(order, upper, parts, jax.nn.one_hot(run[order], count), gain)
 
 
 def segment_slopes(found: WindowGradients, errors: dict[str, Attributed | Array]) -> dict[str, Array]:
@@ -197,6 +214,9 @@ def segment_slopes(found: WindowGradients, errors: dict[str, Attributed | Array]
             out[path] = jnp.sum(gradient * error, axis=tuple(range(1, error.ndim)))[:, None]
             continue
         gradient = gradient[error.order]
+        if error.gain is not None:
+            weight, image = error.gain
+            gradient = gradient - image * jnp.sum(gradient * weight, axis=0)
         if error.upper is not None:
             gradient = jax.scipy.linalg.solve_triangular(error.upper, gradient)
         of_channel = jnp.einsum("kn,okn->ok", gradient, error.parts, precision=HIGHEST)

@@ -24,11 +24,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from lq.calibration.statistics import InputStats
+from lq.calibration.statistics import HIGHEST, InputStats
 from lq.errors import UserError
 from lq.numerics.spec import QuantSpec
 from lq.quantizers.cholesky import cholesky
-from lq.quantizers.rtn import RangeOptions, find_ranges, round_to_codes, split_groups, stored_zeros
+from lq.quantizers.gain import unit_gain
+from lq.quantizers.rtn import RangeOptions, find_ranges, round_to_codes, split_groups, stored_scale, stored_zeros
 from lq.quantizers.sweep import Grid, GridOf, fixed_grid, sweep
 
 BLOCK = 128  # channels
@@ -197,15 +198,15 @@ def sweep_matrix(weight: Float[Array, "K N"], factor: GPTQFactor, spec: QuantSpe
     """The sweep of `gptq`: D = W - Q `[K, N]`, of `live` weights, and scale and zero `[groups, N]`; all float32."""
     K, groups = len(weight), spec.num_groups(len(weight))
     weight = live(weight, factor)
+    length = spec.group_length(K)
     if groups == 1 or not options.dynamic(spec):
         block = options.block_channels(K)
         importance, _ = split_groups(energy(factor)[:, None], spec)
         scale, zero = (a[:, 0] for a in find_ranges(*split_groups(weight, spec), spec, options, importance))
         rows = Grid(scale, zero, jnp.full((groups, 1), float(spec.max_code)))
-        grid_of = fixed_grid(rows, factor.order // spec.group_length(K), block)
+        grid_of = fixed_grid(rows, factor.order // length, block)
         difference, _ = sweep(weight, factor.upper, factor.order, grid_of, block)
-        return difference, scale, zero
-    length = spec.group_length(K)
+        return *with_gain(weight, difference, scale, jnp.arange(K) // length, factor, spec, options), zero
     block = options.block_channels(K, length)
 
     def grid_of_groups(_, grouped, real, importance):
@@ -215,7 +216,27 @@ def sweep_matrix(weight: Float[Array, "K N"], factor: GPTQFactor, spec: QuantSpe
     grid_of = dynamic_grid(grid_of_groups, energy(factor), length, block)
     difference, found = sweep(weight, factor.upper, factor.order, grid_of, block)
     grid = of_groups(found, groups)
-    return difference, grid.scale, grid.zero
+    return *with_gain(weight, difference, grid.scale, jnp.arange(K) // length, factor, spec, options), grid.zero
+
+
+def with_gain(
+    weight: Float[Array, "K N"],
+    difference: Float[Array, "K N"],
+    scale: Float[Array, "groups N"],
+    group_of: Int[Array, " K"],
+    factor: GPTQFactor,
+    spec: QuantSpec,
+    options: RangeOptions,
+) -> tuple[Float[Array, "K N"], Float[Array, "groups N"]]:
+    """D and the scales, with unit gain of the outputs where `options` say so: inner products are in H + damping I.
+
+    `weight` is `live`; `group_of` is the group of every channel.
+    """
+    if not options.unit_gain:
+        return difference, scale
+    through = lambda a: jnp.matmul(factor.upper.T, a[factor.order], precision=HIGHEST)  # noqa: E731
+    stored = stored_scale(scale * unit_gain(through(weight), through(weight - difference)), spec)
+    return weight - (weight - difference) * (stored / scale)[group_of], stored
 
 
 def live(weight: Float[Array, "K N"], factor: GPTQFactor) -> Float[Array, "K N"]:

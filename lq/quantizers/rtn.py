@@ -46,6 +46,7 @@ from jaxtyping import Array, Float
 from lq.calibration.statistics import InputStats
 from lq.errors import UserError
 from lq.numerics.spec import QuantSpec
+from lq.quantizers.gain import unit_gain
 
 SYMMETRIC = ("symu", "symr", "symf")
 ASYMMETRIC = ("asym0", "asym", "mlx")  # of whole zero points
@@ -62,6 +63,7 @@ class RangeOptions:
     # None: symf when symmetric, asymf when the spec has a zero_dtype, otherwise asym0
     convention: Literal["asym0", "asym", "asymf", "mlx", "symu", "symr", "symf"] | None = None
     clip: Literal["none", "mse", "opt"] = "mse"
+    unit_gain: bool = False  # scales give back what rounding takes from the size of the outputs (`lq.quantizers.gain`)
 
     def resolve(self, spec: QuantSpec) -> str:
         """The convention for `spec`. Raises UserError when the option contradicts the spec."""
@@ -131,6 +133,9 @@ def rtn(
         importance = split_groups(stats.square[:, None], spec)[0]
     scale, zero = find_ranges(grouped, real, spec, options, importance)
     codes = round_to_codes(grouped, scale, zero, spec)
+    if options.unit_gain:
+        gain = unit_gain(grouped, (codes - zero) * scale, 1.0 if importance is None else importance)
+        scale = stored_scale(scale * gain, spec)
     codes = codes.reshape(-1, weight.shape[-1])[: weight.shape[0]].astype(jnp.uint32)
     return codes, scale[:, 0], stored_zeros(zero[:, 0], spec)
 

@@ -21,8 +21,9 @@ from jaxtyping import Array, Float, Int
 from lq.calibration.statistics import InputStats
 from lq.numerics.segmented import runs_of
 from lq.numerics.spec import QuantSpec
-from lq.quantizers.gptq import GPTQFactor, GPTQOptions, dynamic_grid, energy, factorize, live, of_groups
-from lq.quantizers.rtn import RTNOptions, find_ranges, stored_zeros
+from lq.quantizers.gain import unit_gain
+from lq.quantizers.gptq import GPTQFactor, GPTQOptions, dynamic_grid, energy, factorize, live, of_groups, with_gain
+from lq.quantizers.rtn import RTNOptions, find_ranges, stored_scale, stored_zeros
 from lq.quantizers.sweep import Grid, fixed_grid, sweep
 
 Segments = list[tuple[int, Array, Array, Array | None]]  # width, codes, scales, zeros
@@ -122,7 +123,8 @@ def sweep_runs(
     block = options.block_channels(K)
     grid_of = fixed_grid(grid, position[factor.order] // length, block)
     difference, _ = sweep(weight, factor.upper, factor.order, grid_of, block)
-    return *_coded(weight, difference, permutation, grid, spec), difference
+    difference, scale = with_gain(weight, difference, grid.scale, position // length, factor, spec, options)
+    return *_coded(weight, difference, permutation, grid._replace(scale=scale), spec), difference
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "options"))
@@ -147,7 +149,9 @@ def sweep_in_order(
 
     grid_of = dynamic_grid(grid_of_groups, energy(factor)[factor.order], length, block)
     difference, found = sweep(weight, factor.upper, factor.order, grid_of, block)
-    return *_coded(weight, difference, permutation, of_groups(found, groups), spec), difference
+    grid, position = of_groups(found, groups), jnp.argsort(permutation)
+    difference, scale = with_gain(weight, difference, grid.scale, position // length, factor, spec, options)
+    return *_coded(weight, difference, permutation, grid._replace(scale=scale), spec), difference
 
 
 def _coded(weight: Array, difference: Array, permutation: Array, grid: Grid, spec: QuantSpec):
@@ -175,9 +179,12 @@ def round_runs(
     of_group = importance[permutation].reshape(groups, length, 1)
     grid = _grid_of_runs(grouped, jnp.ones(of_group.shape, bool), of_group, widths, spec, options, 1, 8)
     by_group = jax.tree.map(lambda a: a[:, None], grid)
-    codes = by_group.code(grouped).reshape(K, N).astype(jnp.uint32)
-    rounded = jnp.zeros_like(weight).at[permutation].set(by_group.nearest(grouped).reshape(K, N))
-    return codes, grid.scale, stored_zeros(grid.zero, spec), weight - rounded
+    codes, rounded, scales = by_group.code(grouped).astype(jnp.uint32), by_group.nearest(grouped), grid.scale
+    if options.unit_gain:
+        scales = stored_scale(scales * unit_gain(grouped, rounded, of_group)[:, 0], spec)
+        rounded = rounded * (scales / grid.scale)[:, None]
+    difference = weight - jnp.zeros_like(weight).at[permutation].set(rounded.reshape(K, N))
+    return codes.reshape(K, N), scales, stored_zeros(grid.zero, spec), difference
 
 
 def _grid_of_runs(
