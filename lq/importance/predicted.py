@@ -33,7 +33,7 @@ them, and a plan priced so was worse than one width for all.
 import dataclasses
 import functools
 import operator
-from typing import Literal
+from typing import Literal, cast
 
 import flax.struct
 import jax
@@ -46,10 +46,10 @@ from lq.calibration.statistics import HIGHEST, InputStats
 from lq.calibration.stream import batches
 from lq.calibration.taps import block_inputs, input_statistics
 from lq.errors import UserError
-from lq.importance.backward import Backward, WindowGradients, split_block
+from lq.importance.backward import Backward, Gradients, WindowGradients, split_block
 from lq.importance.perturbations import Perturbations, slopes
 from lq.importance.quantized import QuantizedOptions, values_of
-from lq.importance.units import segment_name, units_of
+from lq.importance.units import Unit, segment_name, units_of
 from lq.models.matrices import matrices
 from lq.models.source import ParameterSource
 from lq.quantizers.apply import quantize_matrix
@@ -101,23 +101,46 @@ def predicted_kl(source: ParameterSource, windows: Windows, options: PredictedOp
     backward = Backward(
         source, windows, loss="sampled", seed=options.seed, draws=options.draws, batch_size=options.batch_size
     )
-    if options.unit == "segment":
-        found = backward.gradients(source, segment_slopes, SegmentErrors(source, windows, options, backward))
-        units = _segment_units(source, options)
-    else:
-        perturbations = Perturbations(source, windows, options)
-        found = backward.gradients(source, slopes, perturbations.errors)
-        whole = units_of(source.config, options.unit)
-        units = {unit: [(path, None) for path in paths] for unit, paths in whole.items()}
-    # <G, dW> by matrix, [windows and draws, options], and a last axis for segments.
-    products = {f"block_{i}/{path}": a for i, block in enumerate(found.blocks) for path, a in block.items()}
-    per_window = found.tokens / len(found.losses)
+    errors = UnitErrors(source, windows, options)
+    products, gradients = errors.products(backward, source)
+    per_window = gradients.tokens / len(gradients.losses)
     names, costs = [str(spec) for spec in options.specs], {}
-    for unit, members in units.items():
-        total = np.sum([products[p] if place is None else products[p][..., place] for p, place in members], axis=0)
-        squares = 0.5 * np.square(total).mean(0) / per_window
+    for unit, of_unit in products.items():
+        squares = 0.5 * np.square(of_unit).mean(0) / per_window
         costs[unit] = dict(zip(names, squares.tolist(), strict=True))
     return {"values": values_of(costs), "costs": costs, "passes": backward.passes}
+
+
+class UnitErrors:
+    """What rounding a unit at each option does to its matrices, dW = Q(W) - W, in products with gradients."""
+
+    def __init__(self, source: ParameterSource, windows: Windows, options: PredictedOptions):
+        self._source, self._windows, self._options = source, windows, options
+        self._perturbations = None if options.unit == "segment" else Perturbations(source, windows, options)
+
+    def products(
+        self, backward: Backward, point: ParameterSource
+    ) -> tuple[dict[str, Float[np.ndarray, "windows options"]], Gradients]:
+        """<G, dW> of every unit, window and option, G at `point`; and the gradients' losses. float64.
+
+        The errors of segments are those on the inputs that `point` gives the matrices, where the quantizer goes by
+        inputs; those of other units on what the recipe says, the same at any point.
+        """
+        options = self._options
+        if self._perturbations is None:
+            errors = SegmentErrors(self._source, self._windows, options, backward)
+            found = backward.gradients(point, segment_slopes, errors)
+            units = _segment_units(self._source, options)
+        else:
+            found = backward.gradients(point, slopes, self._perturbations.errors)
+            whole = units_of(self._source.config, cast(Unit, options.unit))
+            units = {unit: [(path, None) for path in paths] for unit, paths in whole.items()}
+        # By matrix, [windows and draws, options], and a last axis for segments.
+        by_path = {f"block_{i}/{path}": a for i, block in enumerate(found.blocks) for path, a in block.items()}
+        return {
+            unit: np.sum([by_path[p] if place is None else by_path[p][..., place] for p, place in members], axis=0)
+            for unit, members in units.items()
+        }, found
 
 
 def _segment_units(source: ParameterSource, options: PredictedOptions) -> dict[str, list[tuple[str, int | None]]]:
@@ -132,11 +155,11 @@ def _segment_units(source: ParameterSource, options: PredictedOptions) -> dict[s
 
 @flax.struct.dataclass
 class Attributed:
-    """The errors W - Q of one matrix at every option, as a sum over channels; see the module's docstring."""
+    """The errors Q - W of one matrix at every option, as a sum over channels; see the module's docstring."""
 
     order: Int[Array, " K"]  # of the channels
     upper: Float[Array, "K K"] | None  # R; None: the identity
-    parts: Float[Array, "options K N"]  # C
+    parts: Float[Array, "options K N"]  # -C
     segment: Float[Array, "K segments"]  # one where the channel is in the segment
     # With unit gain: W, and H W over <W, W> of every output channel, in H + damping I.
     gain: tuple[Float[Array, "K N"], Float[Array, "K N"]] | None = None
@@ -194,7 +217,7 @@ class SegmentErrors:
 def _attributed(order, upper, difference: Float[Array, "options K N"], permutation, weight, count: int) -> Attributed:
     K = len(order)
     run = jnp.zeros(K, jnp.int32).at[permutation].set(jnp.arange(K) // (K // count))
-    parts = difference[:, order]
+    parts = -difference[:, order]
     parts = parts if upper is None else jnp.einsum("jk,ojn->okn", upper, parts, precision=HIGHEST)
     gain = None
     if weight is not None:

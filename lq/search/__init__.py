@@ -2,7 +2,7 @@
 
 An allocator believes its costs; a search asks the model. Every one starts from a plan and stays within its size. A
 searching function takes (problem, start, loss, windows of text, options) and yields one generation after the other;
-options have `generations`, the most there are.
+options have `generations`, the most there are. `descent`, which takes gradients, is given the model itself.
 """
 
 import dataclasses
@@ -23,6 +23,7 @@ from lq.numerics.spec import QuantSpec
 from lq.quantizers import Recipe
 from lq.registry import Method, Registry
 from lq.search.amq import AMQOptions, amq
+from lq.search.descent import DescentOptions, descend
 from lq.search.evolution import EvolutionOptions, evolve
 from lq.search.generation import Generation
 from lq.search.refine import RefineOptions, refine
@@ -33,6 +34,7 @@ SEARCHES = Registry(
         "evolution": Method(function=evolve, options=EvolutionOptions),
         "amq": Method(function=amq, options=AMQOptions),
         "refine": Method(function=refine, options=RefineOptions),
+        "descent": Method(function=descend, options=DescentOptions, needs=frozenset({"model"})),
     },
 )
 
@@ -58,7 +60,7 @@ def search(
         embedding and head, stay as they are.
       windows: text, to quantize by and to judge on.
       bits: widths to choose from; the plan's are among them.
-      unit: what changes its width together.
+      unit: what changes its width together; of `descent`, its options say.
       method, options: a name in `SEARCHES`, and its options.
       recipe: the quantizer the candidates are made by; plain rounding when None.
       batch_size: windows per device step.
@@ -70,6 +72,8 @@ def search(
     """
     recipe, chosen_options = recipe or Recipe(), SEARCHES.options(method, options or {})
     plan = adapted(plan, source.config)
+    if "model" in SEARCHES[method].needs:
+        return _by_model(source, plan, windows, bits, unit, method, chosen_options, recipe, batch_size, on_generation)
     specs = _options(plan, bits)
     units = _free_units(source, plan, unit)
     judge = Judge(candidates_of(source, specs, recipe, windows, batch_size), windows, batch_size=batch_size)
@@ -86,12 +90,7 @@ def search(
         best, front = found.parent, found.front
         on_generation(found)
     bits_of = {path: specs[option] for path, option in _by_path(units.values(), best).items()}
-    provenance: dict[str, Any] = {
-        "search": method,
-        "search_options": dataclasses.asdict(chosen_options),
-        "passes": judge.passes,
-    }
-    provenance |= {"recipe": recipe.to_dict(), "calibration": windows.fingerprint, "began_with": plan.provenance}
+    provenance = _provenance(plan, windows, method, chosen_options, recipe, judge.passes)
     if front:  # a digit for each unit, which tells its width by its place in `bits`
         provenance |= {"units": list(units), "bits": widths}
         provenance["front"] = [
@@ -99,6 +98,31 @@ def search(
             for choice, loss in front
         ]
     return dataclasses.replace(plan, specs={**plan.specs, **bits_of}, provenance=provenance)
+
+
+def _by_model(
+    source, plan: Plan, windows: Windows, bits, unit: Unit, method, options, recipe, batch_size, on_generation
+):
+    """A search that is given the model, and yields plans."""
+    if unit != "matrix":
+        raise UserError(f"unit: {unit}, but {method} has segments or matrices; write its option segment_channels")
+    found = None
+    for found in SEARCHES[method].function(source, plan, windows, bits, recipe, batch_size, options):
+        on_generation(Generation(np.array([]), found.loss))
+    provenance = _provenance(plan, windows, method, options, recipe, found.passes)
+    return dataclasses.replace(found.plan, provenance=provenance | {"bits": sorted(set(bits))})
+
+
+def _provenance(plan: Plan, windows: Windows, method: str, options, recipe: Recipe, passes: float) -> dict[str, Any]:
+    """What every search says of itself."""
+    return {
+        "search": method,
+        "search_options": dataclasses.asdict(options),
+        "passes": passes,
+        "recipe": recipe.to_dict(),
+        "calibration": windows.fingerprint,
+        "began_with": plan.provenance,
+    }
 
 
 def _size(plan: Plan, paths: Sequence[str], spec: QuantSpec) -> int:

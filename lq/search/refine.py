@@ -6,9 +6,8 @@ unit is measured a level up and a level down, all others as they are,
     C[k, o] = loss(incumbent with k at o) - loss(incumbent),
 
 and the exact knapsack of these costs, what was not measured not being offered, is the next plan, if the loss falls that
-is measured of it. If it does not, too many steps were taken at once: every step is charged with a toll, so that those
-that pay least are left out, and it is tried again with a larger one. Interactions are so paid for by measuring again,
-which is sequential linear programming with a line search.
+is measured of it. If it does not, too many steps were taken at once, and fewer are tried (`lq.search.tolls`).
+Interactions are so paid for by measuring again, which is sequential linear programming with a line search.
 
 exllamav3 does this with the models of two whole bitrates; it damps gains, |dKL|^0.69, and not losses (`power`), so that
 one large gain does not decide alone.
@@ -23,8 +22,7 @@ from lq.allocation import ALLOCATORS
 from lq.allocation.problem import Choice, Problem
 from lq.errors import UserError
 from lq.search.generation import Generation, Loss
-
-TOLLS = (0.0, 0.5, 1.0, 2.0, 4.0)  # of what a step is foreseen to save on average
+from lq.search.tolls import with_tolls
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,26 +54,13 @@ def refine(problem: Problem, start: Choice, loss: Loss, text: int, options: Refi
       text: how many windows there are.
       options: of the search.
     """
-    method = ALLOCATORS[options.allocator]
     incumbent = np.asarray(start).copy()
     lost = float(loss([incumbent], range(text))[0])
     for _ in range(options.generations):
         cost = measured_around(problem, incumbent, lost, loss, text, options.reach)
         damped = np.where(cost < 0, -(np.abs(cost) ** options.power), cost)
         better = None
-        tried = {incumbent.tobytes()}
-        toll = 0.0
-        for share in TOLLS:
-            charged = damped + share * toll
-            charged[np.arange(len(incumbent)), incumbent] = 0.0
-            priced = dataclasses.replace(problem, cost=charged)
-            choice = np.asarray(method.function(priced, ALLOCATORS.options(options.allocator, {})))
-            if choice.tobytes() in tried:
-                continue
-            tried.add(choice.tobytes())
-            if not share:
-                steps = int((choice != incumbent).sum())
-                toll = max(-float(damped[np.arange(len(choice)), choice].sum()) / steps, 0.0)
+        for choice in with_tolls(problem, incumbent, damped, options.allocator):
             if (found := float(loss([choice], range(text))[0])) < lost:
                 better = choice, found
                 break

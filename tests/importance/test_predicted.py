@@ -110,11 +110,12 @@ def test_what_a_segment_causes(method, gain):
                 C = R.T @ difference[order]
                 caused = np.zeros_like(difference)
                 caused[order] = np.linalg.inv(R).T @ np.where((runs[order] == s)[:, None], C, 0.0)
+            caused = -caused  # of Q - W
             scale = np.abs(left * caused).sum()
             assert found[i, s] == pytest.approx((left * caused).sum(), abs=1e-4 * scale)
         # A gain is stored in bfloat16: it is one but for 2^-9.
         off = 2.0**-9 * np.abs(radial).sum() if gain else 0.0
-        assert found[i].sum() == pytest.approx((gradient * difference).sum(), rel=1e-3, abs=off)
+        assert found[i].sum() == pytest.approx(-(gradient * difference).sum(), rel=1e-3, abs=off)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,233 @@
+"""Descent: what a step from the plan at hand costs is foretold there from gradients, and the plan is made again.
+
+Prices of units one at a time in a clean model (`lq.importance.predicted`) know nothing of what their errors do to each
+other: of a plan that they make, they foresee a half to two thirds of what it loses. Around a plan whose errors are dW
+two gradients know it. With D = dW_k(o) - dW_k(now), a step of unit k from where it is to option o costs
+
+    KL(after) - KL(now)  =  <g, D>  +  1/2 E_y <G_y, D>^2  +  third order.
+
+g is the gradient of the divergence at the plan, exact on the text, in which the errors of all other units are; G_y are
+those of log-likelihoods of drawn labels at the original, whose products with all errors are kept from the beginning. So
+a round costs one backward pass, and a forward pass to see whether the model that the quantizer makes of the new plan
+loses less; if it does not, fewer steps are tried (`lq.search.tolls`).
+
+The first plan is the exact solution of the prices in the clean model, unless the start loses less. Units are segments
+of the input axis, those of most energy first, or whole matrices.
+
+This is lq's own: sequential refinement, whose costs are measured one step at a time (`lq.search.refine`), with the
+gradients of AutoScheme and mlx-lm (`lq.importance.delta_loss`) at a plan in place of a uniform model, and a curvature.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from lq.allocation.choices import Choices
+from lq.allocation.knapsack import knapsack
+from lq.allocation.plan import Plan
+from lq.allocation.problem import Choice, Problem
+from lq.calibration.data import Windows
+from lq.errors import UserError
+from lq.importance.backward import Backward
+from lq.importance.predicted import PredictedOptions, UnitErrors
+from lq.importance.scores import Scores
+from lq.importance.units import segment_of
+from lq.models.matrices import block_of
+from lq.models.source import ParameterSource, Params
+from lq.numerics.segmented import is_packed
+from lq.numerics.spec import QuantSpec
+from lq.quantizers import Recipe, quantized_source
+from lq.search.tolls import with_tolls
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DescentOptions:
+    generations: int = 2  # rounds around a plan; it ends before when no plan is better
+    segment_channels: int | None = 64  # input channels of a unit; None: whole matrices
+    draws: int = 8  # of labels, a backward pass each, at the original
+    seed: int = 0  # of the labels
+
+    def __post_init__(self):
+        if self.generations < 0:
+            raise UserError(f"generations: {self.generations}; write 0 or more")
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """A plan, what its model loses on the text, and the forward passes so far."""
+
+    plan: Plan
+    loss: float
+    passes: float
+
+
+def descend(
+    source: ParameterSource,
+    plan: Plan,
+    windows: Windows,
+    bits: Sequence[int],
+    recipe: Recipe,
+    batch_size: int,
+    options: DescentOptions,
+) -> Iterator[Found]:
+    """Descent: steps from the plan are foretold by gradients there, and the plan of them is kept if it loses less.
+
+    Yields the first plan, and the one behind every round; it ends with a round in which nothing better was found.
+
+    Args:
+      source: the original, dense.
+      plan: the size that may not be exceeded, and the format. What is dense in it, embedding and head stay.
+      windows: text, to quantize by and to judge on.
+      bits: widths to choose from.
+      recipe: the quantizer.
+      batch_size: windows per device step.
+      options: of the search.
+
+    Raises:
+      UserError: a plan of several formats, a quantizer of which segments cannot be priced, packed weights.
+    """
+    spec = _format_of(plan)
+    priced = _prices_of(spec, plan, bits, recipe, batch_size, options)
+    ordered = dataclasses.replace(spec, by_energy=priced.unit == "segment" or priced.by_energy)
+    recipe.check(source.config, dict.fromkeys([path for path in plan.specs if block_of(path) is not None], ordered))
+    errors = UnitErrors(source, windows, priced)
+    clean = Backward(source, windows, loss="sampled", seed=options.seed, draws=options.draws, batch_size=batch_size)
+    judge = Backward(source, windows, loss="kl", batch_size=batch_size)
+    products, gradients = errors.products(clean, source)
+    formats = [dataclasses.replace(spec, bits=width, by_energy=priced.by_energy) for width in priced.bits]
+    units = _Units.of(plan, formats, products, gradients.tokens / len(gradients.losses))
+
+    def judged(one: Plan) -> tuple[float, ParameterSource]:
+        calibration = windows if recipe.calibrated else None
+        model = _Quantized(source, quantized_source(source, one.specs, recipe, calibration, batch_size=batch_size))
+        return judge.loss(model), model
+
+    def found() -> Found:
+        return Found(best, lost, clean.passes + judge.passes)
+
+    choice, best = units.first()
+    lost, model = judged(best)
+    if (started := judged(plan))[0] < lost and (there := units.choice_of(plan)) is not None:
+        choice, best, (lost, model) = there, plan, started
+    yield found()
+    for _ in range(options.generations):
+        slopes, _ = errors.products(judge, model)
+        before = lost
+        for tried in with_tolls(units.problem, choice, units.costs_around(choice, slopes, judge.tokens)):
+            one = units.plan(tried)
+            if (after := judged(one))[0] < lost:
+                choice, best, (lost, model) = tried, one, after
+                break
+        yield found()
+        if lost >= before:
+            return
+
+
+def _format_of(plan: Plan) -> QuantSpec:
+    """That of its block matrices, but for widths. Raises UserError for a plan of several, or of one without prices."""
+    same = {
+        dataclasses.replace(spec, bits=8, widths=None, by_energy=False)
+        for path, spec in plan.specs.items()
+        if block_of(path) is not None
+    }
+    if len(same) != 1:
+        raise UserError(f"plan: block matrices of {len(same)} formats, where a search takes one; make it with one")
+    (spec,) = same
+    if spec.mixed or spec.rank:
+        raise UserError("plan: mixed or of some rank, which descent does not price; make it of plain widths")
+    return spec
+
+
+def _prices_of(
+    spec: QuantSpec, plan: Plan, bits: Sequence[int], recipe: Recipe, batch_size: int, options: DescentOptions
+) -> PredictedOptions:
+    """What is priced. Raises UserError for what cannot be."""
+    segments = options.segment_channels is not None
+    return PredictedOptions(
+        unit="segment" if segments else "matrix",
+        segment_channels=options.segment_channels or 128,  # of matrices not looked at
+        bits=sorted(set(bits)),
+        group_size=spec.group_size,
+        symmetric=spec.symmetric,
+        zero_dtype=spec.zero_dtype,
+        by_energy=not segments and any(one.by_energy for one in plan.specs.values()),
+        method=recipe.method,
+        options=dataclasses.asdict(recipe.options),
+        batch_size=batch_size,
+        draws=options.draws,
+        seed=options.seed,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Units:
+    """What there is to choose, and what choices are foretold to cost."""
+
+    start: Plan
+    choices: Choices
+    problem: Problem  # its costs are the prices in the clean model
+    products: Mapping[str, Float[np.ndarray, "windows options"]]  # <G, dW> at the original
+    per_window: float  # scored positions
+
+    @classmethod
+    def of(cls, plan: Plan, formats: list[QuantSpec], products, per_window: float) -> "_Units":
+        costs = {unit: 0.5 * np.square(found).mean(0) / per_window for unit, found in products.items()}
+        values = {unit: float(cost[0] - cost[-1]) for unit, cost in costs.items()}
+        described = {"model": plan.model, "shapes": plan.shapes, "other_weights": plan.other_weights}
+        scores = Scores(metric="predicted_kl", values=values, **described)
+        blocks = [path for path in plan.shapes if block_of(path) is not None]
+        fixed = {path: None for path in blocks if path not in plan.specs}
+        choices = Choices.of(scores, formats, fixed, "blocks")
+        cost = np.array([costs[unit] for unit in choices.free]).reshape(-1, len(formats))
+        size = choices.size
+        budget = sum(map(plan.size_bits, blocks)) - choices.fixed_bits
+        return cls(plan, choices, Problem(cost=cost, size=size, budget=budget), products, per_window)
+
+    def first(self) -> tuple[Choice, Plan]:
+        """The exact solution of the prices in the clean model."""
+        choice = knapsack(self.problem)
+        return choice, self.plan(choice)
+
+    def plan(self, choice: Choice) -> Plan:
+        tables = {path: spec for path, spec in self.start.specs.items() if block_of(path) is None}
+        return dataclasses.replace(self.start, specs=self.choices.specs(choice) | tables)
+
+    def choice_of(self, plan: Plan) -> Choice | None:
+        """The options that a plan has; None where it has none of these."""
+        widths, found = [option.bits for option in self.choices.options], []
+        for unit, paths in self.choices.free.items():
+            spec, segment = plan.specs[paths[0]], segment_of(unit)
+            at = spec.bits if segment is None or spec.widths is None else spec.widths[segment[1]]
+            found.append(widths.index(at) if at in widths else -1)
+        choice = np.array(found, int)
+        return choice if (choice >= 0).all() and self.plan(choice).specs == dict(plan.specs) else None
+
+    def costs_around(self, choice: Choice, slopes, tokens: int) -> Float[np.ndarray, "units options"]:
+        """What every step from the choice changes the loss by; `slopes` are <g, dW> of every window at its model."""
+        rows = []
+        for unit, now in zip(self.choices.free, choice, strict=True):
+            slope, product = slopes[unit].sum(0) / tokens, self.products[unit]
+            curvature = 0.5 * np.square(product - product[:, now, None]).mean(0) / self.per_window
+            rows.append(slope - slope[now] + curvature)
+        return np.array(rows).reshape(-1, len(self.choices.options))
+
+
+class _Quantized(ParameterSource):
+    """A quantized model as a dense one: its blocks are kept packed on the host and dequantized when they are read."""
+
+    def __init__(self, original: ParameterSource, quantized: ParameterSource):
+        self.config, self._original = original.config, original
+        self._blocks = [jax.device_get(quantized.block(index)) for index in range(self.config.num_blocks)]
+
+    def part(self, name: str, dtype=None) -> Params:
+        if not name.startswith("block_"):
+            return self._original.part(name, dtype)
+
+        def dense(leaf):
+            found = leaf.dequantize() if is_packed(leaf) else leaf
+            return found if dtype is None else found.astype(dtype)
+
+        return jax.tree.map(dense, self._blocks[int(name.removeprefix("block_"))], is_leaf=is_packed)
