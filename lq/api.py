@@ -246,7 +246,7 @@ def search(
       unit: what changes its width together.
       method, options: the search, see `lq list searches`.
       quantizer, quantizer_options: what the candidates are made by.
-      batch_size: windows per device step, and of a batch of text.
+      batch_size: windows per device step.
       quiet: shows no progress on standard error.
 
     Raises:

@@ -56,7 +56,15 @@ def small(small_model, text_file, tmp_path_factory):
             "score": "random",
             "costs": "place",
             "search": "evolution",
-            "search_options": {"generations": 2, "offspring": 2, "survivors": [1], "batches": [1]},
+            "search_options": {"generations": 2, "offspring": 2, "survivors": [1], "windows": [1]},
+            "quantizers": ["rtn"],
+        },
+        {
+            "name": "descent",
+            "score": "random",
+            "costs": "place",
+            "search": "descent",
+            "search_options": {"generations": 1, "segment_channels": 32, "draws": 1},
             "quantizers": ["rtn"],
         },
     ]
@@ -79,6 +87,7 @@ def test_plans_are_measured_at_equal_bytes(small, tmp_path):
         "rtn, kl, 3.4 bpw",
         "rtn, segments, 3.4 bpw",
         "rtn, evopress, 3.4 bpw",
+        "rtn, descent, 3.4 bpw",
     }
     assert all(3.0 < row.bpw <= 3.4 for row in rows.values())
     headers = 0.02 * max(row.bytes_on_disk for row in rows.values())
@@ -91,6 +100,7 @@ def test_plans_are_measured_at_equal_bytes(small, tmp_path):
         assert row.bytes_on_disk - other.bytes_on_disk == pytest.approx(counted, abs=headers)
     assert rows["rtn, random, 3.4 bpw, seed 0"].passes is None
     assert rows["rtn, evopress, 3.4 bpw"].passes > 0
+    assert rows["rtn, descent, 3.4 bpw"].passes >= 4 + 2 + 3 + 1
     made = sorted(path.name for path in (tmp_path / "scores").glob("*.json") if "seconds" not in path.name)
     assert made == ["gptq_segments_0.json", "random_0.json", "random_1.json", "rtn_kl.json", "rtn_segments_0.json"]  # fmt: skip  # noqa: E501
     before = (tmp_path / "scores" / "rtn_kl.json").stat().st_mtime_ns

@@ -6,7 +6,7 @@ options have `generations`, the most there are. `descent`, which takes gradients
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from lq.numerics.spec import QuantSpec
 from lq.quantizers import Recipe
 from lq.registry import Method, Registry
 from lq.search.amq import AMQOptions, amq
-from lq.search.descent import DescentOptions, descend
+from lq.search.descent import DescentOptions, Found, descend
 from lq.search.evolution import EvolutionOptions, evolve
 from lq.search.generation import Generation
 from lq.search.refine import RefineOptions, refine
@@ -73,7 +73,12 @@ def search(
     recipe, chosen_options = recipe or Recipe(), SEARCHES.options(method, options or {})
     plan = adapted(plan, source.config)
     if "model" in SEARCHES[method].needs:
-        return _by_model(source, plan, windows, bits, unit, method, chosen_options, recipe, batch_size, on_generation)
+        if unit != "matrix":
+            raise UserError(f"unit: {unit}, but {method} has segments or matrices; write its option segment_channels")
+        steps = SEARCHES[method].function(source, plan, windows, bits, recipe, batch_size, chosen_options)
+        last = _last_of(steps, on_generation)
+        provenance = _provenance(plan, windows, method, chosen_options, recipe, last.passes)
+        return dataclasses.replace(last.plan, provenance=provenance | {"bits": sorted(set(bits))})
     specs = _options(plan, bits)
     units = _free_units(source, plan, unit)
     judge = Judge(candidates_of(source, specs, recipe, windows, batch_size), windows, batch_size=batch_size)
@@ -100,17 +105,12 @@ def search(
     return dataclasses.replace(plan, specs={**plan.specs, **bits_of}, provenance=provenance)
 
 
-def _by_model(
-    source, plan: Plan, windows: Windows, bits, unit: Unit, method, options, recipe, batch_size, on_generation
-):
-    """A search that is given the model, and yields plans."""
-    if unit != "matrix":
-        raise UserError(f"unit: {unit}, but {method} has segments or matrices; write its option segment_channels")
-    found = None
-    for found in SEARCHES[method].function(source, plan, windows, bits, recipe, batch_size, options):
-        on_generation(Generation(np.array([]), found.loss))
-    provenance = _provenance(plan, windows, method, options, recipe, found.passes)
-    return dataclasses.replace(found.plan, provenance=provenance | {"bits": sorted(set(bits))})
+def _last_of(steps: Iterator[Found], on_generation: Callable[[Generation], None]) -> Found:
+    """Runs a search that yields plans, the first before its first generation."""
+    found = next(steps)
+    for found in steps:
+        on_generation(Generation(np.array([], int), found.loss))
+    return found
 
 
 def _provenance(plan: Plan, windows: Windows, method: str, options, recipe: Recipe, passes: float) -> dict[str, Any]:

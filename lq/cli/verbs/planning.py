@@ -92,7 +92,7 @@ def search(
     samples: Samples = 32,
     length: Length = None,
     seed: Seed = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Windows per device step, and of a batch of text.")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="Windows per device step.")] = 8,
     out: Annotated[Path, typer.Option(help="The plan that is found.")] = Path("plan.json"),
     quiet: Quiet = False,
 ) -> None:
