@@ -8,6 +8,7 @@ from lq.errors import UserError
 from lq.importance.alpha import AlphaOptions, alpha
 from lq.importance.cfsp import CFSPOptions, cfsp
 from lq.importance.controls import (
+    CountOptions,
     NoOptions,
     RandomOptions,
     RecipeOptions,
@@ -77,7 +78,7 @@ METRICS = Registry(
         "first_last": Method(function=first_last, options=NoOptions),
         "ends_random": Method(function=ends_random, options=RandomOptions),
         "k_quant": Method(function=k_quant, options=RecipeOptions),
-        "parameter_count": Method(function=parameter_count, options=NoOptions),
+        "parameter_count": Method(function=parameter_count, options=CountOptions),
         "random": Method(function=random, options=RandomOptions),
     },
 )

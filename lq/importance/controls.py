@@ -12,7 +12,8 @@ import numpy as np
 
 from lq.errors import UserError
 from lq.importance.scores import Scores
-from lq.models.matrices import block_matrices
+from lq.importance.units import Unit, units_of
+from lq.models.matrices import block_matrices, matrices
 from lq.models.source import ParameterSource
 
 
@@ -50,11 +51,20 @@ def first_last(source: ParameterSource, windows: None, options: NoOptions) -> di
     return {"values": {f"block_{i}": -float(min(i, last - i)) for i in range(last + 1)}}
 
 
-def parameter_count(source: ParameterSource, windows: None, options: NoOptions) -> dict:
-    """Control: how many linear weights a block has. Constant in most models, whose order is then first to last."""
-    del windows, options
-    sizes = [sum(math.prod(s) for s in block_matrices(source.config, kind).values()) for kind in source.config.kinds]
-    return {"values": {f"block_{i}": float(n) for i, n in enumerate(sizes)}}
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CountOptions:
+    unit: Unit = "block"
+
+
+def parameter_count(source: ParameterSource, windows: None, options: CountOptions) -> dict:
+    """Control: how many weights a unit has. With costs by value every weight counts alike, and widths are nearly equal.
+
+    By place it is the order of the units where all are of one size, as the blocks of most models.
+    """
+    del windows
+    shapes = matrices(source.config)
+    units = units_of(source.config, options.unit)
+    return {"values": {unit: float(sum(math.prod(shapes[path]) for path in paths)) for unit, paths in units.items()}}
 
 
 def ends_random(source: ParameterSource, windows: None, options: RandomOptions) -> dict:
