@@ -9,6 +9,7 @@ import pytest
 from scipy import stats
 from small_models import llama_config, random_params
 
+from lq.allocation import allocate
 from lq.calibration.data import Windows
 from lq.errors import UserError
 from lq.importance import METRICS, Scores, reverse, score
@@ -18,7 +19,9 @@ from lq.importance.units import units_of
 from lq.importance.zd import ZDOptions, fraction_beyond
 from lq.models.context import context_for
 from lq.models.decoder import apply_block, embed
+from lq.models.matrices import matrices
 from lq.models.source import InMemory
+from lq.numerics.spec import QuantSpec
 
 pytestmark = pytest.mark.once
 
@@ -189,6 +192,17 @@ def test_controls(source):
     tied = score(source, "parameter_count")
     assert tied.ranking() == [f"block_{i}" for i in range(BLOCKS)]
     assert reverse(tied).ranking() == tied.ranking()[::-1]
+
+
+def test_where_every_weight_counts_alike_widths_are_nearly_equal(source):
+    weights = score(source, "parameter_count", options={"unit": "matrix"})
+    shapes = matrices(source.config)
+    assert weights.values == {path: float(np.prod(shape)) for path, shape in shapes.items()}
+    given = {"bits": (1, 2, 3, 4, 5), "spec": QuantSpec(bits=4, group_size=32), "costs": "value", "method": "knapsack"}
+    for bpw, widths in ((3.9, {3, 4}), (2.75, {2, 3})):
+        plan = allocate(weights, bpw=bpw, **given)
+        assert {spec.bits for spec in plan.specs.values()} == widths
+        assert bpw - 0.1 < plan.bpw <= bpw
 
 
 def test_use_more_bits_is_the_rule_of_llama_cpp():
