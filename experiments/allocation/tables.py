@@ -15,7 +15,10 @@ from lq.importance import Scores
 from lq.runs.figures.plans import write_damage_figure
 from lq.runs.figures.style import cycled, matplotlib_figure
 
-BASE = "kl"  # whose KL that of others is divided by: exact, on measured losses of whole matrices
+MEASURED = "kl"  # the score that draws damage
+# Whose KL that of others is divided by, the first that is there: exact solutions for whole matrices, on their measured
+# losses, on predicted ones.
+BASES = ("kl", "predicted")
 RANDOM = "random"
 
 
@@ -51,13 +54,13 @@ def lines(rows: list[Measured]) -> list[Line]:
 
 
 def ratios(found: list[Line], quantizer: str) -> str:
-    """Markdown: KL over that of `BASE` at the same budget, best first by the mean over budgets; and what it took."""
+    """Markdown: KL over that of `base_of` at the same budget, best first by the mean over budgets; and what it took."""
     budgets = sorted({line.budget for line in found if line.quantizer == quantizer})
     by_plan = defaultdict(dict)
     for line in found:
         if line.quantizer == quantizer:
             by_plan[line.plan][line.budget] = line
-    base = by_plan.get(BASE, {})
+    base = by_plan.get(base_of(found, quantizer), {})
     of = lambda mine: {b: line.kl / base[b].kl for b, line in mine.items() if b in base}  # noqa: E731
     rows = []
     for plan, mine in sorted(by_plan.items(), key=lambda item: mean(of(item[1]).values() or [float("inf")])):
@@ -68,6 +71,12 @@ def ratios(found: list[Line], quantizer: str) -> str:
         cells = [f"{shares[b]:.2f}" if b in shares else "" for b in budgets]
         rows.append([plan, *cells, "" if passes is None else f"{passes:.0f}", f"{took:.0f}"])
     return markdown(["plan", *(f"{budget} bpw" for budget in budgets), "forward passes", "seconds"], rows)
+
+
+def base_of(found: list[Line], quantizer: str) -> str:
+    """The first of `BASES` that was measured."""
+    plans = {line.plan for line in found if line.quantizer == quantizer}
+    return next((base for base in BASES if base in plans), BASES[0])
 
 
 def table(found: list[Line], quantizer: str, budget: float) -> str:
@@ -114,7 +123,7 @@ def main() -> None:
     arguments = parser.parse_args()
     found = lines(rows_of(arguments.run / "rows.jsonl", Measured))
     for quantizer in dict.fromkeys(line.quantizer for line in found):
-        print(f"## {quantizer}\n\n### KL over that of {BASE}\n\n{ratios(found, quantizer)}")
+        print(f"## {quantizer}\n\n### KL over that of {base_of(found, quantizer)}\n\n{ratios(found, quantizer)}")
         for budget in sorted({line.budget for line in found if line.quantizer == quantizer}):
             print(f"\n### {quantizer}, {budget} bits per weight\n\n{table(found, quantizer, budget)}")
     if arguments.pictures is not None:
@@ -126,7 +135,7 @@ def main() -> None:
 
 def draw_damage(directory: Path, quantizer: str, path: Path) -> None:
     """Scores of matrices by a quantizer against what rounding them was measured to lose; nothing without both."""
-    measured = directory / f"{quantizer}_{BASE}.json"
+    measured = directory / f"{quantizer}_{MEASURED}.json"
     if not measured.exists():
         return
     damage, of_matrices = Scores.read(measured), {}
