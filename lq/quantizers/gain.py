@@ -12,7 +12,8 @@ Scales times 1 / g,
     <W, W> / <W, Q>,
 
 give every output back its size. The error of the matrix alone grows by it, by the factor 1 / g; what the model loses
-falls, at 2 bits by a tenth of GPTQ's and a fifth of plain rounding's (`experiments/allocation`).
+falls: in 2.5 bits per weight by a fifth of what GPTQ loses, by half of what plain rounding does, where one-bit matrices
+are among them (`experiments/allocation`).
 
 The gain of random inputs is Bussgang's (1952). The same factor makes one-bit quantization unbiased in DRIVE (Vargaftik
 et al., arXiv 2105.08339) and EDEN (arXiv 2108.08842), where many vectors are averaged; here it is in the metric of the

@@ -110,7 +110,7 @@ def test_the_others_lose_no_more_than_the_start(source, plan, method, options):
         (
             {},
             {"method": "evolutoin"},
-            "unknown search 'evolutoin'; known: evolution, amq, refine; did you mean evolution?",
+            "unknown search 'evolutoin'; known: evolution, amq, refine, descent; did you mean evolution?",
         ),
         ({}, {"options": {"offspring": 0}}, "offspring: 0; write 1 or more"),
     ],
