@@ -1,5 +1,6 @@
 """The shipped comparison of allocations: its config is valid, and it measures a small one at equal bytes."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -134,3 +135,20 @@ def test_names_that_are_nowhere(small, tmp_path):
     (tmp_path / "x.yaml").write_text(yaml.safe_dump(given), encoding="utf-8")
     with pytest.raises(UserError, match="awq is none of the quantizers"):
         read(tmp_path / "x.yaml")
+
+
+@pytest.mark.parametrize("name", ["standin", "unit_gain"])
+def test_measured_rows_are_of_the_shipped_configs(name):
+    """So that whoever has them can go on: names and options are those of the config, and no row is of another."""
+    comparison = read(CONFIG.parent / f"{name}.yaml")
+    measured = CONFIG.parent / "measured" / ("" if name == "standin" else name)
+    identity = json.loads((measured / "identity.json").read_text(encoding="utf-8"))
+    assert identity["bits"] == comparison.bits
+    for kind in ("quantizers", "scores", "plans"):
+        options = {section.name: section.model_dump(exclude={"name"}) for section in getattr(comparison, kind)}
+        known = {name: given for name, given in identity[kind].items() if name in options}
+        assert known == {name: options[name] for name in known}
+    found = [row.name for row in rows_of(measured / "rows.jsonl", Measured)]
+    assert len(found) == len(set(found))
+    assert set(found) <= {name for name, *_ in plans(comparison)}
+    assert {row.plan for row in rows_of(measured / "rows.jsonl", Measured)} <= set(identity["plans"])
