@@ -5,9 +5,9 @@ Of all grids the one of least error gives back less than it was given: its error
     <Q, Q - W> = 0    so that    <W, Q> = <Q, Q> = <W, W> - |Q - W|^2,
 
 and Q = g W + (what is uncorrelated with W), the gain g being one less the share of energy that is lost: 0.9 at 2 bits,
-2 / pi at 1, of normally distributed weights. In a network that is no noise. Every matrix has it, in the same direction for every token, and while errors
-that know nothing of each other add their squares, these add up: the residual stream gets too little of every block.
-Scales times 1 / g,
+2 / pi at 1, of normally distributed weights. In a network that is no noise. Every matrix has it, in the same direction
+for every token, and while errors that know nothing of each other add their squares, these add up: the residual stream
+gets too little of every block. Scales times 1 / g,
 
     <W, W> / <W, Q>,
 
