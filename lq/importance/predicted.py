@@ -19,10 +19,11 @@ times row k of C: a triangular solve for each matrix and window. The parts of a 
 
 With unit gain (`lq.quantizers.gain`) the scales of an output channel n give back what its outputs lose of their size,
 
-    D' = D - W_n <W_n, D_n> / <W_n, W_n>    in H + damping I, to first order,
+    Q' = c Q,    c = <W_n, W_n> / <W_n, Q_n>    in H + damping I,    so that    W - Q' = c (W - Q) - (c - 1) W,
 
-and that depends on all segments at once, but linearly: <G, D'> = <G', D>, with G' = G - H W_n <G_n, W_n> / <W_n, W_n>,
-the gradient without what gains see to. Plain rounding has a gain for every group, within its segment.
+and c depends on all segments at once. But with G' = G - H W_n <G_n, W_n> / <W_n, W_n>, the gradient without what gains
+see to, <G', W> = 0 and <G, W - Q'> = c <G', W - Q>: the errors are those without gain, and of a segment c is what it is
+where that segment alone is rounded. Plain rounding has a gain for every group, within its segment.
 
 Prices of one segment hold whatever widths the others get where what is left over goes by the width of its own channel.
 That is so of rounding for itself, and nearly so of GPTQ where the range of a group is found when the sweep comes to it
@@ -53,6 +54,7 @@ from lq.importance.units import Unit, segment_name, units_of
 from lq.models.matrices import matrices
 from lq.models.source import ParameterSource
 from lq.quantizers.apply import quantize_matrix
+from lq.quantizers.gain import MOST
 from lq.quantizers.gptq import GPTQFactor, GPTQOptions
 from lq.quantizers.runs import round_widths, sweep_widths
 
@@ -159,14 +161,14 @@ class Attributed:
 
     order: Int[Array, " K"]  # of the channels
     upper: Float[Array, "K K"] | None  # R; None: the identity
-    parts: Float[Array, "options K N"]  # -C
+    parts: Float[Array, "options K N"]  # -C; with unit gain each segment's times the gain of that segment alone
     segment: Float[Array, "K segments"]  # one where the channel is in the segment
     # With unit gain: W, and H W over <W, W> of every output channel, in H + damping I.
     gain: tuple[Float[Array, "K N"], Float[Array, "K N"]] | None = None
 
 
 class SegmentErrors:
-    """Errors of the matrices of a block, made from the inputs that the original gives them."""
+    """Errors of the matrices of a block, on what its original matrices make of the states at the model at hand."""
 
     def __init__(self, source: ParameterSource, windows: Windows, options: PredictedOptions, backward: Backward):
         self._source, self._options, self._backward = source, options, backward
@@ -201,6 +203,8 @@ class SegmentErrors:
             made = [quantize_matrix(weight, prepared, spec, options.method, options.recipe.options) for spec in specs]
             return jnp.stack([tensor.dequantize() - weight for tensor in made])
         method, cuts = options.recipe.options, [dataclasses.replace(spec, by_energy=True) for spec in specs]
+        of_outputs = isinstance(prepared, GPTQFactor) and method.unit_gain
+        method = dataclasses.replace(method, unit_gain=False) if of_outputs else method
         if isinstance(prepared, GPTQFactor):
             found = [sweep_widths(weight, prepared, spec, method) for spec in cuts]
             order, upper = prepared.order, prepared.upper
@@ -209,7 +213,6 @@ class SegmentErrors:
             order, upper = jnp.arange(len(weight)), None
         permutation = found[0][0]  # the order of energy, whatever the width
         differences = jnp.stack([difference for *_, difference in found])
-        of_outputs = isinstance(prepared, GPTQFactor) and method.unit_gain
         return _attributed(order, upper, differences, permutation, weight if of_outputs else None, count)
 
 
@@ -219,13 +222,16 @@ def _attributed(order, upper, difference: Float[Array, "options K N"], permutati
     run = jnp.zeros(K, jnp.int32).at[permutation].set(jnp.arange(K) // (K // count))
     parts = -difference[:, order]
     parts = parts if upper is None else jnp.einsum("jk,ojn->okn", upper, parts, precision=HIGHEST)
-    gain = None
+    gain, segment = None, jax.nn.one_hot(run[order], count)
     if weight is not None:
         weight = weight[order]
         through = jnp.matmul(upper.T, weight, precision=HIGHEST)
         energy = jnp.sum(through**2, axis=0)
-        gain = weight, jnp.matmul(upper, through, precision=HIGHEST) / jnp.where(energy > 0, energy, 1.0)
-    return Attributed(order, upper, parts, jax.nn.one_hot(run[order], count), gain)
+        energy = jnp.where(energy > 0, energy, 1.0)
+        gain = weight, jnp.matmul(upper, through, precision=HIGHEST) / energy
+        left = 1.0 + jnp.einsum("kn,okn,ks->osn", through, parts, segment, precision=HIGHEST) / energy
+        parts = parts * jnp.einsum("osn,ks->okn", 1.0 / jnp.clip(left, 1.0 / MOST, MOST), segment, precision=HIGHEST)
+    return Attributed(order, upper, parts, segment, gain)
 
 
 def segment_slopes(found: WindowGradients, errors: dict[str, Attributed | Array]) -> dict[str, Array]:

@@ -89,7 +89,15 @@ def descend(
     Raises:
       UserError: a plan of several formats, a quantizer of which segments cannot be priced, packed weights.
     """
+    if recipe.scaling is not None or recipe.bias_correction:
+        raise UserError(
+            f"descent: {recipe.name} changes more than matrices, of which alone a cost can be told; leave out what "
+            "scales channels or corrects biases"
+        )
     spec = _format_of(plan)
+    widths = {one.bits for path, one in plan.specs.items() if block_of(path) is not None}
+    if missing := sorted(widths - set(bits)):
+        raise UserError(f"bits: {', '.join(map(str, bits))}, but the plan has {missing[0]}; add it")
     priced = _prices_of(spec, plan, bits, recipe, batch_size, options)
     ordered = dataclasses.replace(spec, by_energy=priced.unit == "segment" or priced.by_energy)
     recipe.check(source.config, dict.fromkeys([path for path in plan.specs if block_of(path) is not None], ordered))
@@ -106,11 +114,14 @@ def descend(
         return judge.loss(model), model
 
     def found() -> Found:
-        return Found(best, lost, clean.passes + judge.passes)
+        # A start that is none of the choices is still what has to be beaten.
+        kept, loss = (best, lost) if lost <= started[0] else (plan, started[0])
+        return Found(kept, loss, clean.passes + judge.passes)
 
     choice, best = units.first()
     lost, model = judged(best)
-    if (started := judged(plan))[0] < lost and (there := units.choice_of(plan)) is not None:
+    started, there = judged(plan), units.choice_of(plan)
+    if started[0] < lost and there is not None:
         choice, best, (lost, model) = there, plan, started
     yield found()
     for _ in range(options.generations):
@@ -133,6 +144,8 @@ def _format_of(plan: Plan) -> QuantSpec:
         for path, spec in plan.specs.items()
         if block_of(path) is not None
     }
+    if not same:
+        raise UserError("plan: no matrix of a block is quantized, and there is nothing to choose; quantize some")
     if len(same) != 1:
         raise UserError(f"plan: block matrices of {len(same)} formats, where a search takes one; make it with one")
     (spec,) = same
@@ -148,7 +161,7 @@ def _prices_of(
     segments = options.segment_channels is not None
     return PredictedOptions(
         unit="segment" if segments else "matrix",
-        segment_channels=options.segment_channels or 128,  # of matrices not looked at
+        segment_channels=128 if options.segment_channels is None else options.segment_channels,
         bits=sorted(set(bits)),
         group_size=spec.group_size,
         symmetric=spec.symmetric,
@@ -184,6 +197,12 @@ class _Units:
         cost = np.array([costs[unit] for unit in choices.free]).reshape(-1, len(formats))
         size = choices.size
         budget = sum(map(plan.size_bits, blocks)) - choices.fixed_bits
+        least = int(size.min(axis=1).sum())
+        if budget < least:
+            raise UserError(
+                f"plan: {budget} bits, but segments, which store a byte or two a channel, take {least}; make it "
+                "larger, or write the option segment_channels null"
+            )
         return cls(plan, choices, Problem(cost=cost, size=size, budget=budget), products, per_window)
 
     def first(self) -> tuple[Choice, Plan]:
@@ -200,7 +219,10 @@ class _Units:
         widths, found = [option.bits for option in self.choices.options], []
         for unit, paths in self.choices.free.items():
             spec, segment = plan.specs[paths[0]], segment_of(unit)
-            at = spec.bits if segment is None or spec.widths is None else spec.widths[segment[1]]
+            cut = 1 if segment is None else segment[2]
+            if spec.widths is not None and len(spec.widths) != cut:
+                return None
+            at = spec.bits if spec.widths is None else spec.widths[segment[1] if segment else 0]
             found.append(widths.index(at) if at in widths else -1)
         choice = np.array(found, int)
         return choice if (choice >= 0).all() and self.plan(choice).specs == dict(plan.specs) else None

@@ -1,5 +1,7 @@
 """Predicted KL: the second order itself, segments that make up their matrices, and plans made of them."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -76,7 +78,7 @@ def layer(K=128, N=48):
 @pytest.mark.parametrize("method", ["rtn", "gptq"])
 def test_what_a_segment_causes(method, gain):
     """In float64: rows of W - Q where each weight is rounded for itself; of GPTQ what follows from each channel too,
-    and where its outputs have unit gain, less what that takes off."""
+    and where its outputs have unit gain, as if it were rounded alone."""
     weight, hessian, gradient = layer()
     K = len(weight)
     stats = InputStats(tokens=500.0, hessian=jnp.asarray(hessian, jnp.float32), square=jnp.asarray(np.diag(hessian)))
@@ -91,14 +93,13 @@ def test_what_a_segment_causes(method, gain):
     order = np.argsort(-np.diag(hessian), kind="stable")
     damped = hessian + 0.01 * np.diag(hessian).mean() * np.eye(K)
     R = np.linalg.cholesky(damped[np.ix_(order, order)][::-1, ::-1])[::-1, ::-1]
-    radial = (gradient * weight).sum(0)
-    left = gradient
-    if gain and method == "gptq":
-        left = gradient - damped @ weight * radial / (weight * (damped @ weight)).sum(0)
+    inner = lambda a, b: (a * (damped @ b)).sum(0)  # noqa: E731
+    of_outputs = gain and method == "gptq"
+    plain = dataclasses.replace(options.recipe.options, unit_gain=gain and not of_outputs)
     for i, bits in enumerate((2, 3)):
         spec = QuantSpec(bits=bits, group_size=32, widths=(bits,) * 4)
         segments = (gptq_widths if method == "gptq" else rtn_widths)(
-            jnp.asarray(weight, jnp.float32), prepared, spec, options.recipe.options
+            jnp.asarray(weight, jnp.float32), prepared, spec, plain
         )
         tensor = SegmentedQTensor.from_segments(*segments, spec, weight.shape)
         difference = weight - np.asarray(tensor.dequantize(), np.float64)
@@ -111,11 +112,12 @@ def test_what_a_segment_causes(method, gain):
                 caused = np.zeros_like(difference)
                 caused[order] = np.linalg.inv(R).T @ np.where((runs[order] == s)[:, None], C, 0.0)
             caused = -caused  # of Q - W
-            scale = np.abs(left * caused).sum()
-            assert found[i, s] == pytest.approx((left * caused).sum(), abs=1e-4 * scale)
-        # A gain is stored in bfloat16: it is one but for 2^-9.
-        off = 2.0**-9 * np.abs(radial).sum() if gain else 0.0
-        assert found[i].sum() == pytest.approx(-(gradient * difference).sum(), rel=1e-3, abs=off)
+            if of_outputs:  # what the segment changes alone, its outputs given their size back
+                caused = (weight + caused) * inner(weight, weight) / inner(weight, weight + caused) - weight
+            scale = np.abs(gradient * caused).sum()
+            assert found[i, s] == pytest.approx((gradient * caused).sum(), abs=1e-4 * scale)
+        if not of_outputs:
+            assert found[i].sum() == pytest.approx(-(gradient * difference).sum(), rel=1e-3)
 
 
 @pytest.fixture(scope="module")

@@ -141,9 +141,25 @@ def test_what_is_dense_stays_and_a_better_start_is_kept(source):
     assert all(segment_of(unit) is None for unit in once.plan.specs)
 
 
+def test_a_start_that_is_no_choice_is_beaten_or_given_back(source):
+    """Four bits everywhere: segments of the same size have a byte a channel less for codes."""
+    plan = uniform_plan(source.config, SPEC)
+    options = DescentOptions(generations=0, segment_channels=32, draws=1)
+    (found,) = descend(source, plan, WINDOWS, BITS, RTN, 2, options)
+    assert found.loss <= lost(source, plan) * (1 + 1e-3)
+    cut = dataclasses.replace(SPEC, widths=(4, 3))
+    of_two = {path: cut if cut.segmentable(plan.shapes[path], 2) else SPEC for path in plan.specs}
+    (found,) = descend(source, dataclasses.replace(plan, specs=of_two), WINDOWS, BITS, RTN, 2, options)
+    assert found.plan.bpw <= dataclasses.replace(plan, specs=of_two).bpw
+
+
 @pytest.mark.parametrize(
     ("given", "line"),
     [
+        ({"bits": (2, 3)}, "bits: 2, 3, but the plan has 4; add it"),
+        ({"bits": (4, 5)}, "plan: 340992 bits, but segments"),
+        ({"options": {"segment_channels": 0}}, "segment_channels: 0; write a multiple of 32 and of the group size"),
+        ({"recipe": Recipe(method="rtn", scaling="smoothquant")}, "descent: smoothquant + rtn changes more than"),
         ({"options": {"generations": -1}}, "generations: -1; write 0 or more"),
         ({"unit": "block"}, "unit: block, but descent has segments or matrices; write its option segment_channels"),
         ({"options": {"segment_channels": 48}}, "segment_channels: 48; write a multiple of 32 and of the group size"),
