@@ -137,11 +137,24 @@ def test_names_that_are_nowhere(small, tmp_path):
         read(tmp_path / "x.yaml")
 
 
-@pytest.mark.parametrize("name", ["standin", "unit_gain"])
+def test_a_config_may_be_another_but_for_what_it_says(small, tmp_path):
+    given = yaml.safe_load(small.read_text(encoding="utf-8"))
+    (tmp_path / "x.yaml").write_text(yaml.safe_dump(given), encoding="utf-8")
+    (tmp_path / "y.yaml").write_text("base: x.yaml\nmodel: other\n", encoding="utf-8")
+    assert read(tmp_path / "y.yaml") == read(tmp_path / "x.yaml").model_copy(update={"model": "other"})
+    (tmp_path / "z.yaml").write_text("base: nowhere.yaml\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"nowhere.yaml: no such config"):
+        read(tmp_path / "z.yaml")
+
+
+MEASURED = sorted(path.parent.name for path in (CONFIG.parent / "measured").glob("*/rows.jsonl"))
+
+
+@pytest.mark.parametrize("name", MEASURED)
 def test_measured_rows_are_of_the_shipped_configs(name):
     """So that whoever has them can go on: names and options are those of the config, and no row is of another."""
     comparison = read(CONFIG.parent / f"{name}.yaml")
-    measured = CONFIG.parent / "measured" / ("" if name == "standin" else name)
+    measured = CONFIG.parent / "measured" / name
     identity = json.loads((measured / "identity.json").read_text(encoding="utf-8"))
     assert identity["bits"] == comparison.bits
     for kind in ("quantizers", "scores", "plans"):

@@ -5,7 +5,7 @@
 Every plan is quantized by the real quantizer, written, and read back; its bytes are those of the files. A line of
 `rows.jsonl` for each, appended as soon as it is measured; what is there is not measured again, so that an interrupted
 comparison goes on where it was, and several processes may share a directory. Scores lie in `scores/`, made once, with
-what they took.
+what they took. A config with `base: OTHER.yaml`, beside it, is that one but for what it says itself.
 """
 
 import argparse
@@ -111,9 +111,12 @@ class Measured:
 def read(path: Path) -> Comparison:
     """Raises UserError, one line with the key, for a config that is none."""
     try:
-        comparison = Comparison.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such config; see experiments/allocation/standin.yaml") from None
+        given = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if isinstance(given, dict) and (base := given.pop("base", None)) is not None:
+            given = yaml.safe_load((path.parent / base).read_text(encoding="utf-8")) | given
+        comparison = Comparison.model_validate(given)
+    except FileNotFoundError as error:
+        raise UserError(f"{error.filename}: no such config; see experiments/allocation/standin.yaml") from None
     except (yaml.YAMLError, ValidationError) as error:
         raise UserError(f"{path}: {' '.join(str(error).split())}") from None
     for plan in comparison.plans:

@@ -7,8 +7,8 @@ Interrupt it at any time; the same command resumes from the last checkpoint, and
 alone, so the run is the same as an uninterrupted one. `python -m experiments.standin.export --run DIR` then writes the
 model in Hugging Face layout.
 
-`narrow` is of another shape and another seed, half the size, with the tokenizer of the model that ships: what was found
-on one model is tried on the other.
+`narrow` is of another shape and another seed, half the size, trained in float32 where the other multiplies matrices in
+bfloat16, with the tokenizer of the model that ships: what was found on one model is tried on the other.
 
 The rate rises for 100 steps and then falls linearly to zero ("straight to zero", arXiv 2502.15938).
 """
@@ -102,11 +102,12 @@ def prepare(out: Path, tokenizer: Path | None) -> tuple[np.ndarray, np.ndarray]:
     from tokenizers import Tokenizer
 
     out.mkdir(parents=True, exist_ok=True)
-    files = {split: out / f"{split}.npy" for split in ("train", "evaluation")}
+    files, path = {split: out / f"{split}.npy" for split in ("train", "evaluation")}, out / "tokenizer.json"
+    if tokenizer is not None and path.exists() and path.read_bytes() != tokenizer.read_bytes():
+        raise SystemExit(f"train: {path} is not {tokenizer}, which this model has; give another --out")
     if not all(f.exists() for f in files.values()):
         everything = list(documents())
         texts = {split: [d.text for d in everything if d.split == split] for split in files}
-        path = out / "tokenizer.json"
         if tokenizer is not None:
             shutil.copyfile(tokenizer, path)
         by = Tokenizer.from_file(str(path)) if path.exists() else train_tokenizer(texts["train"], path)

@@ -125,8 +125,8 @@ class UnitErrors:
     ) -> tuple[dict[str, Float[np.ndarray, "windows options"]], Gradients]:
         """<G, dW> of every unit, window and option, G at `point`; and the gradients' losses. float64.
 
-        The errors of segments are those on the inputs that `point` gives the matrices, where the quantizer goes by
-        inputs; those of other units on what the recipe says, the same at any point.
+        The errors of segments are those on what the original's matrices make of the states at `point`, where the
+        quantizer goes by inputs; those of other units on what the recipe says, the same at any point.
         """
         options = self._options
         if self._perturbations is None:

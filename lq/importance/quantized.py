@@ -30,6 +30,7 @@ class QuantizedOptions:
     bits: list[int] = dataclasses.field(default_factory=lambda: [2, 3, 4])
     group_size: int | list[int] | None = 128  # one, or several to choose from
     symmetric: bool = False
+    scale_dtype: str = "bfloat16"
     zero_dtype: str | None = None
     by_energy: bool = False  # groups of channels in the order of their energy
     method: str = "rtn"
@@ -52,7 +53,9 @@ class QuantizedOptions:
     @property
     def specs(self) -> list[QuantSpec]:
         """What every matrix may become, smallest first."""
-        same = {"symmetric": self.symmetric, "zero_dtype": self.zero_dtype, "by_energy": self.by_energy}
+        same: dict[str, Any] = {
+            name: getattr(self, name) for name in ("symmetric", "scale_dtype", "zero_dtype", "by_energy")
+        }
         return smallest_first(
             QuantSpec(bits=bits, group_size=size, **same)
             for bits, size in itertools.product(self.bits, self.group_sizes)

@@ -79,7 +79,8 @@ def descend(
 
     Args:
       source: the original, dense.
-      plan: the size that may not be exceeded, and the format. What is dense in it, embedding and head stay.
+      plan: the size that may not be exceeded, and the format. What is dense in it, embedding and head stay; models are
+        judged without what the plan makes of the last two.
       windows: text, to quantize by and to judge on.
       bits: widths to choose from.
       recipe: the quantizer.
@@ -94,23 +95,22 @@ def descend(
             f"descent: {recipe.name} changes more than matrices, of which alone a cost can be told; leave out what "
             "scales channels or corrects biases"
         )
-    spec = _format_of(plan)
-    widths = {one.bits for path, one in plan.specs.items() if block_of(path) is not None}
+    spec = _format_of(plan, segments=options.segment_channels is not None)
+    widths = {one.bits for one in _of_blocks(plan).values()}
     if missing := sorted(widths - set(bits)):
         raise UserError(f"bits: {', '.join(map(str, bits))}, but the plan has {missing[0]}; add it")
-    priced = _prices_of(spec, plan, bits, recipe, batch_size, options)
-    ordered = dataclasses.replace(spec, by_energy=priced.unit == "segment" or priced.by_energy)
-    recipe.check(source.config, dict.fromkeys([path for path in plan.specs if block_of(path) is not None], ordered))
+    priced = _prices_of(source, spec, plan, bits, recipe, batch_size, options)
     errors = UnitErrors(source, windows, priced)
     clean = Backward(source, windows, loss="sampled", seed=options.seed, draws=options.draws, batch_size=batch_size)
     judge = Backward(source, windows, loss="kl", batch_size=batch_size)
     products, gradients = errors.products(clean, source)
-    formats = [dataclasses.replace(spec, bits=width, by_energy=priced.by_energy) for width in priced.bits]
+    formats = [dataclasses.replace(spec, bits=width) for width in priced.bits]
     units = _Units.of(plan, formats, products, gradients.tokens / len(gradients.losses))
 
     def judged(one: Plan) -> tuple[float, ParameterSource]:
         calibration = windows if recipe.calibrated else None
-        model = _Quantized(source, quantized_source(source, one.specs, recipe, calibration, batch_size=batch_size))
+        quantized = quantized_source(source, _of_blocks(one), recipe, calibration, batch_size=batch_size)
+        model = _Quantized(source, quantized)
         return judge.loss(model), model
 
     def found() -> Found:
@@ -137,12 +137,16 @@ def descend(
             return
 
 
-def _format_of(plan: Plan) -> QuantSpec:
+def _of_blocks(plan: Plan) -> dict[str, QuantSpec]:
+    """All that a search looks at: embedding and head are dense in every model that it judges."""
+    return {path: spec for path, spec in plan.specs.items() if block_of(path) is not None}
+
+
+def _format_of(plan: Plan, segments: bool) -> QuantSpec:
     """That of its block matrices, but for widths. Raises UserError for a plan of several, or of one without prices."""
     same = {
-        dataclasses.replace(spec, bits=8, widths=None, by_energy=False)
-        for path, spec in plan.specs.items()
-        if block_of(path) is not None
+        dataclasses.replace(spec, bits=8, widths=None, by_energy=spec.by_energy and not segments)
+        for spec in _of_blocks(plan).values()
     }
     if not same:
         raise UserError("plan: no matrix of a block is quantized, and there is nothing to choose; quantize some")
@@ -155,24 +159,39 @@ def _format_of(plan: Plan) -> QuantSpec:
 
 
 def _prices_of(
-    spec: QuantSpec, plan: Plan, bits: Sequence[int], recipe: Recipe, batch_size: int, options: DescentOptions
+    source: ParameterSource,
+    spec: QuantSpec,
+    plan: Plan,
+    bits: Sequence[int],
+    recipe: Recipe,
+    batch_size: int,
+    options: DescentOptions,
 ) -> PredictedOptions:
     """What is priced. Raises UserError for what cannot be."""
     segments = options.segment_channels is not None
-    return PredictedOptions(
-        unit="segment" if segments else "matrix",
-        segment_channels=128 if options.segment_channels is None else options.segment_channels,
-        bits=sorted(set(bits)),
-        group_size=spec.group_size,
-        symmetric=spec.symmetric,
-        zero_dtype=spec.zero_dtype,
-        by_energy=not segments and any(one.by_energy for one in plan.specs.values()),
-        method=recipe.method,
-        options=dataclasses.asdict(recipe.options),
-        batch_size=batch_size,
-        draws=options.draws,
-        seed=options.seed,
-    )
+    try:
+        priced = PredictedOptions(
+            unit="segment" if segments else "matrix",
+            segment_channels=128 if options.segment_channels is None else options.segment_channels,
+            bits=sorted(set(bits)),
+            group_size=spec.group_size,
+            symmetric=spec.symmetric,
+            scale_dtype=spec.scale_dtype,
+            zero_dtype=spec.zero_dtype,
+            by_energy=spec.by_energy,
+            method=recipe.method,
+            options=dataclasses.asdict(recipe.options),
+            batch_size=batch_size,
+            draws=options.draws,
+            seed=options.seed,
+        )
+        ordered = dataclasses.replace(spec, by_energy=segments or spec.by_energy)
+        recipe.check(source.config, dict.fromkeys(_of_blocks(plan), ordered))
+    except UserError as error:
+        if not segments:
+            raise
+        raise UserError(f"{error}; or, for whole matrices, write the option segment_channels null") from None
+    return priced
 
 
 @dataclasses.dataclass(frozen=True)

@@ -158,7 +158,10 @@ def test_a_start_that_is_no_choice_is_beaten_or_given_back(source):
     [
         ({"bits": (2, 3)}, "bits: 2, 3, but the plan has 4; add it"),
         ({"bits": (4, 5)}, "plan: 340992 bits, but segments"),
-        ({"options": {"segment_channels": 0}}, "segment_channels: 0; write a multiple of 32 and of the group size"),
+        (
+            {"options": {"segment_channels": 0}},
+            "segment_channels: 0; write a multiple of 32 and of the group size; or, for",
+        ),
         ({"recipe": Recipe(method="rtn", scaling="smoothquant")}, "descent: smoothquant + rtn changes more than"),
         ({"options": {"generations": -1}}, "generations: -1; write 0 or more"),
         ({"unit": "block"}, "unit: block, but descent has segments or matrices; write its option segment_channels"),
@@ -176,12 +179,36 @@ def test_what_cannot_be(source, given, line):
     assert str(refused.value).startswith(line)
 
 
+def test_embedding_and_head_keep_what_the_plan_gives_them(source):
+    """And are judged dense."""
+    plan = uniform_plan(source.config, SPEC)
+    tables = dataclasses.replace(plan, specs={**plan.specs, "embed/tokens": dataclasses.replace(SPEC, bits=2)})
+    options = DescentOptions(generations=0, segment_channels=None, draws=1)
+    (without,), (found,) = (descend(source, one, WINDOWS, BITS, RTN, 2, options) for one in (plan, tables))
+    assert found.plan.specs == without.plan.specs | {"embed/tokens": tables.specs["embed/tokens"]}
+    assert found.loss == without.loss
+
+
+def test_groups_without_segments(source):
+    """A column that is one group has no segments; whole matrices it has."""
+    plan = uniform_plan(source.config, dataclasses.replace(SPEC, group_size=None))
+    line = r"write one number; or, for whole matrices, write the option segment_channels null$"
+    with pytest.raises(UserError, match=line):
+        search(source, plan, WINDOWS, method="descent", recipe=RTN)
+    options = DescentOptions(generations=0, segment_channels=None, draws=1)
+    (found,) = descend(source, plan, WINDOWS, BITS, RTN, 2, options)
+    assert found.plan.specs == plan.specs
+
+
 def test_plans_it_has_no_prices_for(source):
     plan = uniform_plan(source.config, SPEC)
     path = "block_0/mlp/up_proj"
     other = dataclasses.replace(plan, specs={**plan.specs, path: dataclasses.replace(SPEC, symmetric=True)})
     with pytest.raises(UserError, match=r"^plan: block matrices of 2 formats, where a search takes one"):
         search(source, other, WINDOWS, method="descent", recipe=RTN)
+    other = dataclasses.replace(plan, specs={**plan.specs, path: dataclasses.replace(SPEC, by_energy=True)})
+    with pytest.raises(UserError, match=r"^plan: block matrices of 2 formats, where a search takes one"):
+        search(source, other, WINDOWS, method="descent", recipe=RTN, options={"segment_channels": None})
     ranked = uniform_plan(source.config, dataclasses.replace(SPEC, rank=4))
     with pytest.raises(UserError, match=r"^plan: mixed or of some rank, which descent does not price"):
         search(source, ranked, WINDOWS, method="descent", recipe=RTN)
