@@ -29,7 +29,7 @@ from lq.evaluation.evaluate import scored_targets, window_sums
 from lq.models.config import BlockKind, ModelConfig
 from lq.models.context import context_for
 from lq.models.decoder import apply_block
-from lq.models.matrices import EMBEDDING, HEAD, matrices, table_matrices
+from lq.models.matrices import EMBEDDING, HEAD, table_matrices
 from lq.models.source import ParameterSource, Params
 from lq.numerics.segmented import is_packed
 
@@ -51,6 +51,7 @@ class Candidates:
         self.rest, self.stacks = rest, stacks  # per block: what is in no matrix, and the options of every matrix
         self.tables = tables  # the options of embedding and head, as their parts hold them; empty where they have none
         self.options = options  # the last is the original
+        self._paths = {f"block_{index}/{path}" for index, stack in enumerate(stacks) for path in stack} | tables.keys()
         self._embed, self._head = original.embed(), original.head()
 
     @classmethod
@@ -108,9 +109,8 @@ class Candidates:
 
     def indices(self, choice: Choice) -> list[dict[str, np.int32]]:
         """Per block the option of each matrix, by path within the block; the original where `choice` has none."""
-        unknown = [path for path in choice if path not in matrices(self.config) and path not in self.tables]
-        if unknown or any(not 0 <= option < self.options for option in choice.values()):
-            raise ValueError(f"choice: {unknown or choice} of {self.options} options")
+        if (unknown := choice.keys() - self._paths) or any(not 0 <= option < self.options for option in choice.values()):
+            raise ValueError(f"choice: {sorted(unknown) or choice} of {self.options} options")
         found = []
         for index, stack in enumerate(self.stacks):
             chosen = {path: choice.get(f"block_{index}/{path}", self.options - 1) for path in stack}
