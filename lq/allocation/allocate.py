@@ -1,6 +1,7 @@
 """From scores and a budget to a plan: what is free, what is pinned, what can be reached."""
 
 import dataclasses
+import math
 from collections.abc import Collection, Mapping, Sequence
 from numbers import Integral, Real
 
@@ -8,15 +9,15 @@ from lq.allocation.annealing import AnnealingOptions, annealing
 from lq.allocation.budget import budget_bits, check_reachable, in_words
 from lq.allocation.choices import Choices, options_among
 from lq.allocation.costs import Costs, costs_for, expected_costs
-from lq.allocation.interactions import interactions_of
+from lq.allocation.interactions import costs_beside, interactions_of
 from lq.allocation.knapsack import knapsack
 from lq.allocation.latency import NANOSECONDS, LatencyLimit, limit_of, read_latency
 from lq.allocation.milp import integer_program
 from lq.allocation.pins import Pin, deciding_pins, idle_pins, table_pins
 from lq.allocation.plan import Count, Plan, check_count
-from lq.allocation.problem import NoOptions, Problem
+from lq.allocation.problem import Choice, NoOptions, Problem
 from lq.allocation.proportional import ProportionalOptions, proportional
-from lq.allocation.quadratic import QuadraticOptions, quadratic
+from lq.allocation.quadratic import QuadraticOptions, quadratic, solve_quadratic
 from lq.allocation.rank import rank
 from lq.allocation.relaxation import greedy, lagrangian
 from lq.allocation.water_filling import water_filling
@@ -100,7 +101,7 @@ def allocate(
     choices = Choices.of(scores, options_among(spec, bits, group_sizes, costs), fixed, count)
     budget = _budget(choices, bpw, nbytes, bits, group_sizes)
     problem = _problem(scores, choices, budget, costs, latency)
-    choice = ALLOCATORS[method].function(problem, ALLOCATORS.options(method, options or {}))
+    choice, proved = _solve(problem, method, options or {})
     provenance = {
         "metric": scores.metric,
         "metric_options": scores.options,
@@ -110,6 +111,7 @@ def allocate(
         **({} if method == "rank" else {"costs": costs}),
         "target": {"bytes": nbytes} if nbytes is not None else {"bpw": bpw},
         **({"seconds": problem.total_latency(choice) / NANOSECONDS} if latency is not None else {}),
+        **proved,
         "bits": sorted(set(bits)),
         **({"group_sizes": list(group_sizes)} if group_sizes is not None else {}),
         **idle_pins(scores.shapes, pins, deciding),
@@ -122,6 +124,16 @@ def allocate(
         model=scores.model,
         provenance=provenance,
     )
+
+
+def _solve(problem: Problem, method: str, options: Mapping[str, object]) -> tuple[Choice, dict[str, float | None]]:
+    """The choice; and of a quadratic program, which may end unproved, what it costs and what none costs less than."""
+    chosen = ALLOCATORS.options(method, options)
+    if not isinstance(chosen, QuadraticOptions):
+        return ALLOCATORS[method].function(problem, chosen), {}
+    solved = solve_quadratic(problem, chosen)
+    bound = solved.bound if math.isfinite(solved.bound) else None
+    return solved.choice, {"objective": solved.objective, "bound": bound}
 
 
 def _budget(choices: Choices, bpw, nbytes, bits, group_sizes) -> int:
@@ -143,11 +155,15 @@ def _problem(scores: Scores, choices: Choices, budget: int, costs: Costs, latenc
         if any(map(segment_of, units)):
             raise UserError("latency: of segments there is none; score whole matrices, or leave the limit out")
         seconds = read_latency(latency.table, choices.free, list(map(str, choices.options)))
+    cost, interactions = expected_costs(scores, units, choices.weights, choices.options, costs), None
+    if costs == "measured":
+        cost = cost + costs_beside(scores, units, choices.options, choices.fixed)
+        interactions = interactions_of(scores, units, choices.options)
     return Problem(
-        cost=expected_costs(scores, units, choices.weights, choices.options, costs),
+        cost=cost,
         size=choices.size,
         budget=budget - choices.fixed_bits,
-        interactions=interactions_of(scores, units, choices.options) if costs == "measured" else None,
+        interactions=interactions,
         latency=seconds,
         limit=0 if latency is None else limit_of(latency.seconds),
     )

@@ -2,12 +2,14 @@
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
+from jaxtyping import Float
 
 from lq.allocation.problem import Interactions, Problem
 from lq.importance.scores import Scores
+from lq.importance.units import members
 from lq.numerics.spec import QuantSpec
 
 
@@ -33,6 +35,35 @@ def interactions_of(scores: Scores, units: Sequence[str], options: Sequence[Quan
                 pairs.append((place[unit], place[other]))
                 terms.append(term)
     return Interactions(pairs=np.array(pairs), terms=np.array(terms)) if pairs else None
+
+
+def costs_beside(
+    scores: Scores, units: Sequence[str], options: Sequence[QuantSpec], fixed: Mapping[str, QuantSpec | None]
+) -> Float[np.ndarray, "units options"]:
+    """What every option of `units` loses beyond its cost beside units that are decided already.
+
+    Args:
+      scores: with `interactions`.
+      units, options: in the order of the problem.
+      fixed: matrix -> what a pin makes it. A unit of which nothing else is known, matrices of several formats or one
+        that the scores have no interactions for, adds nothing.
+    """
+    decided = {}
+    for unit in scores.values.keys() - set(units):
+        formats = {fixed.get(path) for path in members(unit, scores.shapes)}
+        if len(formats) == 1 and (spec := formats.pop()) is not None:
+            decided[unit] = str(spec)
+    place, column = {unit: i for i, unit in enumerate(units)}, {str(option): i for i, option in enumerate(options)}
+    found = np.zeros((len(units), len(options)))
+    for unit, others in scores.interactions.items():
+        for other, table in others.items():
+            for mine, row in table.items():
+                for its, value in row.items():
+                    if unit in place and decided.get(other) == its and mine in column:
+                        found[place[unit], column[mine]] += value
+                    if other in place and decided.get(unit) == mine and its in column:
+                        found[place[other], column[its]] += value
+    return found
 
 
 def psd_projected(problem: Problem) -> Problem:

@@ -8,8 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lq.allocation import allocate
 from lq.allocation.interactions import interactions_of, psd_projected
 from lq.allocation.milp import integer_program
+from lq.allocation.pins import Pin
 from lq.allocation.problem import Interactions, Problem
 from lq.allocation.quadratic import QuadraticOptions, improved, local_search, quadratic, solve_quadratic
 from lq.errors import UserError
@@ -208,6 +210,34 @@ def test_interactions_of_scores():
     np.testing.assert_array_equal(found.terms, [[[0.5, 0.25], [0, 0]]])
     assert interactions_of(scores, ["block_0", "block_2"], options) is None
     assert interactions_of(dataclasses.replace(scores, interactions={}), ["block_0"], options) is None
+
+
+def test_what_is_pinned_still_counts_beside_the_others():
+    """Alone block_1 loses more in two bits than block_2, but beside block_0 in two bits it is block_2."""
+    costs = {"int2-g128": 1.0, "int4-g128": 0.0}
+    values = {f"block_{i}": 1.0 for i in range(3)}
+    scores = Scores(
+        metric="given",
+        values=values,
+        model="m",
+        shapes={f"block_{i}/mlp/up_proj": (128, 64) for i in range(3)},
+        other_weights=0,
+        costs={"block_0": costs, "block_1": {**costs, "int2-g128": 1.5}, "block_2": costs},
+        interactions={
+            "block_0": {"block_2": {"int2-g128": {"int2-g128": 2.0, "int4-g128": 0.5}}},
+            "block_1": {"block_2": {"int2-g128": {"int2-g128": 0.25}}},
+        },
+    )
+    given = {"bits": (2, 4), "method": "quadratic", "bpw": 2.9}
+    pinned = allocate(scores, pins=[Pin(pattern="block_0", bits=2)], **given)
+    assert [pinned.specs[path].bits for path in pinned.shapes] == [2, 2, 4]
+    assert pinned.provenance["objective"] == pytest.approx(1.5 + 0.5)
+    assert pinned.provenance["bound"] == pytest.approx(1.5 + 0.5)
+    other = allocate(scores, pins=[Pin(pattern="block_0", bits=3)], **{**given, "bpw": 3.2})
+    assert [other.specs[path].bits for path in other.shapes] == [3, 4, 2], "beside three bits nothing is known"
+    unproved = allocate(scores, options={"time_limit": 0}, **given)
+    assert unproved.provenance["bound"] is None
+    assert unproved.provenance["objective"] == pytest.approx(1.5 + 1.0 + 0.25)  # block_0 in four bits
 
 
 @pytest.mark.parametrize(
