@@ -22,7 +22,7 @@ import numpy as np
 import lq
 from lq.atomic import write_text
 from lq.models.config import BlockKind, ModelConfig, Rope
-from lq.models.decoder import Decoder
+from lq.models.decoder import Decoder, abstract_params
 from lq.models.matrices import EMBEDDING
 from lq.models.prepared import prepared_nbytes
 from lq.runs.environment import device_name, versions
@@ -52,7 +52,7 @@ def llama_1b() -> ModelConfig:
 
 def random_params(config: ModelConfig):
     """bfloat16, small enough for activations to stay finite."""
-    shapes = jax.eval_shape(Decoder(config).init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    shapes = abstract_params(config)
     leaves, structure = jax.tree.flatten(shapes)
     keys = jax.random.split(jax.random.key(0), len(leaves))
     draw = jax.jit(

@@ -49,7 +49,7 @@ def block_inputs(config: ModelConfig, kind: BlockKind) -> tuple[Input, ...]:
     abstract = jax.eval_shape(
         lambda h, tokens: Block(config, kind).init(jax.random.key(0), h, context_for(tokens)), h, tokens
     )
-    jax.eval_shape(run, abstract["params"], h, tokens)
+    jax.eval_shape(run, nn.meta.unbox(abstract["params"]), h, tokens)
     return tuple(found)
 
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from lq.models.config import ModelConfig
+from lq.numerics.sharded import with_rows_apart
 from lq_kernels.kv_cache import KVCacheSpec, QuantizedKVCache
 
 
@@ -32,6 +33,11 @@ class KVCache:
 
 
 Cache = KVCache | QuantizedKVCache
+
+
+def with_heads_apart(cache: Cache) -> Cache:
+    """The cache with its rows and heads dealt out over the mesh in force, if any: axes 0 and -2 of every array."""
+    return jax.tree.map(lambda leaf: with_rows_apart(leaf, *(None,) * (leaf.ndim - 3), "kv_heads", None), cache)
 
 
 @flax.struct.dataclass

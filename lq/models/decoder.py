@@ -28,10 +28,11 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from lq.models.config import BlockKind, ModelConfig
-from lq.models.context import Cache, Context, DecodeState, context_for
+from lq.models.context import Cache, Context, DecodeState, context_for, with_heads_apart
 from lq.models.layers import MLP, Attention, MixtureOfExperts, Norm, at_least_float32, read_or_init, rotate_online
 from lq.numerics.matmul import lookup, matmul
 from lq.numerics.segmented import is_packed
+from lq.numerics.sharded import with_rows_apart
 
 
 class Table(nn.Module):
@@ -39,15 +40,17 @@ class Table(nn.Module):
 
     rows: int
     channels: int
+    axis: str  # the logical name of the rows
 
     @nn.compact
     def __call__(self, indices: Int[Array, "B S"] | None = None) -> Any:
         """The rows at `indices`, or the whole table as a head's `[channels, rows]` kernel when `indices` is None."""
         init = nn.initializers.normal(0.02)
-        table = read_or_init(self, "embedding", init, (self.rows, self.channels))
+        axes = (self.axis, "embed")
+        table = read_or_init(self, "embedding", init, (self.rows, self.channels), axes)
         if indices is None:
             return table if is_packed(table) else table.T
-        return lookup(table, indices)
+        return lookup(table, indices, axes)
 
 
 class Embed(nn.Module):
@@ -58,10 +61,10 @@ class Embed(nn.Module):
 
     def setup(self):
         config = self.config
-        self.tokens = Table(config.vocab_size, config.hidden_size)
+        self.tokens = Table(config.vocab_size, config.hidden_size, "vocab")
         if config.learned_position_offset is not None:
             rows = config.max_positions + config.learned_position_offset
-            self.positions = Table(rows, config.hidden_size)
+            self.positions = Table(rows, config.hidden_size, "positions")
 
     def __call__(self, tokens: Int[Array, "B S"], context: Context) -> Float[Array, "B S D"]:
         config = self.config
@@ -89,7 +92,7 @@ class Block(nn.Module):
     def __call__(
         self, h: Float[Array, "B S D"], context: Context, cache: Cache | None = None
     ) -> tuple[Float[Array, "B S D"], Cache | None]:
-        config = self.config
+        config, h = self.config, with_rows_apart(h)
         y = Norm(config, name="attention_norm")(h)
         y, cache = Attention(config, self.kind, name="attention")(y, context, cache)
         if config.post_norms:
@@ -115,10 +118,11 @@ class Head(nn.Module):
         h = Norm(config, config.final_norm, name="final_norm")(h)
         if not project:
             return h
+        axes = ("embed", "vocab")
         if tied_kernel is None:
             init = nn.initializers.normal(0.02)
-            tied_kernel = read_or_init(self, "kernel", init, (config.hidden_size, config.vocab_size))
-        logits = matmul(h, tied_kernel)
+            tied_kernel = read_or_init(self, "kernel", init, (config.hidden_size, config.vocab_size), axes)
+        logits = matmul(h, tied_kernel, axes)
         logits = logits.astype(at_least_float32(logits.dtype))
         if config.logit_softcap is not None:
             logits = config.logit_softcap * jnp.tanh(logits / config.logit_softcap)
@@ -162,7 +166,7 @@ class Decoder(nn.Module):
         caches: list[Any] = []
         for block, cache in zip(self.block, state.caches, strict=True):
             h, cache = block(h, context, cache)
-            caches.append(cache)
+            caches.append(with_heads_apart(cache))
         if logits_to_keep is not None:
             h = h[:, -logits_to_keep:]
         return self._logits(h), dataclasses.replace(state, caches=tuple(caches))
@@ -173,6 +177,16 @@ class Decoder(nn.Module):
 
 def abstract_params(config: ModelConfig):
     """The parameter tree as `jax.ShapeDtypeStruct`s: which leaves a model has, and their shapes. Allocates nothing."""
+    return nn.meta.unbox(_abstract(config))
+
+
+def logical_axes(config: ModelConfig):
+    """The same tree with the logical names of every leaf's axes, a `PartitionSpec`."""
+    return nn.get_partition_spec(_abstract(config))
+
+
+def _abstract(config: ModelConfig):
+    """`ShapeDtypeStruct`s in boxes with the names of their axes."""
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     return jax.eval_shape(Decoder(config).init, jax.random.key(0), tokens)["params"]
 

@@ -19,6 +19,7 @@ from lq.models.config import Activation, BlockKind, ModelConfig, NormKind, Rope
 from lq.models.context import Context
 from lq.numerics.hadamard import rotate_hadamard
 from lq.numerics.matmul import expert_matmul, matmul
+from lq.numerics.sharded import Axes, with_rows_apart
 from lq_kernels.kv_cache import QuantizedKVCache
 
 CAUSAL_SLICES, SHORTEST_SLICED = 4, 256  # see `attend_causally`
@@ -38,14 +39,14 @@ def at_least_float32(dtype) -> jnp.dtype:
     return jnp.promote_types(dtype, jnp.float32)
 
 
-def read_or_init(module: nn.Module, name: str, init, shape, dtype=jnp.float32):
-    """The parameter `name` as it stands, packed or dense; initialized only when there is none.
+def read_or_init(module: nn.Module, name: str, init, shape, axes: Axes, dtype=jnp.float32):
+    """The parameter `name` as it stands, packed or dense; initialized, with the names of its axes, if there is none.
 
     `Module.param` compares the leaf with the initializer's shape and refuses a packed one.
     """
     if module.has_variable("params", name):
-        return module.get_variable("params", name)
-    return module.param(name, init, shape, dtype)
+        return nn.meta.unbox(module.get_variable("params", name))  # boxed while a model is initialized
+    return module.param(name, nn.with_logical_partitioning(init, axes), shape, dtype)
 
 
 def rotate_online(
@@ -61,6 +62,7 @@ class Linear(nn.Module):
     """y = x @ kernel + bias, where `kernel` is a dense `[in, out]` array or packed, of that logical shape."""
 
     features: int
+    axes: Axes  # of the kernel, in and out
     use_bias: bool = False
 
     @nn.compact
@@ -68,23 +70,27 @@ class Linear(nn.Module):
         """`product` is x @ kernel where it was computed with others' (see `linear_maps`)."""
         if product is None:
             init = nn.initializers.normal(0.02)
-            product = matmul(x, read_or_init(self, "kernel", init, (x.shape[-1], self.features)))
+            product = matmul(x, read_or_init(self, "kernel", init, (x.shape[-1], self.features), self.axes), self.axes)
         if self.use_bias:
-            product += self.param("bias", nn.initializers.zeros, (self.features,)).astype(product.dtype)
+            bias = read_or_init(self, "bias", nn.initializers.zeros, (self.features,), self.axes[1:])
+            product += bias.astype(product.dtype)
         return product
 
 
-def linear_maps(module: nn.Module, x: Array, features: dict[str, int], use_bias: bool) -> list[Array]:
-    """`Linear` maps of one input, by name, as children of `module`, the one whose `__call__` this is part of.
+def linear_maps(
+    module: nn.Module, x: Array, features: dict[str, int], outputs: dict[str, str], use_bias: bool
+) -> list[Array]:
+    """`Linear` maps of one hidden state, by name, as children of `module`, the one whose `__call__` this is part of.
 
-    One product where their kernels were prepared as one, under their joined names (`lq.models.prepared`).
+    `outputs` names the axis of their outputs. One product where their kernels were prepared as one, under their joined
+    names (`lq.models.prepared`).
     """
     products: Any = [None] * len(features)
     joint = "+".join(features)
     if len(features) > 1 and module.has_variable("params", joint):
         products = matmul(x, module.get_variable("params", joint))
     maps = zip(features.items(), products, strict=True)
-    return [Linear(count, use_bias, name=name)(x, product) for (name, count), product in maps]
+    return [Linear(count, ("embed", outputs[name]), use_bias, name=name)(x, y) for (name, count), y in maps]
 
 
 class Norm(nn.Module):
@@ -102,10 +108,11 @@ class Norm(nn.Module):
             x -= x.mean(-1, keepdims=True)
         x *= jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + config.norm_eps)
         # The stored scale starts where the effective scale is 1.
-        scale = self.param("scale", nn.initializers.constant(1.0 - config.norm_offset), (width,))
+        init = nn.initializers.constant(1.0 - config.norm_offset)
+        scale = read_or_init(self, "scale", init, (width,), ("norm",))
         x *= scale.astype(x.dtype) + config.norm_offset
         if kind == "layernorm":
-            x += self.param("bias", nn.initializers.zeros, (width,)).astype(x.dtype)
+            x += read_or_init(self, "bias", nn.initializers.zeros, (width,), ("norm",)).astype(x.dtype)
         return x.astype(dtype)
 
 
@@ -266,7 +273,7 @@ class Attention(nn.Module):
     def __call__(self, x, context, cache=None):
         """`x [B, S, D]` -> `[B, S, D]` and the updated cache (None when none was given)."""
         config = self.config
-        q, k, v = self.heads(x, context)
+        q, k, v = (with_rows_apart(y, None, "heads", None) for y in self.heads(x, context))
         window, options = self.kind.window, (config.query_scale, config.attention_softcap)
         if cache is None:
             y = attend_causally(q, k, v, context.mask(window), *options)
@@ -278,14 +285,15 @@ class Attention(nn.Module):
             y = attend(q, cache.k.astype(x.dtype), cache.v.astype(x.dtype), context.mask(window), *options)
         y = rotate_online(config, "heads", y, axis=-2)
         y = y.reshape(*x.shape[:2], config.num_heads * config.head_dim)
-        return Linear(config.hidden_size, config.attention_out_bias, name="o_proj")(y), cache
+        return Linear(config.hidden_size, ("heads", "embed"), config.attention_out_bias, name="o_proj")(y), cache
 
     def heads(self, x, context) -> list[Array]:
         """Queries, keys and values `[B, S, heads, C]` as attention takes them: normed, rotated. Part of `__call__`."""
         config, kv = self.config, self.config.num_kv_heads
         counts = {"q": config.num_heads, "k": kv, "v": kv}
         features = {f"{which}_proj": count * config.head_dim for which, count in counts.items()}
-        maps = linear_maps(self, x, features, config.qkv_bias)
+        outputs = {"q_proj": "heads", "k_proj": "kv_heads", "v_proj": "kv_heads"}
+        maps = linear_maps(self, x, features, outputs, config.qkv_bias)
         heads = [y.reshape(*x.shape[:2], -1, config.head_dim) for y in maps]
         if config.qk_norm:
             heads[:2] = [Norm(config, name=f"{which}_norm")(y) for which, y in zip("qk", heads, strict=False)]
@@ -304,10 +312,11 @@ class MLP(nn.Module):
         config = self.config
         act = ACTIVATIONS[config.activation]
         names = ("gate_proj", "up_proj") if config.gated_mlp else ("up_proj",)
-        maps = linear_maps(self, x, dict.fromkeys(names, config.intermediate_size), config.mlp_bias)
+        outputs = dict.fromkeys(names, "mlp")
+        maps = linear_maps(self, x, dict.fromkeys(names, config.intermediate_size), outputs, config.mlp_bias)
         hidden = act(maps[0]) * maps[1] if config.gated_mlp else act(maps[0])
         hidden = rotate_online(config, "down", hidden)
-        return Linear(config.hidden_size, config.mlp_bias, name="down_proj")(hidden)
+        return Linear(config.hidden_size, ("mlp", "embed"), config.mlp_bias, name="down_proj")(hidden)
 
 
 class StackedLinear(nn.Module):
@@ -315,13 +324,14 @@ class StackedLinear(nn.Module):
 
     experts: int
     features: int
+    axes: Axes  # of the kernel: experts, in, out
 
     @nn.compact
     def __call__(self, x: Float[Array, "rows in"], rows_per_expert: Int[Array, " experts"]) -> Float[Array, "rows out"]:
         """Rows are sorted by expert; `rows_per_expert` says how many belong to each."""
         init = nn.initializers.normal(0.02)
-        kernel = read_or_init(self, "kernel", init, (self.experts, x.shape[-1], self.features))
-        return expert_matmul(x, kernel, rows_per_expert)
+        kernel = read_or_init(self, "kernel", init, (self.experts, x.shape[-1], self.features), self.axes)
+        return expert_matmul(x, kernel, rows_per_expert, self.axes)
 
 
 class MixtureOfExperts(nn.Module):
@@ -335,7 +345,7 @@ class MixtureOfExperts(nn.Module):
         if experts is None:
             raise ValueError("a routed block needs config.experts")
         tokens = x.reshape(-1, x.shape[-1])
-        logits = Linear(experts.count, name="router")(tokens)
+        logits = Linear(experts.count, ("embed", None), name="router")(tokens)
         probability = jax.nn.softmax(logits.astype(at_least_float32(logits.dtype)), axis=-1)
         weight, chosen = jax.lax.top_k(probability, experts.per_token)
         if experts.renormalize:
@@ -345,9 +355,10 @@ class MixtureOfExperts(nn.Module):
         self.sow("intermediates", TOKEN_OF_ROW, order // experts.per_token)  # for calibration; kept only when asked for
         per_expert = jnp.bincount(chosen.ravel(), length=experts.count)
         act: Activation = config.activation
-        gate = StackedLinear(experts.count, experts.intermediate_size, name="gate_proj")(rows, per_expert)
-        up = StackedLinear(experts.count, experts.intermediate_size, name="up_proj")(rows, per_expert)
-        down = StackedLinear(experts.count, config.hidden_size, name="down_proj")
+        axes = ("expert", "embed", "mlp")
+        gate = StackedLinear(experts.count, experts.intermediate_size, axes, name="gate_proj")(rows, per_expert)
+        up = StackedLinear(experts.count, experts.intermediate_size, axes, name="up_proj")(rows, per_expert)
+        down = StackedLinear(experts.count, config.hidden_size, ("expert", "mlp", "embed"), name="down_proj")
         y = down(rotate_online(config, "down", ACTIVATIONS[act](gate) * up), per_expert)
         y *= weight.ravel()[order, None].astype(y.dtype)
         return jnp.zeros_like(tokens).at[order // experts.per_token].add(y).reshape(x.shape)

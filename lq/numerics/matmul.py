@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from lq.numerics.qtensor import QTensor
-from lq.numerics.segmented import SegmentedQTensor
+from lq.numerics.segmented import SegmentedQTensor, is_packed
+from lq.numerics.sharded import Axes, active_mesh, cut_of, over_experts, over_pieces, over_rows
 from lq_kernels import PackedMatrix, PreparedMatrix, SegmentedMatrix, quantized_matmul
 
 Matrix = PackedMatrix | SegmentedMatrix | PreparedMatrix  # what the kernels take
@@ -24,9 +25,16 @@ class PlusLowRank:
 
 
 def matmul(
-    x: Float[Array, "... in"], w: Array | QTensor | SegmentedQTensor | Matrix | PlusLowRank
+    x: Float[Array, "... in"],
+    w: Array | QTensor | SegmentedQTensor | Matrix | PlusLowRank,
+    axes: Axes | None = None,
 ) -> Float[Array, "... out"]:
-    """x @ w in x's dtype; a tuple of products when w was prepared of several matrices."""
+    """x @ w in x's dtype; a tuple of products when w was prepared of several matrices.
+
+    `axes` are the logical names of w's axes, by which a packed w lies on the devices of the mesh in force, if any.
+    """
+    if axes is not None and is_packed(w) and (mesh := active_mesh()) is not None:
+        return over_pieces(matmul, x, w, cut_of(w, axes, mesh), mesh)
     if isinstance(w, PlusLowRank):
         return matmul(x, w.base) + matmul(matmul(x, w.left), w.right)
     if isinstance(w, Matrix):
@@ -39,12 +47,18 @@ def matmul(
     return x @ w.astype(x.dtype)
 
 
-def lookup(table: Array | QTensor | SegmentedQTensor, rows: Int[Array, "..."]) -> Float[Array, "... channels"]:
+def lookup(
+    table: Array | QTensor | SegmentedQTensor, rows: Int[Array, "..."], axes: Axes | None = None
+) -> Float[Array, "... channels"]:
     """Rows of an embedding table. A dense table is `[rows, channels]`, a packed one `[channels, rows]`: its head's
     layout.
 
-    Groups run along the channels, so one token's vector is unpacked from its own columns alone.
+    Groups run along the channels, so one token's vector is unpacked from its own columns alone. With `axes`, the
+    logical names of rows and channels, the table lies on the devices of the mesh in force, if any.
     """
+    if axes is not None and (mesh := active_mesh()) is not None:
+        seen = table if is_packed(table) else jax.ShapeDtypeStruct(table.shape[::-1], table.dtype)
+        return over_rows(lookup, table, rows, cut_of(seen, axes[::-1], mesh), mesh)
     if isinstance(table, SegmentedQTensor):
         channels = jnp.concatenate([lookup(segment, rows) for segment in table.segments], axis=-1)
         return jnp.take(channels, jnp.argsort(table.permutation), axis=-1)
@@ -69,8 +83,16 @@ def lookup(table: Array | QTensor | SegmentedQTensor, rows: Int[Array, "..."]) -
 
 
 def expert_matmul(
-    x: Float[Array, "rows in"], w: Array | QTensor, rows_per_expert: Int[Array, " experts"]
+    x: Float[Array, "rows in"],
+    w: Array | QTensor,
+    rows_per_expert: Int[Array, " experts"],
+    axes: Axes | None = None,
 ) -> Float[Array, "rows out"]:
-    """Row r times the matrix of its expert; rows are sorted by expert. `w` is `[experts, in, out]`, dense or packed."""
+    """Row r times the matrix of its expert; rows are sorted by expert. `w` is `[experts, in, out]`, dense or packed.
+
+    With `axes`, their logical names, it lies on the devices of the mesh in force, if any.
+    """
+    if axes is not None and (mesh := active_mesh()) is not None:
+        return over_experts(expert_matmul, x, w, rows_per_expert, cut_of(w, axes, mesh), mesh)
     dense = w.dequantize(x.dtype) if isinstance(w, QTensor) else w.astype(x.dtype)
     return jax.lax.ragged_dot(x, dense, rows_per_expert.astype(jnp.int32))

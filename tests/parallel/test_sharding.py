@@ -1,0 +1,52 @@
+"""Models on meshes: the same logits as on one device, a share of the bytes on each, and no weight gathered whole."""
+
+import functools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from random_models import FAMILIES
+
+pytestmark = pytest.mark.once
+
+
+@functools.cache
+def on_meshes(family: str) -> dict:
+    script = Path(__file__).parent / "on_eight_devices.py"
+    done = subprocess.run([sys.executable, script, family], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+def sizes(mesh: str) -> dict[str, int]:
+    return {axis: int(size) for axis, size in (item.split("=") for item in mesh.split(","))}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_bytes_and_gathers(family):
+    found = on_meshes(family)["meshes"]
+    assert {name.split(" ")[0] for name in found} == {"dense", "packed"}
+    for name, measured in found.items():
+        kind, mesh = name.split(" ")
+        axes = sizes(mesh)
+        # Sums in another order; what is dense here has logits that cancel more.
+        assert measured["difference"] < (1e-5 if kind == "packed" else 3e-5), name
+        if "fsdp" not in axes:
+            assert measured["gathered"] == [], name
+        elif kind == "packed":
+            assert all(leaf.startswith(("('u32'", "('bf16'")) for leaf in measured["gathered"]), name
+        apart = axes.get("tensor", 1) * axes.get("fsdp", 1)
+        if "expert" not in axes:  # norms and learned positions are on every device
+            assert 1 / apart <= measured["share"] < 1 / apart + 0.02, name
+        else:  # attention and tables are not apart along experts
+            assert measured["share"] < 0.6 / apart, name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_text_is_the_same_and_caches_are_apart(family):
+    """Rows over 4 devices, key/value heads over 2."""
+    found = on_meshes(family)
+    assert found["same text"]
+    assert found["cache"] == [[0.125], [0.125]]
