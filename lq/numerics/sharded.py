@@ -17,6 +17,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
@@ -147,6 +148,17 @@ def with_rows_apart(x: Float[Array, "rows ..."], *axes: str | None) -> Float[Arr
     named = nn.logical_to_mesh_axes(axes) or ()
     fits = [n if n in mesh.shape and x.shape[i] % mesh.shape[n] == 0 else None for i, n in enumerate(named, 1)]
     return jax.lax.with_sharding_constraint(x, P(batch_axes(x.shape[0], mesh) or None, *fits))
+
+
+def rows_apart(array: np.ndarray | Array) -> np.ndarray | Array:
+    """An array of the host on the mesh in force, if any, its rows dealt out: what `with_rows_apart` would ask for.
+
+    Passed to a jitted function as it is, all of it would go to every device first.
+    """
+    if active_mesh() is None:
+        return array
+    mesh = jax.sharding.get_mesh()
+    return jax.device_put(array, jax.sharding.NamedSharding(mesh, P(batch_axes(len(array), mesh) or None)))
 
 
 def over_pieces(

@@ -16,6 +16,7 @@ from lq.models.config import BlockKind, ModelConfig
 from lq.models.source import Params
 from lq.numerics.qtensor import QTensor
 from lq.numerics.segmented import Packed, is_packed
+from lq.numerics.sharded import rows_apart
 from lq.numerics.spec import QuantSpec
 from lq.quantizers.apply import check_packed, check_weight, read_bias, read_matrix, with_bias, with_matrix
 from lq.quantizers.bias import bias_correction
@@ -54,8 +55,8 @@ class CalibratedBlock:
         """Statistics of the inputs `which` of `block_inputs`, over all batches, the block having these parameters."""
         rows = max(1, SAMPLE_ROWS // len(self.tokens))
         totals: list[InputStats] | None = None
-        for i, (tokens, h) in enumerate(zip(self.tokens, self.states, strict=True)):
-            weight = None if weights is None else weights[i]
+        for i, pair in enumerate(zip(self.tokens, self.states, strict=True)):
+            weight, (tokens, h) = None if weights is None else weights[i], map(rows_apart, pair)
             found = input_statistics(self.config, self.kind, params, h, tokens, weight, which, needs, rows)
             totals = found if totals is None else [total + new for total, new in zip(totals, found, strict=True)]
         return totals or []
