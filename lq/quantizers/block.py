@@ -23,7 +23,7 @@ from lq.quantizers.bias import bias_correction
 from lq.quantizers.channel_lines import with_storable_gains
 from lq.quantizers.experts import Shortage
 from lq.quantizers.matrix import NOTHING, MeasuredInput, Note, check_finite
-from lq.quantizers.placement import Place, back, over_local_devices
+from lq.quantizers.placement import Place, back, like, over_local_devices
 from lq.quantizers.recipe import Recipe
 from lq.quantizers.reconstruct import BlockFunction
 from lq.quantizers.registry import SCALINGS
@@ -183,7 +183,7 @@ def _matrix_by_matrix(
                     tensor, found = of_input.quantize(weight, specs[path], recipe.of_matrix(path), place)
                     report[path] |= found
                     tensors[path] = tensor
-                    current = with_matrix(current, block.path(path), tensor.dequantize())
+                    current = with_matrix(current, block.path(path), like(tensor.dequantize(), weight))
     return tensors
 
 

@@ -48,3 +48,14 @@ def back(packed: Tree, weight: jax.Array | np.ndarray) -> Tree:
     (device,) = devices
     spread = lambda leaf: len(leaf.sharding.device_set) > 1  # noqa: E731
     return jax.tree.map(lambda leaf: jax.device_put(leaf, device) if spread(leaf) else leaf, packed)
+
+
+def like(made: Tree, model: Tree) -> Tree:
+    """Dense arrays laid out as those of `model`, a tree of the same structure, where these are on several devices."""
+
+    def laid_out(array: jax.Array, weight: jax.Array | np.ndarray) -> jax.Array:
+        if not isinstance(weight, jax.Array) or len(weight.sharding.device_set) == 1:
+            return array
+        return jax.device_put(array, weight.sharding)
+
+    return jax.tree.map(laid_out, made, model)

@@ -37,7 +37,7 @@ from lq.numerics.spec import QuantSpec
 from lq.quantizers.apply import check_packed, check_weight, read_matrix, with_matrix
 from lq.quantizers.block import CalibratedBlock, dense, quantize_block
 from lq.quantizers.matrix import NOTHING, MeasuredInput, Note
-from lq.quantizers.placement import Place, over_local_devices
+from lq.quantizers.placement import Place, like, over_local_devices
 from lq.quantizers.planned import DENSE_DTYPE, sixteen_bits
 from lq.quantizers.recipe import Recipe
 
@@ -174,7 +174,7 @@ class QuantizedStream(ParameterSource):
         self.report |= {block.path(path): found for path, found in report.items()}
         packed = as_stored(packed, stored)
         if recipe.propagate:
-            self._chains = Chains(index + 1, block.outputs(dense(packed)), targets)
+            self._chains = Chains(index + 1, block.outputs(like(dense(packed), block.params)), targets)
         else:
             self._chains = Chains(index + 1, targets or [], None)
         return packed

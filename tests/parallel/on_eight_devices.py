@@ -1,4 +1,4 @@
-"""A model on meshes of 8 virtual CPU devices, as JSON. Run as a script: on_eight_devices.py FAMILY.
+"""A model on meshes of 8 virtual CPU devices, as JSON. Run as a script: on_eight_devices.py FAMILY [MESH ...].
 
 The number of devices must be set before JAX starts, hence a process of its own.
 """
@@ -23,18 +23,20 @@ from random_models import config_of
 from small_models import random_params
 
 from lq.allocation import uniform_plan
+from lq.calibration.data import Windows
+from lq.importance import score
 from lq.models.context import DecodeState
 from lq.models.decoder import Decoder
 from lq.models.generate import generate
 from lq.models.matrices import table_matrices
 from lq.models.source import InMemory
 from lq.numerics.spec import QuantSpec
-from lq.parallel import make_mesh, place, use
-from lq.quantizers import Recipe, quantized_source
+from lq.parallel import Placed, make_mesh, place, use
+from lq.quantizers import QUANTIZERS, Recipe, quantized_source
 from lq_kernels.kv_cache import KVCacheSpec
 
-MESHES = ("data=8", "data=4,tensor=2", "data=2,tensor=4", "tensor=8", "fsdp=8", "fsdp=2,tensor=4")
-EXPERT_MESHES = ("expert=8", "expert=4,tensor=2", "data=2,expert=2,tensor=2")
+MESHES = ("data=8", "data=4,tensor=2", "data=2,tensor=4", "tensor=8", "fsdp=2,tensor=4")
+EXPERT_MESHES = ("expert=8", "data=2,expert=2,tensor=2")
 TOKENS = np.random.default_rng(0).integers(0, 512, (8, 24), np.int32)
 SPEC = QuantSpec(bits=3, group_size=32)
 COLLECTIVE = re.compile(r"= \(?(\w+)\[([\d,]*)\]\S* all-gather")
@@ -105,24 +107,54 @@ def cache_shares(config, params, mesh, quantized) -> list[float]:
     return sorted({leaf.addressable_shards[0].data.size / leaf.size for leaf in leaves})
 
 
-def main(family: str) -> None:
+def scores_and_codes(source) -> dict:
+    """LIM and ZD, by unit; and the leaves of the model rounded to nearest, and by GPTQ."""
+    text = Windows(np.random.default_rng(1).integers(0, 512, (32, 64), np.int32), "random", "random")
+    found = {metric: score(source, metric, text).values for metric in ("lim", "zd")}
+    for method in ("rtn", "gptq"):
+        recipe = Recipe(method=method, options=QUANTIZERS.options(method, {}))
+        windows = text if recipe.calibrated else None
+        specs = uniform_plan(source.config, SPEC).specs
+        packed = quantized_source(source, specs, recipe, windows).params()
+        found[method] = [np.asarray(leaf) for leaf in jax.tree.leaves(packed)]
+    return found
+
+
+def differences(found: dict, expected: dict) -> dict[str, float]:
+    """The largest relative one of a score; the share of elements of packed arrays that are not the same."""
+    shares = {}
+    for name, value in expected.items():
+        if isinstance(value, dict):
+            shares[name] = max(abs(found[name][unit] / wanted - 1) for unit, wanted in value.items())
+        else:
+            pairs = list(zip(found[name], value, strict=True))
+            shares[name] = float(sum((a != b).sum() for a, b in pairs) / sum(b.size for _, b in pairs))
+    return shares
+
+
+def main(family: str, calibrated: list[str]) -> None:
     assert jax.device_count() == 8
     config = wide(family)
     params = random_params(config, dtype=jnp.float32)
-    specs = uniform_plan(config, SPEC).specs | {
-        path: dataclasses.replace(SPEC, bits=4) for path in table_matrices(config)
-    }
-    packed = quantized_source(InMemory(config, params), specs, Recipe(), None).params()
+    tables = {path: dataclasses.replace(SPEC, bits=4) for path in table_matrices(config)}
+    packed = quantized_source(
+        InMemory(config, params), uniform_plan(config, SPEC).specs | tables, Recipe(), None
+    ).params()
     found = {}
-    for kind, tree in (("dense", params), ("packed", packed)):
+    for kind, tree, meshes in (("dense", params, MESHES[2:3]), ("packed", packed, MESHES)):
         expected = np.asarray(jax.jit(Decoder(config, jnp.float32).apply)({"params": tree}, TOKENS))
-        meshes = MESHES + (EXPERT_MESHES if config.experts else ())
+        meshes += EXPERT_MESHES if config.experts else ()
         found |= {f"{kind} {name}": on_mesh(config, tree, expected, name) for name in meshes}
     mesh = make_mesh("data=4,tensor=2")
     found = {"meshes": found, "same text": generated(config, packed) == generated(config, packed, mesh)}
     found["cache"] = [cache_shares(config, packed, mesh, quantized) for quantized in (False, True)]
+    source, found["calibrated"] = InMemory(config, params), {}
+    expected = scores_and_codes(source) if calibrated else {}
+    for name in calibrated:
+        with use(mesh := make_mesh(name)):
+            found["calibrated"][name] = differences(scores_and_codes(Placed(source, mesh)), expected)
     print(json.dumps(found))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], sys.argv[2:])
