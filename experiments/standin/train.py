@@ -26,7 +26,6 @@ from typing import Any
 if "XLA_FLAGS" not in os.environ:  # XLA's CPU backend runs two single-threaded devices faster than one with two threads
     os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={os.cpu_count()}"
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,6 +37,7 @@ from experiments.standin.corpus import documents
 from lq.assets import ASSETS
 from lq.models.config import BlockKind, ModelConfig, Rope
 from lq.models.decoder import Decoder
+from lq.models.layers import unboxed
 
 VOCAB, LENGTH, BATCH = 4096, 512, 8
 PEAK_RATE, WARMUP, WEIGHT_DECAY = 2e-3, 100, 0.1
@@ -156,7 +156,7 @@ def loss_fn(model: Model, params, tokens):
 
 def initialize(config: ModelConfig, key):
     """Normal(0.02) weights, the two that write to the residual stream scaled by 1/sqrt(2 blocks) (GPT-2)."""
-    params = nn.meta.unbox(Decoder(config).init(key, jnp.zeros((1, 8), jnp.int32))["params"])
+    params = unboxed(Decoder(config).init(key, jnp.zeros((1, 8), jnp.int32))["params"])
 
     def scale(path, leaf):
         names = {getattr(k, "key", None) for k in path}

@@ -18,7 +18,7 @@ from lq.calibration.statistics import SAMPLE_ROWS, InputStats, reduce_inputs
 from lq.models.config import BlockKind, ModelConfig
 from lq.models.context import context_for
 from lq.models.decoder import Block
-from lq.models.layers import TOKEN_OF_ROW, Linear, StackedLinear
+from lq.models.layers import TOKEN_OF_ROW, Linear, StackedLinear, unboxed
 from lq.models.matrices import block_matrices
 from lq.models.source import Params
 
@@ -49,7 +49,7 @@ def block_inputs(config: ModelConfig, kind: BlockKind) -> tuple[Input, ...]:
     abstract = jax.eval_shape(
         lambda h, tokens: Block(config, kind).init(jax.random.key(0), h, context_for(tokens)), h, tokens
     )
-    jax.eval_shape(run, nn.meta.unbox(abstract["params"]), h, tokens)
+    jax.eval_shape(run, unboxed(abstract["params"]), h, tokens)
     return tuple(found)
 
 

@@ -22,6 +22,7 @@ resume.
 """
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -100,14 +101,31 @@ def _segmented_tensors(path: str, leaf: SegmentedQTensor) -> dict[str, np.ndarra
     return tensors
 
 
-def from_tensors(tensors: dict[str, np.ndarray], specs: dict[str, tuple[QuantSpec, tuple[int, ...]]], dtype) -> Params:
-    """The part's parameters; `specs` gives spec and logical shape of every packed leaf, by path within the part."""
+def on_default_device(path: str, leaf: Any) -> Any:
+    """A leaf of a part, whatever its path."""
+    return jax.tree.map(jnp.asarray, leaf)
+
+
+def from_tensors(
+    tensors: dict[str, np.ndarray],
+    specs: dict[str, tuple[QuantSpec, tuple[int, ...]]],
+    dtype,
+    place: Callable[[str, Any], Any] = on_default_device,
+) -> Params:
+    """The part's parameters.
+
+    Args:
+      tensors: of its shard.
+      specs: spec and logical shape of every packed leaf, by path within the part.
+      dtype: of dense leaves; as they are stored when None.
+      place: puts a leaf, by its path, from the host where it belongs.
+    """
     leaves: dict[str, Any] = {}
     for path, (spec, shape) in specs.items():
-        leaves[path] = _from_packed(tensors, path, spec, shape)
+        leaves[path] = place(path, _from_packed(tensors, path, spec, shape))
     for name, tensor in tensors.items():
         if ":" not in name:
-            leaves[name] = jnp.asarray(tensor if dtype is None else tensor.astype(dtype))
+            leaves[name] = place(name, tensor if dtype is None else tensor.astype(dtype))
     return unflatten_dict(leaves, sep="/")
 
 
@@ -130,18 +148,19 @@ def _from_segments(tensors, path: str, spec: QuantSpec, shape: tuple[int, ...]) 
             shapes = [(groups.stop - groups.start, words_along(N, p)) for p in plane_widths(bits)]
             ends = np.cumsum([zero, *map(math.prod, shapes)])
             flat = tensors[f"{path}:zeros"]
-            zeros = tuple(jnp.asarray(flat[a:b].reshape(s)) for a, b, s in zip(ends, ends[1:], shapes, strict=False))
+            zeros = tuple(flat[a:b].reshape(s) for a, b, s in zip(ends, ends[1:], shapes, strict=False))
             zero = int(ends[-1])
-        scales = jnp.asarray(tensors[f"{path}:scales"][groups])
+        scales = tensors[f"{path}:scales"][groups]
         segments.append(QTensor(planes, scales, zeros, spec.segment(bits), (stop - first, N)))
-    return SegmentedQTensor(tuple(segments), jnp.asarray(channels), spec, shape)
+    return SegmentedQTensor(tuple(segments), channels, spec, shape)
 
 
 def _from_packed(tensors, path: str, spec: QuantSpec, shape: tuple[int, ...]) -> Packed:
+    """A packed leaf whose arrays are still on the host."""
     if spec.mixes(shape) or spec.orders(shape):
         return _from_segments(tensors, path, spec, shape)
     widths = plane_widths(spec.bits)
-    zeros = None if spec.symmetric else jnp.asarray(tensors[f"{path}:zeros"])
+    zeros = None if spec.symmetric else tensors[f"{path}:zeros"]
     if zeros is not None and spec.zero_dtype is None:
         zeros = _split(tensors[f"{path}:zeros"], [words_along(shape[-1], width) for width in widths], -1)
     factors: list[Any] = [
@@ -150,7 +169,7 @@ def _from_packed(tensors, path: str, spec: QuantSpec, shape: tuple[int, ...]) ->
     ]
     return QTensor(
         planes=_split(tensors[f"{path}:codes"], [words_along(shape[-2], width) for width in widths], -2),
-        scales=jnp.asarray(tensors[f"{path}:scales"]),
+        scales=tensors[f"{path}:scales"],
         zeros=zeros,
         spec=spec,
         shape=shape,
@@ -234,6 +253,7 @@ def leaf_path(matrix: str) -> str:
     return "/".join([*keys, "embedding" if matrix.startswith("embed/") else "kernel"])
 
 
-def _split(words: np.ndarray, lengths: list[int], axis: int) -> tuple[jax.Array, ...]:
+def _split(words: np.ndarray, lengths: list[int], axis: int) -> Any:
+    """Planes, still on the host."""
     pieces = np.split(words, np.cumsum(lengths)[:-1], axis=axis)
-    return tuple(jnp.asarray(np.ascontiguousarray(piece)) for piece in pieces)
+    return tuple(np.ascontiguousarray(piece) for piece in pieces)

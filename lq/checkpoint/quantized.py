@@ -24,6 +24,7 @@ from lq.checkpoint.write import sha256
 from lq.errors import UserError
 from lq.models.config import ModelConfig
 from lq.models.decoder import abstract_params
+from lq.models.layout import placed_leaf
 from lq.models.loading import MANIFEST, PROGRESS, read_config
 from lq.models.matrices import model_shapes, other_weights
 from lq.models.source import ParameterSource, Params, part_names
@@ -72,7 +73,7 @@ class QuantizedCheckpoint(ParameterSource):
         return {path: errors for shard in self._shards.values() for path, errors in shard.get("measured", {}).items()}
 
     def part(self, name: str, dtype=None) -> Params:
-        """Raises UserError when the shard is not the one that was written."""
+        """On the mesh in force, if any. Raises UserError when the shard is not the one that was written."""
         file = self.path / shard_name(name)
         if name not in self._verified:
             if sha256(file) != self._shards[name]["sha256"]:
@@ -80,7 +81,8 @@ class QuantizedCheckpoint(ParameterSource):
             self._verified.add(name)
         opened = safe_open(file, framework="numpy")
         tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 (it is no mapping)
-        return from_tensors(tensors, self._specs(name), dtype)
+        place = lambda path, leaf: placed_leaf(self.config, f"{name}/{path}", leaf)  # noqa: E731
+        return from_tensors(tensors, self._specs(name), dtype, place)
 
     def check(self, part: str) -> None:
         """Raises UserError unless the shard is there, whole by its size, and holds what the plan says."""

@@ -9,6 +9,7 @@ The cache is dense (`KVCache`) or quantized (`lq_kernels.kv_cache.QuantizedKVCac
 
 import dataclasses
 import functools
+from typing import Any
 
 import flax.struct
 import jax
@@ -35,7 +36,7 @@ class KVCache:
 Cache = KVCache | QuantizedKVCache
 
 
-def with_heads_apart(cache: Cache) -> Cache:
+def with_heads_apart(cache: Any) -> Any:
     """The cache with its rows and heads dealt out over the mesh in force, if any: axes 0 and -2 of every array."""
     return jax.tree.map(lambda leaf: with_rows_apart(leaf, *(None,) * (leaf.ndim - 3), "kv_heads", None), cache)
 

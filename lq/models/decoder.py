@@ -29,7 +29,16 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lq.models.config import BlockKind, ModelConfig
 from lq.models.context import Cache, Context, DecodeState, context_for, with_heads_apart
-from lq.models.layers import MLP, Attention, MixtureOfExperts, Norm, at_least_float32, read_or_init, rotate_online
+from lq.models.layers import (
+    MLP,
+    Attention,
+    MixtureOfExperts,
+    Norm,
+    at_least_float32,
+    read_or_init,
+    rotate_online,
+    unboxed,
+)
 from lq.numerics.matmul import lookup, matmul
 from lq.numerics.segmented import is_packed
 from lq.numerics.sharded import with_rows_apart
@@ -177,7 +186,7 @@ class Decoder(nn.Module):
 
 def abstract_params(config: ModelConfig):
     """The parameter tree as `jax.ShapeDtypeStruct`s: which leaves a model has, and their shapes. Allocates nothing."""
-    return nn.meta.unbox(_abstract(config))
+    return unboxed(_abstract(config))
 
 
 def logical_axes(config: ModelConfig):

@@ -39,13 +39,22 @@ def at_least_float32(dtype) -> jnp.dtype:
     return jnp.promote_types(dtype, jnp.float32)
 
 
-def read_or_init(module: nn.Module, name: str, init, shape, axes: Axes, dtype=jnp.float32):
+def unboxed(tree: Any) -> Any:
+    """A tree of initialized parameters without the boxes that name their axes; of others itself.
+
+    `flax.linen.meta.unbox` would lay them out over the mesh in force, which shapes alone cannot be.
+    """
+    boxed = lambda node: isinstance(node, nn.LogicallyPartitioned)  # noqa: E731
+    return jax.tree.map(lambda node: node.value if boxed(node) else node, tree, is_leaf=boxed)
+
+
+def read_or_init(module: nn.Module, name: str, init, shape, axes: Axes, dtype=jnp.float32) -> Any:
     """The parameter `name` as it stands, packed or dense; initialized, with the names of its axes, if there is none.
 
     `Module.param` compares the leaf with the initializer's shape and refuses a packed one.
     """
     if module.has_variable("params", name):
-        return nn.meta.unbox(module.get_variable("params", name))  # boxed while a model is initialized
+        return unboxed(module.get_variable("params", name))  # boxed while a model is initialized
     return module.param(name, nn.with_logical_partitioning(init, axes), shape, dtype)
 
 
@@ -66,7 +75,7 @@ class Linear(nn.Module):
     use_bias: bool = False
 
     @nn.compact
-    def __call__(self, x: Float[Array, "... in"], product: Array | None = None) -> Float[Array, "... out"]:
+    def __call__(self, x: Float[Array, "... in"], product: Any = None) -> Float[Array, "... out"]:
         """`product` is x @ kernel where it was computed with others' (see `linear_maps`)."""
         if product is None:
             init = nn.initializers.normal(0.02)

@@ -13,6 +13,7 @@ Nothing a checkpoint brings along is ever executed: pickles are refused, and rem
 
 import contextlib
 import dataclasses
+import functools
 import json
 import mmap
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -27,6 +28,7 @@ from safetensors import SafetensorError, safe_open
 from lq.errors import UserError
 from lq.models.config import ModelConfig
 from lq.models.families import FAMILIES, eos_token_ids, tensors_of
+from lq.models.layout import placed_leaf
 from lq.models.names import StoredTensor, leaves_from
 from lq.models.raw_config import check_values
 from lq.models.source import InMemory, ParameterSource, Params, sampled
@@ -61,8 +63,8 @@ def open_checkpoint(name_or_path: str | Path, *, place: Place | None = None) -> 
     Args:
       name_or_path: a directory with config.json and safetensors weights (one file, or shards with an index), or the
         name of a model on the Hugging Face hub, whose files are then downloaded to the hub's cache.
-      place: `(path of the leaf, host array) -> jax array`, puts a leaf where it belongs, for example onto a mesh. The
-        default device when None.
+      place: `(path of the leaf, host array) -> jax array`, puts a leaf where it belongs. When None: on the mesh that is
+        in force as it is read (`lq.parallel.use`), on the default device where there is none.
 
     Raises:
       UserError: there is no such checkpoint, or it is not one lq can run; see the module's docstring.
@@ -73,7 +75,7 @@ def open_checkpoint(name_or_path: str | Path, *, place: Place | None = None) -> 
     config = read_config(directory)
     tensors = tensors_of(config)
     where = _match(directory, config, tensors, _headers(directory, str(name_or_path)))
-    return Checkpoint(directory, config, tensors, where, place or (lambda path, array: jnp.asarray(array)))
+    return Checkpoint(directory, config, tensors, where, place or functools.partial(placed_leaf, config))
 
 
 class Checkpoint(ParameterSource):

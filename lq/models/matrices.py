@@ -10,7 +10,6 @@ import functools
 import math
 import re
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -24,11 +23,12 @@ def block_shapes(config: ModelConfig, kind: BlockKind) -> dict[str, tuple[int, .
     """Shape of every parameter of one block, by path within the block: `attention/q_proj/kernel`."""
     from lq.models.context import context_for
     from lq.models.decoder import Block
+    from lq.models.layers import unboxed
 
     tokens = jnp.zeros((1, 1), jnp.int32)
     h = jax.ShapeDtypeStruct((1, 1, config.hidden_size), jnp.float32)
     tree = jax.eval_shape(lambda h: Block(config, kind).init(jax.random.key(0), h, context_for(tokens)), h)
-    flat, _ = jax.tree_util.tree_flatten_with_path(nn.meta.unbox(tree["params"]))
+    flat, _ = jax.tree_util.tree_flatten_with_path(unboxed(tree["params"]))
     return {"/".join(key.key for key in path): tuple(leaf.shape) for path, leaf in flat}
 
 

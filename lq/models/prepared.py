@@ -14,6 +14,7 @@ from lq.models.source import Params
 from lq.numerics.matmul import PlusLowRank
 from lq.numerics.qtensor import QTensor
 from lq.numerics.segmented import SegmentedQTensor
+from lq.numerics.sharded import active_mesh
 from lq_kernels import PackedMatrix, PreparedMatrix
 from lq_kernels import prepare as prepare_matrix
 
@@ -31,8 +32,10 @@ def prepare(params: Params, *, platform: str | None = None, device_kind: str | N
 
     Returns:
       A tree that `Decoder.apply` takes in the place of `params`. It cannot be saved, scored or quantized: keep `params`
-      for that.
+      for that. On a mesh (`lq.parallel.use`) `params` itself: pieces of matrices are taken as they are stored.
     """
+    if active_mesh() is not None:
+        return params
     where = {"platform": platform, "device_kind": device_kind}
     return {name: child if name == "embed" else _prepare(child, where) for name, child in params.items()}
 

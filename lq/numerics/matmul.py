@@ -57,7 +57,7 @@ def lookup(
     logical names of rows and channels, the table lies on the devices of the mesh in force, if any.
     """
     if axes is not None and (mesh := active_mesh()) is not None:
-        seen = table if is_packed(table) else jax.ShapeDtypeStruct(table.shape[::-1], table.dtype)
+        seen = table if is_packed(table) else jax.ShapeDtypeStruct(table.shape[::-1], jnp.float32)
         return over_rows(lookup, table, rows, cut_of(seen, axes[::-1], mesh), mesh)
     if isinstance(table, SegmentedQTensor):
         channels = jnp.concatenate([lookup(segment, rows) for segment in table.segments], axis=-1)

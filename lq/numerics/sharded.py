@@ -10,6 +10,7 @@ are permuted only outputs are cut. Axes of the mesh that only store weights apar
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -91,19 +92,44 @@ def leaf_specs(w: Any, cut: Cut) -> Any:
     lead = (cut.experts,) * (len(w.shape) == 3)
     if not is_packed(w):
         return P(*lead, cut.inputs, cut.outputs)
+    fields: dict[str, Any]
     if isinstance(w, SegmentedQTensor):
-        segments = tuple(leaf_specs(segment, cut) for segment in w.segments)
-        return dataclasses.replace(w, segments=segments, channels=P())
-    whole = P(*lead, cut.inputs, cut.outputs)
-    residual = None
+        fields = {"segments": tuple(leaf_specs(segment, cut) for segment in w.segments), "channels": P()}
+        return dataclasses.replace(w, **fields)
+    whole, residual = P(*lead, cut.inputs, cut.outputs), None
     if w.residual is not None:
         left, right = w.residual
         residual = (
             leaf_specs(left, Cut(cut.inputs, None, cut.experts)),
             leaf_specs(right, Cut(None, cut.outputs, cut.experts)),
         )
-    zeros = tuple(whole for _ in w.zeros) if isinstance(w.zeros, tuple) else w.zeros if w.zeros is None else whole
-    return dataclasses.replace(w, planes=tuple(whole for _ in w.planes), scales=whole, zeros=zeros, residual=residual)
+    fields = {"planes": tuple(whole for _ in w.planes), "scales": whole, "residual": residual}
+    fields["zeros"] = jax.tree.map(lambda _: whole, w.zeros)
+    return dataclasses.replace(w, **fields)
+
+
+def leaf_shardings(leaf: Any, axes: Axes, mesh: jax.sharding.Mesh) -> Any:
+    """A tree of shardings for the arrays of one parameter, by its shape and spec: where it is stored."""
+    if not is_packed(leaf) and len(leaf.shape) < 2:
+        named = nn.logical_to_mesh_axes(axes) or ()
+        specs = P(*(n if n in mesh.shape and leaf.shape[i] % mesh.shape[n] == 0 else None for i, n in enumerate(named)))
+    else:
+        specs = leaf_specs(leaf, _stored(leaf, axes, cut_of(leaf, axes, mesh), mesh))
+    sharding = functools.partial(jax.sharding.NamedSharding, mesh)
+    return jax.tree.map(sharding, specs, is_leaf=lambda node: isinstance(node, P))
+
+
+def _stored(leaf: Any, axes: Axes, cut: Cut, mesh) -> Cut:
+    """The cut of a product, and along the axes of the mesh that only store weights apart as well, where one fits."""
+    for name in sorted(STORED):
+        if mesh.shape.get(name, 1) == 1 or name not in (nn.logical_to_mesh_axes(axes) or ()):
+            continue
+        along = {"inputs": (cut.inputs, cuts_inputs), "outputs": (cut.outputs, cuts_outputs)}
+        for side, (taken, fits) in sorted(along.items(), key=lambda item: item[1][0] is not None):
+            if fits(leaf, mesh.shape[name] * (1 if taken is None else mesh.shape[taken])):
+                both: Any = name if taken is None else (taken, name)
+                return dataclasses.replace(cut, **{side: both})
+    return cut
 
 
 def piece(w: Any, cut: Cut, mesh) -> Any:

@@ -1,12 +1,14 @@
-"""Models on many devices: meshes, the rules from logical axes to their axes, and where arrays lie.
+"""Models on many devices: meshes, and the rules from logical axes to their axes.
 
-mesh = make_mesh("data=2,tensor=4")
-with use(mesh):
-    logits = jax.jit(Decoder(config).apply)({"params": place(config, params, mesh)}, tokens)
+    with use(make_mesh("data=2,tensor=4")):
+        model, params, tokenizer = lq.load("path/or/hub-name")      # on the mesh as they are read
+        logits = jax.jit(model.apply)({"params": params}, tokens)
+
+Where arrays lie says `lq.models.layout`; how products are made of the pieces, `lq.numerics.sharded`.
 """
 
-from lq.parallel.layout import Placed, leaf_sharding, place, shardings
+from lq.models.layout import place, shardings
 from lq.parallel.mesh import make_mesh, mesh_shape, use
 from lq.parallel.rules import AXES, RULES
 
-__all__ = ["AXES", "RULES", "Placed", "leaf_sharding", "make_mesh", "mesh_shape", "place", "shardings", "use"]
+__all__ = ["AXES", "RULES", "make_mesh", "mesh_shape", "place", "shardings", "use"]

@@ -46,6 +46,6 @@ def make_mesh(shape: str | Mapping[str, int], devices: Sequence[jax.Device] | No
 
 @contextlib.contextmanager
 def use(mesh: Mesh) -> Iterator[Mesh]:
-    """Models that are called in here run on the mesh: their weights are looked for where `layout` puts them."""
+    """Models that are called in here run on the mesh: weights are read onto it, rows are dealt out."""
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
         yield mesh

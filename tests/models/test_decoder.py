@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +13,7 @@ import lq.models.decoder as decoder_module
 from lq.models.config import BlockKind, Experts, ModelConfig, Rope
 from lq.models.context import DecodeState, context_for
 from lq.models.decoder import Decoder, abstract_params, apply_block, embed, head
-from lq.models.layers import MixtureOfExperts, inverse_frequencies
+from lq.models.layers import MixtureOfExperts, inverse_frequencies, unboxed
 from lq.models.loading import open_checkpoint
 from lq.numerics.qtensor import QTensor
 from lq.numerics.spec import QuantSpec
@@ -111,7 +110,7 @@ def to_eight_bits(w) -> QTensor:
 def test_abstract_parameters_are_those_of_init(model):
     decoder, _ = model
     boxed = jax.eval_shape(decoder.init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
-    tree = nn.meta.unbox(boxed)
+    tree = unboxed(boxed)
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree) == jax.tree.map(
         lambda leaf: (leaf.shape, leaf.dtype), abstract_params(decoder.config)
     )

@@ -31,7 +31,7 @@ from lq.models.generate import generate
 from lq.models.matrices import table_matrices
 from lq.models.source import InMemory
 from lq.numerics.spec import QuantSpec
-from lq.parallel import Placed, make_mesh, place, use
+from lq.parallel import make_mesh, place, use
 from lq.quantizers import QUANTIZERS, Recipe, quantized_source
 from lq_kernels.kv_cache import KVCacheSpec
 
@@ -73,9 +73,8 @@ def leaves_of(params) -> set[tuple[str, tuple[int, ...]]]:
 
 
 def on_mesh(config, params, expected, name: str) -> dict:
-    mesh = make_mesh(name)
-    placed = place(config, params, mesh)
-    with use(mesh):
+    with use(make_mesh(name)):
+        placed = place(config, params)
         compiled = jax.jit(Decoder(config, jnp.float32).apply).lower({"params": placed}, TOKENS).compile()
         logits = np.asarray(compiled({"params": placed}, TOKENS))
     leaves = jax.tree.leaves(placed)
@@ -93,7 +92,7 @@ def generated(config, params, mesh=None) -> list[list[int]]:
     if mesh is None:
         return generate(model, params, prompts, max_new_tokens=12, stop_ids=())
     with use(mesh):
-        return generate(model, place(config, params, mesh), prompts, max_new_tokens=12, stop_ids=())
+        return generate(model, place(config, params), prompts, max_new_tokens=12, stop_ids=())
 
 
 def cache_shares(config, params, mesh, quantized) -> list[float]:
@@ -102,7 +101,7 @@ def cache_shares(config, params, mesh, quantized) -> list[float]:
     step = functools.partial(Decoder(config, jnp.float32).apply, method="step")
     with use(mesh):
         state = DecodeState.empty(config, len(TOKENS), 40, quantized=spec)
-        _, state = jax.jit(step)({"params": place(config, params, mesh)}, TOKENS, state)
+        _, state = jax.jit(step)({"params": place(config, params)}, TOKENS, state)
     leaves = jax.tree.leaves(state.caches)
     return sorted({leaf.addressable_shards[0].data.size / leaf.size for leaf in leaves})
 
@@ -148,11 +147,11 @@ def main(family: str, calibrated: list[str]) -> None:
     mesh = make_mesh("data=4,tensor=2")
     found = {"meshes": found, "same text": generated(config, packed) == generated(config, packed, mesh)}
     found["cache"] = [cache_shares(config, packed, mesh, quantized) for quantized in (False, True)]
-    source, found["calibrated"] = InMemory(config, params), {}
-    expected = scores_and_codes(source) if calibrated else {}
+    expected, found["calibrated"] = scores_and_codes(InMemory(config, params)) if calibrated else {}, {}
     for name in calibrated:
-        with use(mesh := make_mesh(name)):
-            found["calibrated"][name] = differences(scores_and_codes(Placed(source, mesh)), expected)
+        with use(make_mesh(name)):
+            placed = InMemory(config, place(config, params))
+            found["calibrated"][name] = differences(scores_and_codes(placed), expected)
     print(json.dumps(found))
 
 

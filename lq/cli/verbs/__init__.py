@@ -1,6 +1,7 @@
 """The verbs of the `lq` command. Each is one library call; these files read arguments and print."""
 
 from lq.cli.app import register
+from lq.cli.meshed import on_mesh
 from lq.cli.verbs.experiments import demo, run
 from lq.cli.verbs.planning import allocate, search
 from lq.cli.verbs.quantizing import quantize
@@ -10,4 +11,4 @@ from lq.cli.verbs.using import eval_, generate
 
 # In the order in which `lq --help` lists them.
 for verb in (demo, run, score, allocate, quantize, search, eval_, generate, report, list_, version):
-    register(verb)
+    register(on_mesh(verb) if verb in (run, score, quantize, search, eval_, generate) else verb)
