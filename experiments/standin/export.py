@@ -1,7 +1,7 @@
 """Writes the trained stand-in as lq ships it: model in Hugging Face layout, held-out texts, sources and licences.
 
 python -m experiments.standin.export --run DIR [--assets lq/assets] [--step N]
-python -m experiments.standin.export --run DIR --model narrow --assets DIR    # the model alone, in DIR/narrow
+python -m experiments.standin.export --run DIR --model narrow --assets experiments/standin    # the model alone
 """
 
 import argparse
@@ -130,10 +130,9 @@ def main() -> None:
     config = MODELS[args.model].config
     params, step = restore(args.run, config, args.step)
     write_model(config, params, args.run, args.assets / args.model)
-    if args.model != "standin":
-        return
-    write_texts(args.assets / "texts")
-    write_curve(args.run, step, Path(__file__).parent / "curve.json")
+    write_curve(args.run, step, Path(__file__).parent / f"curve-{args.model}.json")
+    if args.model == "standin":
+        write_texts(args.assets / "texts")
 
 
 if __name__ == "__main__":

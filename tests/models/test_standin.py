@@ -1,4 +1,4 @@
-"""The shipped model: its size, that it learned something, and that transformers opens it."""
+"""The shipped model, and the second: their size, that they learned something, that transformers opens the first."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,8 @@ from lq.models.decoder import Decoder
 from lq.models.loading import load_tokenizer, open_checkpoint
 
 ROOT = Path(__file__).parents[2]
-CURVE = json.loads((ROOT / "experiments" / "standin" / "curve.json").read_text())
+HERE = ROOT / "experiments" / "standin"
+CURVES = {name: json.loads((HERE / f"curve-{name}.json").read_text()) for name in ("standin", "narrow")}
 
 
 @pytest.fixture(scope="module")
@@ -30,19 +31,29 @@ def test_size_and_shape(checkpoint):
     assert config.hidden_size % 128 == config.intermediate_size % 128 == 0
 
 
-def test_it_is_worth_quantizing(checkpoint):
+@pytest.mark.parametrize(("name", "place"), [("standin", ASSETS), ("narrow", HERE)])
+def test_it_is_worth_quantizing(name, place):
     """Measured here on shipped text, against the unigram perplexity recorded when it was trained."""
+    checkpoint, curve = open_checkpoint(place / name), CURVES[name]
     text = str(ASSETS / "texts" / "evaluation.txt")
     windows = evaluation_windows(load_tokenizer(checkpoint.path), text, 512, limit=8)
-    assert evaluate(checkpoint, windows).perplexity <= CURVE["unigram_perplexity"] / 3
-    assert CURVE["curve"][-1]["validation_perplexity"] <= CURVE["unigram_perplexity"] / 3
+    assert evaluate(checkpoint, windows).perplexity <= curve["unigram_perplexity"] / 3
+    assert curve["curve"][-1]["validation_perplexity"] <= curve["unigram_perplexity"] / 3
 
 
-def test_the_curve_was_still_falling_but_slowly():
-    perplexity = [row["validation_perplexity"] for row in CURVE["curve"]]
+@pytest.mark.parametrize("curve", CURVES.values(), ids=CURVES)
+def test_the_curve_was_still_falling_but_slowly(curve):
+    perplexity = [row["validation_perplexity"] for row in curve["curve"]]
     assert perplexity == sorted(perplexity, reverse=True)
     assert perplexity[-2] / perplexity[-1] < 1.02
     assert perplexity[0] / perplexity[1] > 1.5  # what falling fast looks like
+
+
+def test_the_second_model_is_another_with_the_same_tokenizer(checkpoint):
+    second = open_checkpoint(HERE / "narrow").config
+    assert (second.num_blocks, second.hidden_size) != (checkpoint.config.num_blocks, checkpoint.config.hidden_size)
+    tokenizers = [(place / "tokenizer.json").read_bytes() for place in (ASSETS / "standin", HERE / "narrow")]
+    assert tokenizers[0] == tokenizers[1]
 
 
 def test_calibration_and_evaluation_text_are_different_files():
