@@ -50,7 +50,7 @@ def register(function: Callable[..., None]) -> None:
             print(f"\nlq: interrupted{hint}", file=sys.stderr)
             raise typer.Exit(130) from None
 
-    app.command(name=function.__name__.rstrip("_"))(run)
+    app.command(name=function.__name__.rstrip("_").replace("_", "-"))(run)
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from lq.models.config import ModelConfig
-from lq.numerics.sharded import with_rows_apart
+from lq.numerics.sharded import Axes, with_rows_apart
 from lq_kernels.kv_cache import KVCacheSpec, QuantizedKVCache
 
 
@@ -36,9 +36,14 @@ class KVCache:
 Cache = KVCache | QuantizedKVCache
 
 
+def axes_of_cache(leaf: Any) -> Axes:
+    """Logical names of all axes but the first, rows, of an array of a cache: axis -2 is heads in every one."""
+    return (*(None,) * (leaf.ndim - 3), "kv_heads", None)
+
+
 def with_heads_apart(cache: Any) -> Any:
-    """The cache with its rows and heads dealt out over the mesh in force, if any: axes 0 and -2 of every array."""
-    return jax.tree.map(lambda leaf: with_rows_apart(leaf, *(None,) * (leaf.ndim - 3), "kv_heads", None), cache)
+    """The cache with its rows and heads dealt out over the mesh in force, if any."""
+    return jax.tree.map(lambda leaf: with_rows_apart(leaf, *axes_of_cache(leaf)), cache)
 
 
 @flax.struct.dataclass

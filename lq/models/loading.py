@@ -16,7 +16,7 @@ import dataclasses
 import functools
 import json
 import mmap
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -47,6 +47,7 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 MANIFEST, PROGRESS = "lq.json", "shards.json"  # of a checkpoint that lq quantized, see `lq.checkpoint.layout`
 DTYPES = {"BF16": np.dtype(jnp.bfloat16), "F16": np.dtype(np.float16), "F32": np.dtype(np.float32)}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
+CONFIG_FILES = ["config.json", "generation_config.json"]
 HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 CONVERT = (
     "convert it where torch is installed: python -c "
@@ -76,6 +77,14 @@ def open_checkpoint(name_or_path: str | Path, *, place: Place | None = None) -> 
     tensors = tensors_of(config)
     where = _match(directory, config, tensors, _headers(directory, str(name_or_path)))
     return Checkpoint(directory, config, tensors, where, place or functools.partial(placed_leaf, config))
+
+
+def config_of(name_or_path: str | Path) -> ModelConfig:
+    """The config of a directory, weights or not, or of a model on the hub, of which nothing else is fetched.
+
+    Raises UserError as `open_checkpoint`.
+    """
+    return read_config(_directory(name_or_path, CONFIG_FILES))
 
 
 class Checkpoint(ParameterSource):
@@ -332,8 +341,8 @@ def _read_json(file: Path) -> dict:
     return value
 
 
-def _directory(name_or_path: str | Path) -> Path:
-    """The directory itself, or where the hub's files were put."""
+def _directory(name_or_path: str | Path, files: Sequence[str] = HUB_FILES) -> Path:
+    """The directory itself, or where the hub's files were put; `files` are patterns of those wanted."""
     path = Path(name_or_path).expanduser()
     if path.is_dir():
         return path
@@ -347,7 +356,7 @@ def _directory(name_or_path: str | Path) -> Path:
         # Weights in subdirectories and "consolidated" files are second copies in other layouts.
         return Path(
             huggingface_hub.snapshot_download(
-                name, allow_patterns=HUB_FILES, ignore_patterns=["*/*", "consolidated*.safetensors"]
+                name, allow_patterns=list(files), ignore_patterns=["*/*", "consolidated*.safetensors"]
             )
         )
     except (HfHubHTTPError, HFValidationError, OSError) as problem:  # not there, not allowed, or no network and no copy

@@ -12,9 +12,10 @@ Invariants, for a logical shape `[K, N]` and a spec that mixes it (`QuantSpec.mi
 What a linear map does with it is x[..., permutation] @ segments; nothing is permuted back.
 """
 
+import dataclasses
 import itertools
 from collections.abc import Sequence
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import flax.struct
 import jax
@@ -136,3 +137,34 @@ Packed = QTensor | SegmentedQTensor
 def is_packed(leaf) -> TypeGuard[Packed]:
     """Whether a leaf of a parameter tree is packed, of either kind."""
     return isinstance(leaf, Packed)
+
+
+def abstract_packed(spec: QuantSpec, shape: tuple[int, ...]) -> Packed:
+    """A packed weight of `jax.ShapeDtypeStruct`s: what its arrays are, and none of them.
+
+    Runs that are mixed have equal widths here, and in all as many bytes as of any.
+    """
+
+    def side(K: int, dtype: Any) -> Array:
+        return jnp.zeros((*shape[:-2], spec.num_groups(K), shape[-1]), dtype)
+
+    def arrays(K: int) -> tuple[Array, Array, Array | None]:
+        zeros = None if spec.symmetric else side(K, spec.zero_dtype or jnp.uint32)
+        return jnp.zeros((*shape[:-2], K, shape[-1]), jnp.uint32), side(K, jnp.float32), zeros
+
+    def build() -> Packed:
+        K = shape[-2]
+        if not (spec.mixes(shape) or spec.orders(shape)):
+            factors = [abstract_packed(*factor) for factor in spec.residual(shape)]
+            residual: Any = tuple(_zeros_like(factor) for factor in factors) or None
+            plain = dataclasses.replace(spec, mixed=False, by_energy=False)
+            return QTensor.from_codes(*arrays(K), plain, residual)
+        runs = runs_of(spec.widths or (spec.bits,) * (K // run_channels(spec, K)), run_channels(spec, K))
+        segments = [(bits, *arrays(stop - first)) for bits, first, stop in runs]
+        return SegmentedQTensor.from_segments(jnp.arange(K), segments, spec, shape)
+
+    return jax.eval_shape(build)
+
+
+def _zeros_like(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tree)

@@ -164,16 +164,21 @@ def batch_axes(rows: int, mesh) -> tuple[str, ...]:
     return tuple(found)
 
 
-def with_rows_apart(x: Float[Array, "rows ..."], *axes: str | None) -> Float[Array, "rows ..."]:
-    """`x` with its rows dealt out over the mesh in force, if any; `axes` are logical names of the axes behind.
+def rows_spec(shape: tuple[int, ...], axes: Axes, mesh) -> P:
+    """Where an array with rows lies: rows dealt out, and `axes`, logical names, behind them.
 
     Of those an axis is left whole that the devices cannot share.
     """
+    named = nn.logical_to_mesh_axes(axes) or ()
+    fits = [n if n in mesh.shape and shape[i] % mesh.shape[n] == 0 else None for i, n in enumerate(named, 1)]
+    return P(batch_axes(shape[0], mesh) or None, *fits)
+
+
+def with_rows_apart(x: Float[Array, "rows ..."], *axes: str | None) -> Float[Array, "rows ..."]:
+    """`x` laid out on the mesh in force, if any, as `rows_spec` says."""
     if (mesh := active_mesh()) is None:
         return x
-    named = nn.logical_to_mesh_axes(axes) or ()
-    fits = [n if n in mesh.shape and x.shape[i] % mesh.shape[n] == 0 else None for i, n in enumerate(named, 1)]
-    return jax.lax.with_sharding_constraint(x, P(batch_axes(x.shape[0], mesh) or None, *fits))
+    return jax.lax.with_sharding_constraint(x, rows_spec(x.shape, axes, mesh))
 
 
 def rows_apart(array: np.ndarray | Array) -> np.ndarray | Array:
@@ -184,7 +189,7 @@ def rows_apart(array: np.ndarray | Array) -> np.ndarray | Array:
     if active_mesh() is None:
         return array
     mesh = jax.sharding.get_mesh()
-    return jax.device_put(array, jax.sharding.NamedSharding(mesh, P(batch_axes(len(array), mesh) or None)))
+    return jax.device_put(array, jax.sharding.NamedSharding(mesh, rows_spec(array.shape, (), mesh)))
 
 
 def over_pieces(

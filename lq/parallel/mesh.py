@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import flax.linen as nn
 import jax
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from lq.errors import UserError
 from lq.parallel.rules import AXES, RULES
@@ -44,8 +44,20 @@ def make_mesh(shape: str | Mapping[str, int], devices: Sequence[jax.Device] | No
     return jax.make_mesh(tuple(sizes[name] for name in AXES), AXES, axis_types=kinds, devices=devices)
 
 
+def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
+    """A mesh without devices, of which shardings can be asked."""
+    return AbstractMesh(tuple(sizes[name] for name in AXES), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
 @contextlib.contextmanager
 def use(mesh: Mesh) -> Iterator[Mesh]:
     """Models that are called in here run on the mesh: weights are read onto it, rows are dealt out."""
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+        yield mesh
+
+
+@contextlib.contextmanager
+def use_abstractly(mesh: Mesh | AbstractMesh) -> Iterator[Mesh | AbstractMesh]:
+    """As `use`, for lowering alone: the devices may be a description of machines that are elsewhere."""
+    with jax.sharding.use_abstract_mesh(getattr(mesh, "abstract_mesh", mesh)), nn.logical_axis_rules(RULES):
         yield mesh
