@@ -108,7 +108,7 @@ def leaf_specs(w: Any, cut: Cut) -> Any:
     return dataclasses.replace(w, **fields)
 
 
-def leaf_shardings(leaf: Any, axes: Axes, mesh: jax.sharding.Mesh) -> Any:
+def leaf_shardings(leaf: Any, axes: Axes, mesh: Any) -> Any:
     """A tree of shardings for the arrays of one parameter, by its shape and spec: where it is stored."""
     if not is_packed(leaf) and len(leaf.shape) < 2:
         named = nn.logical_to_mesh_axes(axes) or ()

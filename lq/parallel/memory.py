@@ -41,7 +41,7 @@ class Step:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Compiled:
-    """What the compiler says of `BLOCKS` blocks: bytes of temporaries; operations and bytes moved, None if it does not."""
+    """What the compiler says of `BLOCKS` blocks, a device: bytes; operations and bytes moved, None if it does not."""
 
     temporaries: int
     flops: float | None
@@ -51,7 +51,7 @@ class Compiled:
 def abstract_model(config: ModelConfig, specs: Mapping[str, QuantSpec], dtype=jnp.bfloat16) -> Any:
     """The parameter tree with matrices packed as `specs` says and all else in `dtype`: shapes alone."""
     flat: dict[str, Any] = flatten_dict(abstract_params(config), sep="/")
-    found = {path: jax.ShapeDtypeStruct(leaf.shape, dtype) for path, leaf in flat.items()}
+    found: dict[str, Any] = {path: jax.ShapeDtypeStruct(leaf.shape, dtype) for path, leaf in flat.items()}
     for path, spec in specs.items():
         leaf = "embed/tokens/embedding" if path == "embed/tokens" else f"{path}/kernel"
         shape = flat[leaf].shape[::-1] if path == "embed/tokens" else flat[leaf].shape
@@ -100,6 +100,8 @@ def compiled_step(config: ModelConfig, specs: Mapping[str, QuantSpec], step: Ste
     with use_abstractly(mesh):
         compiled = jax.jit(apply, donate_argnums=2).lower({"params": model}, tokens, state).compile()
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
+    if memory is None:
+        raise RuntimeError("the compiler gives no memory analysis")
     return Compiled(
         temporaries=int(memory.temp_size_in_bytes), flops=cost.get("flops"), bytes_accessed=cost.get("bytes accessed")
     )

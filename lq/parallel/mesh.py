@@ -59,5 +59,6 @@ def use(mesh: Mesh) -> Iterator[Mesh]:
 @contextlib.contextmanager
 def use_abstractly(mesh: Mesh | AbstractMesh) -> Iterator[Mesh | AbstractMesh]:
     """As `use`, for lowering alone: the devices may be a description of machines that are elsewhere."""
-    with jax.sharding.use_abstract_mesh(getattr(mesh, "abstract_mesh", mesh)), nn.logical_axis_rules(RULES):
+    described = mesh.abstract_mesh if isinstance(mesh, Mesh) else mesh
+    with jax.sharding.use_abstract_mesh(described), nn.logical_axis_rules(RULES):
         yield mesh
