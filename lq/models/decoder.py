@@ -30,6 +30,7 @@ from jaxtyping import Array, Bool, Float, Int
 from lq.models.config import BlockKind, ModelConfig
 from lq.models.context import Cache, Context, DecodeState, context_for, with_heads_apart
 from lq.models.layers import (
+    KERNEL_AXES,
     MLP,
     Attention,
     MixtureOfExperts,
@@ -127,7 +128,7 @@ class Head(nn.Module):
         h = Norm(config, config.final_norm, name="final_norm")(h)
         if not project:
             return h
-        axes = ("embed", "vocab")
+        axes = KERNEL_AXES["head"]
         if tied_kernel is None:
             init = nn.initializers.normal(0.02)
             tied_kernel = read_or_init(self, "kernel", init, (config.hidden_size, config.vocab_size), axes)

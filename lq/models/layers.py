@@ -26,6 +26,19 @@ CAUSAL_SLICES, SHORTEST_SLICED = 4, 256  # see `attend_causally`
 CHUNK = 512  # tokens; see `attend_quantized`
 TOKEN_OF_ROW = "token_of_row"  # sown by `MixtureOfExperts`: which token each of the rows sorted by expert is
 
+# The logical names of the axes of a kernel, in and out, by the name of its map; see `lq.parallel.rules`.
+KERNEL_AXES: dict[str, Axes] = {
+    "q_proj": ("embed", "heads"),
+    "k_proj": ("embed", "kv_heads"),
+    "v_proj": ("embed", "kv_heads"),
+    "o_proj": ("heads", "embed"),
+    "gate_proj": ("embed", "mlp"),
+    "up_proj": ("embed", "mlp"),
+    "down_proj": ("mlp", "embed"),
+    "router": ("embed", None),
+    "head": ("embed", "vocab"),
+}
+
 ACTIVATIONS = {
     "silu": jax.nn.silu,
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -68,38 +81,38 @@ def rotate_online(
 
 
 class Linear(nn.Module):
-    """y = x @ kernel + bias, where `kernel` is a dense `[in, out]` array or packed, of that logical shape."""
+    """y = x @ kernel + bias, where `kernel` is a dense `[in, out]` array or packed, of that logical shape.
+
+    Its name is one of `KERNEL_AXES`.
+    """
 
     features: int
-    axes: Axes  # of the kernel, in and out
     use_bias: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "... in"], product: Any = None) -> Float[Array, "... out"]:
         """`product` is x @ kernel where it was computed with others' (see `linear_maps`)."""
+        axes = KERNEL_AXES[self.name or ""]
         if product is None:
             init = nn.initializers.normal(0.02)
-            product = matmul(x, read_or_init(self, "kernel", init, (x.shape[-1], self.features), self.axes), self.axes)
+            product = matmul(x, read_or_init(self, "kernel", init, (x.shape[-1], self.features), axes), axes)
         if self.use_bias:
-            bias = read_or_init(self, "bias", nn.initializers.zeros, (self.features,), self.axes[1:])
+            bias = read_or_init(self, "bias", nn.initializers.zeros, (self.features,), axes[1:])
             product += bias.astype(product.dtype)
         return product
 
 
-def linear_maps(
-    module: nn.Module, x: Array, features: dict[str, int], outputs: dict[str, str], use_bias: bool
-) -> list[Array]:
-    """`Linear` maps of one hidden state, by name, as children of `module`, the one whose `__call__` this is part of.
+def linear_maps(module: nn.Module, x: Array, features: dict[str, int], use_bias: bool) -> list[Array]:
+    """`Linear` maps of one input, by name, as children of `module`, the one whose `__call__` this is part of.
 
-    `outputs` names the axis of their outputs. One product where their kernels were prepared as one, under their joined
-    names (`lq.models.prepared`).
+    One product where their kernels were prepared as one, under their joined names (`lq.models.prepared`).
     """
     products: Any = [None] * len(features)
     joint = "+".join(features)
     if len(features) > 1 and module.has_variable("params", joint):
         products = matmul(x, module.get_variable("params", joint))
     maps = zip(features.items(), products, strict=True)
-    return [Linear(count, ("embed", outputs[name]), use_bias, name=name)(x, y) for (name, count), y in maps]
+    return [Linear(count, use_bias, name=name)(x, product) for (name, count), product in maps]
 
 
 class Norm(nn.Module):
@@ -294,15 +307,14 @@ class Attention(nn.Module):
             y = attend(q, cache.k.astype(x.dtype), cache.v.astype(x.dtype), context.mask(window), *options)
         y = rotate_online(config, "heads", y, axis=-2)
         y = y.reshape(*x.shape[:2], config.num_heads * config.head_dim)
-        return Linear(config.hidden_size, ("heads", "embed"), config.attention_out_bias, name="o_proj")(y), cache
+        return Linear(config.hidden_size, config.attention_out_bias, name="o_proj")(y), cache
 
     def heads(self, x, context) -> list[Array]:
         """Queries, keys and values `[B, S, heads, C]` as attention takes them: normed, rotated. Part of `__call__`."""
         config, kv = self.config, self.config.num_kv_heads
         counts = {"q": config.num_heads, "k": kv, "v": kv}
         features = {f"{which}_proj": count * config.head_dim for which, count in counts.items()}
-        outputs = {"q_proj": "heads", "k_proj": "kv_heads", "v_proj": "kv_heads"}
-        maps = linear_maps(self, x, features, outputs, config.qkv_bias)
+        maps = linear_maps(self, x, features, config.qkv_bias)
         heads = [y.reshape(*x.shape[:2], -1, config.head_dim) for y in maps]
         if config.qk_norm:
             heads[:2] = [Norm(config, name=f"{which}_norm")(y) for which, y in zip("qk", heads, strict=False)]
@@ -321,11 +333,10 @@ class MLP(nn.Module):
         config = self.config
         act = ACTIVATIONS[config.activation]
         names = ("gate_proj", "up_proj") if config.gated_mlp else ("up_proj",)
-        outputs = dict.fromkeys(names, "mlp")
-        maps = linear_maps(self, x, dict.fromkeys(names, config.intermediate_size), outputs, config.mlp_bias)
+        maps = linear_maps(self, x, dict.fromkeys(names, config.intermediate_size), config.mlp_bias)
         hidden = act(maps[0]) * maps[1] if config.gated_mlp else act(maps[0])
         hidden = rotate_online(config, "down", hidden)
-        return Linear(config.hidden_size, ("mlp", "embed"), config.mlp_bias, name="down_proj")(hidden)
+        return Linear(config.hidden_size, config.mlp_bias, name="down_proj")(hidden)
 
 
 class StackedLinear(nn.Module):
@@ -333,14 +344,14 @@ class StackedLinear(nn.Module):
 
     experts: int
     features: int
-    axes: Axes  # of the kernel: experts, in, out
 
     @nn.compact
     def __call__(self, x: Float[Array, "rows in"], rows_per_expert: Int[Array, " experts"]) -> Float[Array, "rows out"]:
         """Rows are sorted by expert; `rows_per_expert` says how many belong to each."""
         init = nn.initializers.normal(0.02)
-        kernel = read_or_init(self, "kernel", init, (self.experts, x.shape[-1], self.features), self.axes)
-        return expert_matmul(x, kernel, rows_per_expert, self.axes)
+        axes = ("expert", *KERNEL_AXES[self.name or ""])
+        kernel = read_or_init(self, "kernel", init, (self.experts, x.shape[-1], self.features), axes)
+        return expert_matmul(x, kernel, rows_per_expert, axes)
 
 
 class MixtureOfExperts(nn.Module):
@@ -354,7 +365,7 @@ class MixtureOfExperts(nn.Module):
         if experts is None:
             raise ValueError("a routed block needs config.experts")
         tokens = x.reshape(-1, x.shape[-1])
-        logits = Linear(experts.count, ("embed", None), name="router")(tokens)
+        logits = Linear(experts.count, name="router")(tokens)
         probability = jax.nn.softmax(logits.astype(at_least_float32(logits.dtype)), axis=-1)
         weight, chosen = jax.lax.top_k(probability, experts.per_token)
         if experts.renormalize:
@@ -364,10 +375,9 @@ class MixtureOfExperts(nn.Module):
         self.sow("intermediates", TOKEN_OF_ROW, order // experts.per_token)  # for calibration; kept only when asked for
         per_expert = jnp.bincount(chosen.ravel(), length=experts.count)
         act: Activation = config.activation
-        axes = ("expert", "embed", "mlp")
-        gate = StackedLinear(experts.count, experts.intermediate_size, axes, name="gate_proj")(rows, per_expert)
-        up = StackedLinear(experts.count, experts.intermediate_size, axes, name="up_proj")(rows, per_expert)
-        down = StackedLinear(experts.count, config.hidden_size, ("expert", "mlp", "embed"), name="down_proj")
+        gate = StackedLinear(experts.count, experts.intermediate_size, name="gate_proj")(rows, per_expert)
+        up = StackedLinear(experts.count, experts.intermediate_size, name="up_proj")(rows, per_expert)
+        down = StackedLinear(experts.count, config.hidden_size, name="down_proj")
         y = down(rotate_online(config, "down", ACTIVATIONS[act](gate) * up), per_expert)
         y *= weight.ravel()[order, None].astype(y.dtype)
         return jnp.zeros_like(tokens).at[order // experts.per_token].add(y).reshape(x.shape)

@@ -5,16 +5,17 @@ they are laid out once for the kernels of the device at hand; matrices that shar
 one product: query, key and value projections, gate and up. The model definition is the same.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 
+from lq.models.layers import KERNEL_AXES
 from lq.models.source import Params
-from lq.numerics.matmul import PlusLowRank
+from lq.numerics.matmul import Pieces, PlusLowRank
 from lq.numerics.qtensor import QTensor
-from lq.numerics.segmented import SegmentedQTensor
-from lq.numerics.sharded import active_mesh
+from lq.numerics.segmented import is_packed
+from lq.numerics.sharded import active_mesh, cut_of, lay_out_pieces
 from lq_kernels import PackedMatrix, PreparedMatrix
 from lq_kernels import prepare as prepare_matrix
 
@@ -32,12 +33,10 @@ def prepare(params: Params, *, platform: str | None = None, device_kind: str | N
 
     Returns:
       A tree that `Decoder.apply` takes in the place of `params`. It cannot be saved, scored or quantized: keep `params`
-      for that. On a mesh (`lq.parallel.use`) `params` itself: pieces of matrices are taken as they are stored.
+      for that. On a mesh (`lq.parallel.use`) every device lays out its pieces, and the tree is of use there alone.
     """
-    if active_mesh() is not None:
-        return params
     where = {"platform": platform, "device_kind": device_kind}
-    return {name: child if name == "embed" else _prepare(child, where) for name, child in params.items()}
+    return {name: child if name == "embed" else _prepare(name, child, where) for name, child in params.items()}
 
 
 def prepared_nbytes(params: Params) -> int:
@@ -46,31 +45,52 @@ def prepared_nbytes(params: Params) -> int:
     return sum(leaf.nbytes for leaf in leaves if isinstance(leaf, LAID_OUT))
 
 
-def _prepare(tree: Any, where: dict) -> Any:
-    if isinstance(tree, SegmentedQTensor):
-        return prepare_matrix(tree.packed(), **where)
-    if isinstance(tree, QTensor):
-        if tree.ndim != 2:
-            return tree
-        base = prepare_matrix(tree.packed(), **where)
-        return base if tree.residual is None else PlusLowRank(base, *(_prepare(f, where) for f in tree.residual))
+def _prepare(name: str, tree: Any, where: dict) -> Any:
+    if is_packed(tree):
+        return tree if tree.ndim != 2 else _laid_out((name,), (tree,), where)
     if not isinstance(tree, Mapping):
         return tree
     tree = dict(tree)
     for names in JOINT:
-        kernels = [tree[name].get("kernel") for name in names if name in tree]
-        if len(kernels) == len(names) and _can_be_one(kernels):
-            tree["+".join(names)] = prepare_matrix([kernel.packed() for kernel in kernels], **where)
-            for name in names:
-                tree[name] = {key: leaf for key, leaf in tree[name].items() if key != "kernel"}
-    return {
-        name: child if isinstance(child, PreparedMatrix) else _prepare(child, where) for name, child in tree.items()
-    }
+        kernels = [tree[each].get("kernel") for each in names if each in tree]
+        if len(kernels) == len(names) and _can_be_one(names, kernels):
+            tree["+".join(names)] = _laid_out(names, kernels, where)
+            for each in names:
+                tree[each] = {key: leaf for key, leaf in tree[each].items() if key != "kernel"}
+    done = (*LAID_OUT, Pieces)
+    of_map = lambda each, child: child if isinstance(child, done) else _prepare(each, child, where)  # noqa: E731
+    return {each: of_map(name if each == "kernel" else each, child) for each, child in tree.items()}
 
 
-def _can_be_one(kernels: list) -> bool:
+def _laid_out(names: Sequence[str], kernels: Sequence[Any], where: dict) -> Any:
+    """One kernel, or several as one; on the mesh in force, if any, in pieces."""
+
+    def lay_out(*kernels: Any) -> Any:
+        return (
+            prepare_matrix([kernel.packed() for kernel in kernels], **where) if kernels[1:] else _one(kernels[0], where)
+        )
+
+    if (mesh := active_mesh()) is None:
+        return lay_out(*kernels)
+    cut = cut_of(kernels[0], KERNEL_AXES[names[0]], mesh)
+    return Pieces(lay_out_pieces(lay_out, kernels, cut, mesh), cut)
+
+
+def _one(kernel: Any, where: dict) -> Any:
+    """A kernel with what is beside its codes."""
+    base = prepare_matrix(kernel.packed(), **where)
+    residual = getattr(kernel, "residual", None)
+    return base if residual is None else PlusLowRank(base, *(_one(factor, where) for factor in residual))
+
+
+def _can_be_one(names: Sequence[str], kernels: list) -> bool:
     if not all(isinstance(kernel, QTensor) and kernel.ndim == 2 for kernel in kernels):
         return False
     if any(kernel.residual is not None for kernel in kernels):
         return False
-    return len({(kernel.spec, kernel.shape[0]) for kernel in kernels}) == 1
+    if len({(kernel.spec, kernel.shape[0]) for kernel in kernels}) > 1:
+        return False
+    if (mesh := active_mesh()) is None:
+        return True
+    named = zip(kernels, (KERNEL_AXES[name] for name in names), strict=True)
+    return len({cut_of(kernel, axes, mesh) for kernel, axes in named}) == 1

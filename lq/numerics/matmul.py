@@ -1,6 +1,7 @@
 """Products with a weight that may be dense or packed. The model definition calls these and never looks inside."""
 
 import dataclasses
+from typing import Any
 
 import flax.struct
 import jax
@@ -9,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from lq.numerics.qtensor import QTensor
 from lq.numerics.segmented import SegmentedQTensor, is_packed
-from lq.numerics.sharded import Axes, active_mesh, cut_of, over_experts, over_pieces, over_rows
+from lq.numerics.sharded import Axes, Cut, active_mesh, cut_of, over_experts, over_laid_out, over_pieces, over_rows
 from lq_kernels import PackedMatrix, PreparedMatrix, SegmentedMatrix, quantized_matmul
 
 Matrix = PackedMatrix | SegmentedMatrix | PreparedMatrix  # what the kernels take
@@ -24,15 +25,25 @@ class PlusLowRank:
     right: Matrix
 
 
+@flax.struct.dataclass
+class Pieces:
+    """A matrix laid out for the devices of a mesh that have a piece each: every array has an axis more in front."""
+
+    matrix: Any  # Matrix or PlusLowRank, of one piece but for that axis
+    cut: Cut = flax.struct.field(pytree_node=False)
+
+
 def matmul(
     x: Float[Array, "... in"],
-    w: Array | QTensor | SegmentedQTensor | Matrix | PlusLowRank,
+    w: Array | QTensor | SegmentedQTensor | Matrix | PlusLowRank | Pieces,
     axes: Axes | None = None,
 ) -> Float[Array, "... out"]:
     """x @ w in x's dtype; a tuple of products when w was prepared of several matrices.
 
     `axes` are the logical names of w's axes, by which a packed w lies on the devices of the mesh in force, if any.
     """
+    if isinstance(w, Pieces):
+        return over_laid_out(matmul, x, w.matrix, w.cut)
     if axes is not None and is_packed(w) and (mesh := active_mesh()) is not None:
         return over_pieces(matmul, x, w, cut_of(w, axes, mesh), mesh)
     if isinstance(w, PlusLowRank):

@@ -12,7 +12,7 @@ are permuted only outputs are cut. Axes of the mesh that only store weights apar
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -76,9 +76,9 @@ def cuts_inputs(w: Any, pieces: int) -> bool:
     K = w.shape[-2]
     if not is_packed(w):
         return K % pieces == 0
-    if isinstance(w, SegmentedQTensor) or w.spec.group_size is None:
+    if isinstance(w, SegmentedQTensor):
         return False
-    return K % (pieces * math.lcm(w.spec.group_size, WORD)) == 0
+    return K % (pieces * math.lcm(w.spec.group_size or 1, WORD)) == 0
 
 
 def cuts_outputs(w: Any, pieces: int) -> bool:
@@ -103,8 +103,9 @@ def leaf_specs(w: Any, cut: Cut) -> Any:
             leaf_specs(left, Cut(cut.inputs, None, cut.experts)),
             leaf_specs(right, Cut(None, cut.outputs, cut.experts)),
         )
-    fields = {"planes": tuple(whole for _ in w.planes), "scales": whole, "residual": residual}
-    fields["zeros"] = jax.tree.map(lambda _: whole, w.zeros)
+    side = whole if w.spec.group_size is not None else P(*lead, None, cut.outputs)  # one group, which all pieces have
+    fields = {"planes": tuple(whole for _ in w.planes), "scales": side, "residual": residual}
+    fields["zeros"] = jax.tree.map(lambda _: side, w.zeros)
     return dataclasses.replace(w, **fields)
 
 
@@ -209,6 +210,39 @@ def over_pieces(
         out_specs=P(*batch, cut.outputs),
         check_vma=False,
     )(x, w)
+
+
+def lay_out_pieces(lay_out: Callable[..., Any], kernels: Sequence[Packed], cut: Cut, mesh) -> Any:
+    """`lay_out(*kernels)` of every device's piece: a tree of arrays with one more axis in front, the pieces'."""
+
+    def local(*kernels):
+        return jax.tree.map(lambda array: array[None], lay_out(*(piece(w, cut, mesh) for w in kernels)))
+
+    specs = tuple(leaf_specs(w, cut) for w in kernels)
+    laid_out = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P(cut.inputs or cut.outputs), check_vma=False)
+    return jax.jit(laid_out)(*kernels)
+
+
+def over_laid_out(product: Callable[[Array, Any], Any], x: Float[Array, "... in"], pieces: Any, cut: Cut) -> Any:
+    """`product(x, piece)` of what `lay_out_pieces` made, and their sum along inputs; several where it gives several.
+
+    Raises ValueError where no mesh is in force.
+    """
+    if (mesh := active_mesh()) is None:
+        raise ValueError("a matrix in pieces is multiplied on their mesh; call this under lq.parallel.use")
+    batch = (batch_axes(x.shape[0], mesh) or None,) + (None,) * (x.ndim - 2)
+
+    def local(x, pieces):
+        y = product(x, jax.tree.map(lambda array: array[0], pieces))
+        return y if cut.inputs is None else jax.lax.psum(y, cut.inputs)
+
+    return jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(P(*batch, cut.inputs), P(cut.inputs or cut.outputs)),
+        out_specs=P(*batch, cut.outputs),
+        check_vma=False,
+    )(x, pieces)
 
 
 def over_experts(

@@ -21,6 +21,8 @@ from lq.models.context import DecodeState, axes_of_cache
 from lq.models.decoder import Decoder, abstract_params
 from lq.models.generate import kv_cache_spec
 from lq.models.layout import axes_of
+from lq.models.prepared import prepare
+from lq.numerics.matmul import Pieces
 from lq.numerics.segmented import abstract_packed
 from lq.numerics.sharded import leaf_shardings, rows_spec
 from lq.numerics.spec import QuantSpec
@@ -89,11 +91,30 @@ def device_bytes(tree: Any) -> int:
     )
 
 
+def prepared_model(model: Any, mesh: Mesh) -> Any:
+    """The same with matrices laid out for the devices of `mesh`, as generating text has them."""
+    device = mesh.devices.flat[0]
+    where = {"platform": device.platform, "device_kind": device.device_kind}
+    pieces = lambda node: isinstance(node, Pieces)  # noqa: E731
+
+    def sharded(old: Any, new: Any) -> Any:
+        if not pieces(new):
+            return jax.tree.map(lambda leaf, before: _with_sharding(leaf, before.sharding), new, old)
+        axis = NamedSharding(mesh, jax.sharding.PartitionSpec(new.cut.inputs or new.cut.outputs))
+        return jax.tree.map(lambda leaf: _with_sharding(leaf, axis), new)
+
+    with use_abstractly(mesh):
+        laid_out = jax.eval_shape(functools.partial(prepare, **where), model)
+    before = flatten_dict(model, sep="/")
+    after = flatten_dict(laid_out, sep="/", is_leaf=lambda _, node: pieces(node))
+    return unflatten_dict({path: sharded(before.get(path), leaf) for path, leaf in after.items()}, sep="/")
+
+
 def compiled_step(config: ModelConfig, specs: Mapping[str, QuantSpec], step: Step, mesh: Mesh) -> Compiled:
     """Compiles a step of the model's first blocks, its embedding and its head for the devices of `mesh`."""
     short = dataclasses.replace(config, kinds=config.kinds[:BLOCKS])
     kept = {path: spec for path, spec in specs.items() if not _is_beyond(path, len(short.kinds))}
-    model = sharded_model(short, abstract_model(short, kept), mesh)
+    model = prepared_model(sharded_model(short, abstract_model(short, kept), mesh), mesh)
     state = sharded_state(short, step, mesh)
     tokens = jax.ShapeDtypeStruct((step.batch, step.tokens), jnp.int32)
     apply = functools.partial(Decoder(short, jnp.bfloat16).apply, logits_to_keep=1, method="step")
