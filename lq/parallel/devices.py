@@ -26,19 +26,14 @@ class Topology(NamedTuple):
 
     kind: str
     count: int
-    tpu: str | None
-
-    @property
-    def memory(self) -> int:
-        return MEMORY[self.kind]
+    memory: int  # bytes of each
+    tpu: str | None = None
 
 
 def topology(text: str) -> Topology:
     """`v5e:2x4`, `h200x8`, `h200`. Raises UserError for what is none."""
     if found := TPU.fullmatch(text):
-        return Topology(found[1], math.prod(map(int, found[2].split("x"))), text)
+        return Topology(found[1], math.prod(map(int, found[2].split("x"))), MEMORY[found[1]], text)
     if found := GPU.fullmatch(text):
-        return Topology(found[1], int(found[2] or 1), None)
-    raise UserError(
-        f"topology: {text!r}; write a TPU slice such as v5e:2x4 (v4, v5e, v5p, v6e), or GPUs such as h200x8"
-    )
+        return Topology(found[1], int(found[2] or 1), MEMORY[found[1]])
+    raise UserError(f"topology: {text!r}; write a slice of v4, v5e, v5p or v6e such as v5e:2x4, or GPUs such as h200x8")

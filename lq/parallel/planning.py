@@ -10,6 +10,7 @@ from lq.allocation.plan import adapted
 from lq.errors import UserError
 from lq.importance import Scores
 from lq.models.config import ModelConfig
+from lq.models.generate import kv_cache_spec
 from lq.models.matrices import matrices, model_shapes, other_weights
 from lq.numerics.spec import QuantSpec
 from lq.parallel.devices import Topology
@@ -119,6 +120,7 @@ def memory(
     Raises:
       UserError: a mesh of another number of devices than the target has.
     """
+    kv_cache_spec(step.kv_bits)
     if step.length > config.max_positions:
         raise UserError(f"length: {step.length} tokens, but the model's context is {config.max_positions}; write less")
     count = target.count if target else 1

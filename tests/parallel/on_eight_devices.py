@@ -29,6 +29,7 @@ from lq.models.context import DecodeState
 from lq.models.decoder import Decoder
 from lq.models.generate import generate
 from lq.models.matrices import table_matrices
+from lq.models.prepared import prepare
 from lq.models.source import InMemory
 from lq.numerics.spec import QuantSpec
 from lq.parallel import make_mesh, place, use
@@ -106,6 +107,15 @@ def cache_shares(config, params, mesh, quantized) -> list[float]:
     return sorted({leaf.addressable_shards[0].data.size / leaf.size for leaf in leaves})
 
 
+def laid_out_difference(config, params) -> float:
+    """Of logits by matrices that are laid out in pieces, from those of one device."""
+    expected = np.asarray(jax.jit(Decoder(config, jnp.float32).apply)({"params": params}, TOKENS))
+    with use(make_mesh("data=2,tensor=4")):
+        laid_out = prepare(place(config, params))
+        logits = np.asarray(jax.jit(Decoder(config, jnp.float32).apply)({"params": laid_out}, TOKENS))
+    return float(np.abs(logits - expected).max() / np.abs(expected).max())
+
+
 def scores_and_codes(source) -> dict:
     """LIM and ZD, by unit; and the leaves of the model rounded to nearest, and by GPTQ."""
     text = Windows(np.random.default_rng(1).integers(0, 512, (32, 64), np.int32), "random", "random")
@@ -147,6 +157,7 @@ def main(family: str, calibrated: list[str]) -> None:
     mesh = make_mesh("data=4,tensor=2")
     found = {"meshes": found, "same text": generated(config, packed) == generated(config, packed, mesh)}
     found["cache"] = [cache_shares(config, packed, mesh, quantized) for quantized in (False, True)]
+    found["laid out"] = laid_out_difference(config, packed)
     expected, found["calibrated"] = scores_and_codes(InMemory(config, params)) if calibrated else {}, {}
     for name in calibrated:
         with use(make_mesh(name)):

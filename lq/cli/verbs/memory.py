@@ -25,7 +25,9 @@ def plan_memory(
     topology: Annotated[str | None, typer.Option(help="v5e:2x4, h200x8: memory, and for TPUs the compiler.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Rows of text.")] = 1,
     tokens: Annotated[int, typer.Option(min=1, help="New tokens of a step: 1 decodes, more is a prompt.")] = 1,
-    length: Annotated[int, typer.Option(min=1, help="Tokens that the cache has room for.")] = 8192,
+    length: Annotated[
+        int | None, typer.Option(min=1, help="Tokens that the cache has room for; 8192 or the context, if none.")
+    ] = None,
     kv_bits: Annotated[int, typer.Option(help="Of the cache: 4, 8 or 16.")] = 16,
     json_: Annotated[Path | None, typer.Option("--json", help="Write the numbers here as well.")] = None,
 ) -> None:
@@ -43,7 +45,8 @@ def plan_memory(
         raise UserError("plan-memory: --plan and --bpw are both given; leave one out")
     spec = QuantSpec(bits=8, group_size=arguments.group_sizes(group_size)[0], symmetric=symmetric)
     made = planning.plan_for(config, bpw, plan, arguments.widths(bits), spec, embedding_bits, head_bits)
-    step = Step(batch=batch, tokens=tokens, length=length, kv_bits=kv_bits)
+    room = min(8192, config.max_positions) if length is None else length
+    step = Step(batch=batch, tokens=tokens, length=room, kv_bits=kv_bits)
     compiles = target is not None and target.tpu is not None and importlib.util.find_spec("libtpu") is not None
     found = planning.memory(config, made, step, mesh, target, compiles=compiles)
     print_table(["", ""], [[name, value] for name, value in found.lines()])
