@@ -20,6 +20,7 @@ from lq.parallel.memory import (
     abstract_model,
     compiled_step,
     device_bytes,
+    prepared_model,
     sharded_model,
     sharded_state,
 )
@@ -34,7 +35,7 @@ class Planned:
 
     mesh: dict[str, int]
     bpw: float  # of the blocks' matrices
-    weights: int
+    weights: int  # as they are stored; where a step was compiled, as they are laid out for it
     cache: int
     compiled: Compiled | None
     device: str | None
@@ -129,13 +130,15 @@ def memory(
     if target is not None and devices != count:
         raise UserError(f"mesh: {mesh} takes {devices} devices, and {target.kind} x {count} has {count}")
     specs = {} if plan is None else plan.specs
-    compiled = None
+    compiled, laid_out = None, None
     if compiles and target is not None and target.tpu is not None:
         from jax.experimental import topologies
 
         there = topologies.get_topology_desc(platform="tpu", topology_name=target.tpu).devices
-        compiled = compiled_step(config, specs, step, make_mesh(sizes, there))
-    weights, cache = (of(config, specs, step, sizes) for of in (_weights, _cache))
+        there = make_mesh(sizes, there)
+        compiled = compiled_step(config, specs, step, there)
+        laid_out = device_bytes(prepared_model(sharded_model(config, abstract_model(config, specs), there), there))
+    cache, weights = _cache(config, specs, step, sizes), laid_out or _weights(config, specs, step, sizes)
     extra = cache + (compiled.temporaries if compiled else 0)
     limit = target.memory if target else None
     fitting: dict = {"fitting_devices": None, "fitting_bpw": None}

@@ -32,6 +32,7 @@ def plan_memory(
     json_: Annotated[Path | None, typer.Option("--json", help="Write the numbers here as well.")] = None,
 ) -> None:
     """Bytes on every device, from the config alone; with --topology of TPUs and libtpu, compiled for them."""
+    from lq.assets import resolve_model
     from lq.cli import arguments
     from lq.models.loading import config_of
     from lq.numerics.spec import QuantSpec
@@ -39,7 +40,7 @@ def plan_memory(
     from lq.parallel.devices import topology as read_topology
     from lq.parallel.memory import Step
 
-    config = config_of(model)
+    config = config_of(resolve_model(model))
     target = None if topology is None else read_topology(topology)
     if plan is not None and bpw is not None:
         raise UserError("plan-memory: --plan and --bpw are both given; leave one out")
