@@ -15,7 +15,9 @@ import contextlib
 import dataclasses
 import functools
 import json
+import math
 import mmap
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -103,35 +105,56 @@ class Checkpoint(ParameterSource):
         self._tensors = tensors
         self._where = where
         self._place = place
+        self._parts = list(dict.fromkeys(tensor.part for tensor in tensors))
 
     def part(self, name: str, dtype=None) -> Params:
-        """Raises UserError when a weight is NaN or infinite, or its file cannot be read any more."""
-        files: dict[Path, safe_open] = {}
+        """Read through memory maps, each leaf from there to where it belongs: nothing is held twice.
+
+        The system is told which part is next, and reads it while this one is computed with.
+
+        Raises UserError when a weight is NaN or infinite, or its file cannot be read any more.
+        """
+        files: dict[Path, Mapped] = {}
 
         def read(tensor: StoredTensor) -> np.ndarray:
             header = self._where[tensor.name]
-            if header.file not in files:
-                files[header.file] = _open(header.file)
-            array = files[header.file].get_tensor(header.name)
+            array = _in(files, header.file).view(header)
             if not _all_finite(array):
                 raise UserError(
                     f"{header.file}: tensor {header.name} holds NaN or infinite values; fetch or convert it again"
                 )
             return array if dtype is None else array.astype(dtype)
 
-        tensors = [tensor for tensor in self._tensors if tensor.part == name]
-        leaves = {path: self._place(path, array) for path, array in leaves_from(tensors, read)}
+        leaves = {}
+        for path, array in leaves_from(self._stored_in(name), read):
+            leaves[path] = jax.block_until_ready(self._place(path, array))
+            for mapped in files.values():
+                mapped.release()
+        self._expect(self._parts[(self._parts.index(name) + 1) % len(self._parts)])
         return unflatten_dict(leaves, sep="/")[name]
+
+    def _stored_in(self, part: str) -> list[StoredTensor]:
+        return [tensor for tensor in self._tensors if tensor.part == part]
+
+    def _expect(self, part: str) -> None:
+        """Tells the system that a part is read next."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        ranges: dict[Path, list[Header]] = {}
+        for tensor in self._stored_in(part):
+            ranges.setdefault(self._where[tensor.name].file, []).append(self._where[tensor.name])
+        for file, headers in ranges.items():
+            with contextlib.suppress(OSError), file.open("rb") as opened:  # reading it will say what is wrong
+                for header in headers:
+                    os.posix_fadvise(opened.fileno(), header.start, header.nbytes, os.POSIX_FADV_WILLNEED)
 
     def samples(self, name: str) -> dict[str, np.ndarray]:
         """Through memory maps: reads what it returns and no more."""
-        maps: dict[Path, Callable[[Header], np.ndarray]] = {}
+        files: dict[Path, Mapped] = {}
         found: dict[str, list[np.ndarray]] = {}
-        for tensor in (tensor for tensor in self._tensors if tensor.part == name):
+        for tensor in self._stored_in(name):
             header = self._where[tensor.name]
-            if header.file not in maps:
-                maps[header.file] = _mapped(header.file)
-            for path, piece in tensor.split(maps[header.file](header)):
+            for path, piece in tensor.split(_in(files, header.file, random=True).view(header)):
                 piece = sampled(piece)
                 found.setdefault(path.partition("/")[2], []).append(piece if tensor.expert is None else piece[None])
         return {path: np.concatenate(pieces) for path, pieces in found.items()}
@@ -203,16 +226,21 @@ class Header:
     name: str
     dtype: str
     shape: tuple[int, ...]
+    start: int  # of its bytes in the file
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
 def _headers(directory: Path, name: str) -> list[Header]:
     """Header of every tensor in every weight file. safetensors checks that a file is as long as its header says."""
     headers = []
     for file in _weight_files(directory, name):
-        opened = _open(file)
+        opened, starts = _open(file), _starts(file)
         for tensor in opened.keys():  # noqa: SIM118 (it is no mapping)
             stored = opened.get_slice(tensor)
-            headers.append(Header(file, tensor, stored.get_dtype(), tuple(stored.get_shape())))
+            headers.append(Header(file, tensor, stored.get_dtype(), tuple(stored.get_shape()), starts[tensor]))
     return headers
 
 
@@ -305,24 +333,47 @@ def _open(file: Path) -> safe_open:
         raise UserError(f"{file}: damaged or incomplete ({_one_line(problem)}); download or copy it again") from problem
 
 
-def _mapped(file: Path) -> Callable[[Header], np.ndarray]:
-    """Views of a file's tensors, none of them read yet. A file begins with the length of its header, 8 bytes."""
-    try:
-        with file.open("rb") as opened:
-            pages = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
-    except OSError as problem:
-        raise UserError(f"{file}: cannot be read ({problem.strerror}); download or copy it again") from problem
-    if hasattr(mmap, "MADV_RANDOM"):
-        pages.madvise(mmap.MADV_RANDOM)  # or the system reads megabytes around every sampled place
-    data = np.frombuffer(pages, np.uint8)
-    start = 8 + int.from_bytes(data[:8].tobytes(), "little")
-    places = json.loads(data[8:start].tobytes())
+def _starts(file: Path) -> dict[str, int]:
+    """Where every tensor's bytes begin. A file begins with the length of its header, 8 bytes, and the header, JSON."""
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        places = json.loads(opened.read(length))
+    return {name: 8 + length + place["data_offsets"][0] for name, place in places.items() if name != "__metadata__"}
 
-    def view(header: Header) -> np.ndarray:
-        first, last = places[header.name]["data_offsets"]
-        return data[start + first : start + last].view(DTYPES[header.dtype]).reshape(header.shape)
 
-    return view
+class Mapped:
+    """A file's tensors as views of a memory map, none of them read yet.
+
+    Raises UserError for a file that cannot be read any more.
+    """
+
+    def __init__(self, file: Path, *, random: bool = False):
+        try:
+            with file.open("rb") as opened:
+                self._pages = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+        except OSError as problem:
+            raise UserError(f"{file}: cannot be read ({problem.strerror}); download or copy it again") from problem
+        if random and hasattr(mmap, "MADV_RANDOM"):
+            self._pages.madvise(mmap.MADV_RANDOM)  # or the system reads megabytes around every sampled place
+        self._file, self._bytes = file, np.frombuffer(self._pages, np.uint8)
+
+    def view(self, header: Header) -> np.ndarray:
+        found = self._bytes[header.start : header.start + header.nbytes]
+        if found.size != header.nbytes:
+            raise UserError(f"{self._file}: shorter than it was when it was opened; download or copy it again")
+        return found.view(DTYPES[header.dtype]).reshape(header.shape)
+
+    def release(self) -> None:
+        """Gives back the memory of what was read so far; a view that is still held reads it again."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._pages.madvise(mmap.MADV_DONTNEED)
+
+
+def _in(files: dict[Path, Mapped], file: Path, *, random: bool = False) -> Mapped:
+    """The map of a file, made when it is first asked for."""
+    if file not in files:
+        files[file] = Mapped(file, random=random)
+    return files[file]
 
 
 def _read_json(file: Path) -> dict:
