@@ -18,7 +18,7 @@ from lq.models.config import BlockKind, ModelConfig
 from lq.models.context import context_for
 from lq.models.decoder import apply_block, embed
 from lq.models.source import ParameterSource
-from lq.numerics.sharded import rows_apart
+from lq.numerics.sharded import rows_apart, to_host
 
 Measure = Callable[[jax.Array, jax.Array], object]  # (block input, block output) [B, S, D] -> pytree of reductions
 
@@ -79,7 +79,7 @@ def embed_batches(source: ParameterSource, tokens: np.ndarray, batch_size: int, 
     check_context(config, tokens.shape[1])
     params = source.embed()
     rows = map(rows_apart, batches(tokens, batch_size))
-    return [np.asarray(embed_batch(source.config, params, batch, jnp.dtype(dtype))) for batch in rows]
+    return [to_host(embed_batch(source.config, params, batch, jnp.dtype(dtype))) for batch in rows]
 
 
 def through_block(
@@ -87,7 +87,7 @@ def through_block(
 ) -> list[np.ndarray]:
     """The hidden states after a block, on the host, one batch after another; `hidden` is left alone."""
     pairs = zip(rows, hidden, strict=True)
-    return [np.asarray(_step(config, kind, block_params, *map(rows_apart, pair), None)[0]) for pair in pairs]
+    return [to_host(_step(config, kind, block_params, *map(rows_apart, pair), None)[0]) for pair in pairs]
 
 
 def stream(
@@ -117,6 +117,6 @@ def stream(
         measured = []
         for i, batch in enumerate(rows):
             out, value = _step(config, kind, params, rows_apart(batch), rows_apart(hidden[i]), measure)
-            hidden[i] = np.asarray(out)
+            hidden[i] = to_host(out)
             measured.append(value)
         yield index, measured, hidden

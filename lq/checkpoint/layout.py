@@ -42,6 +42,7 @@ from lq.numerics.segmented import (
     run_channels,
     runs_of,
 )
+from lq.numerics.sharded import to_host
 from lq.numerics.spec import SEGMENT_CHANNELS, QuantSpec
 from lq_kernels import plane_widths, words_along
 
@@ -60,7 +61,7 @@ def to_tensors(params: Params) -> dict[str, np.ndarray]:
     leaves: dict[str, Any] = flatten_dict(params, sep="/", is_leaf=lambda _, node: is_packed(node))
     for path, leaf in leaves.items():
         if not is_packed(leaf):
-            tensors[path] = np.asarray(leaf)
+            tensors[path] = to_host(leaf)
             continue
         tensors |= _packed_tensors(path, leaf)
     return {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
@@ -70,33 +71,33 @@ def _packed_tensors(path: str, leaf: Packed) -> dict[str, np.ndarray]:
     if isinstance(leaf, SegmentedQTensor):
         return _segmented_tensors(path, leaf)
     tensors = {
-        f"{path}:codes": np.concatenate([np.asarray(plane) for plane in leaf.planes], axis=-2),
-        f"{path}:scales": np.asarray(leaf.scales),
+        f"{path}:codes": np.concatenate([to_host(plane) for plane in leaf.planes], axis=-2),
+        f"{path}:scales": to_host(leaf.scales),
     }
     if isinstance(leaf.zeros, tuple):
-        tensors[f"{path}:zeros"] = np.concatenate([np.asarray(plane) for plane in leaf.zeros], axis=-1)
+        tensors[f"{path}:zeros"] = np.concatenate([to_host(plane) for plane in leaf.zeros], axis=-1)
     elif leaf.zeros is not None:
-        tensors[f"{path}:zeros"] = np.asarray(leaf.zeros)
+        tensors[f"{path}:zeros"] = to_host(leaf.zeros)
     for name, factor in zip(FACTORS, leaf.residual or (), strict=False):
         tensors |= _packed_tensors(f"{path}:{name}", factor)
     return tensors
 
 
 def _segmented_tensors(path: str, leaf: SegmentedQTensor) -> dict[str, np.ndarray]:
-    planes = [np.asarray(plane) for segment in leaf.segments for plane in segment.planes]
+    planes = [to_host(plane) for segment in leaf.segments for plane in segment.planes]
     tensors = {
         f"{path}:codes": np.concatenate(planes, axis=-2),
-        f"{path}:scales": np.concatenate([np.asarray(segment.scales) for segment in leaf.segments], axis=-2),
+        f"{path}:scales": np.concatenate([to_host(segment.scales) for segment in leaf.segments], axis=-2),
     }
     if leaf.spec.mixed:
         tensors |= {
-            f"{path}:permutation": np.asarray(leaf.channels),
+            f"{path}:permutation": to_host(leaf.channels),
             f"{path}:widths": np.asarray(leaf.widths, np.uint8),
         }
     else:
-        tensors[f"{path}:group"] = np.asarray(leaf.channels)
+        tensors[f"{path}:group"] = to_host(leaf.channels)
     if not leaf.spec.symmetric:
-        zeros = [np.asarray(plane).ravel() for segment in leaf.segments for plane in segment.zeros or ()]
+        zeros = [to_host(plane).ravel() for segment in leaf.segments for plane in segment.zeros or ()]
         tensors[f"{path}:zeros"] = np.concatenate(zeros)
     return tensors
 

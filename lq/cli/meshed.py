@@ -1,4 +1,4 @@
-"""`--mesh`: verbs that run on many devices at once."""
+"""`--mesh` and `--distributed`: verbs that run on many devices, of one process or of several."""
 
 import contextlib
 import functools
@@ -8,33 +8,49 @@ from typing import Annotated
 
 import typer
 
-Mesh = Annotated[
-    str | None,
-    typer.Option(
-        "--mesh",
-        help="Devices by axis: data, fsdp, expert, tensor; such as data=2,tensor=4. One device when not given.",
-        show_default=False,
-    ),
-]
+from lq.errors import UserError
+
+OPTIONS = {
+    "mesh": Annotated[
+        str | None,
+        typer.Option(
+            "--mesh",
+            help="Devices by axis: data, fsdp, expert, tensor; such as data=2,tensor=4. One device when not given.",
+            show_default=False,
+        ),
+    ],
+    "distributed": Annotated[
+        str | None,
+        typer.Option(
+            "--distributed",
+            help="One of several processes: HOST:PORT,NUMBER,COUNT, the first's address; auto on a TPU slice or SLURM.",
+            show_default=False,
+        ),
+    ],
+}
 
 
 def on_mesh(verb: Callable[..., None]) -> Callable[..., None]:
-    """Gives a verb the option --mesh, and runs it there."""
+    """Gives a verb the options --mesh and --distributed, and runs it there."""
 
     @functools.wraps(verb)
-    def run(*args, mesh: str | None = None, **kwargs):
-        with _in_force(mesh):
+    def run(*args, mesh: str | None = None, distributed: str | None = None, **kwargs):
+        with _in_force(mesh, distributed):
             return verb(*args, **kwargs)
 
-    signature = inspect.signature(verb)
-    option = inspect.Parameter("mesh", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Mesh)
-    run.__signature__ = signature.replace(parameters=[*signature.parameters.values(), option])  # type: ignore[attr]
-    run.__annotations__ = {**verb.__annotations__, "mesh": Mesh}
+    signature, keyword = inspect.signature(verb), inspect.Parameter.KEYWORD_ONLY
+    given = [inspect.Parameter(name, keyword, default=None, annotation=kind) for name, kind in OPTIONS.items()]
+    run.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *given])  # type: ignore[attr]
+    run.__annotations__ = {**verb.__annotations__, **OPTIONS}
     return run
 
 
 @contextlib.contextmanager
-def _in_force(mesh: str | None) -> Iterator[None]:
+def _in_force(mesh: str | None, distributed: str | None) -> Iterator[None]:
+    if distributed is not None:
+        if mesh is None:
+            raise UserError("--distributed: without --mesh every process would compute the same; write --mesh as well")
+        _join(distributed)
     if mesh is None:
         yield
         return
@@ -42,3 +58,16 @@ def _in_force(mesh: str | None) -> Iterator[None]:
 
     with use(make_mesh(mesh)):
         yield
+
+
+def _join(distributed: str) -> None:
+    """Makes this process one of several. Raises UserError for what is no address, number and count."""
+    import jax
+
+    if distributed == "auto":
+        jax.distributed.initialize()
+        return
+    address, *numbers = distributed.split(",")
+    if len(numbers) != 2 or not all(number.isdecimal() for number in numbers) or int(numbers[0]) >= int(numbers[1]):
+        raise UserError(f"--distributed {distributed}: write HOST:PORT,NUMBER,COUNT such as host0:8476,0,4, or auto")
+    jax.distributed.initialize(address, int(numbers[1]), int(numbers[0]))

@@ -26,6 +26,7 @@ from lq.errors import UserError
 from lq.models.config import ModelConfig
 from lq.models.decoder import head
 from lq.models.source import ParameterSource
+from lq.numerics.sharded import to_host
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,7 +97,7 @@ def evaluate(
         original = None if reference is None else (reference.head_params, reference.hidden[i])
         original_config = None if reference is None else reference.config
         sums = window_sums(source.config, original_config, head_params, batch, mask, hidden[i], original)
-        totals += np.sum(np.asarray(sums, np.float64), axis=0)
+        totals += np.sum(to_host(sums).astype(np.float64), axis=0)
     count = int(scored.sum())
     nll, kl, top1 = (totals / count).tolist()
     return Evaluation(

@@ -212,6 +212,15 @@ def over_pieces(
     )(x, w)
 
 
+def to_host(array: Any) -> np.ndarray:
+    """All of an array, wherever its pieces lie: of several processes all call this, and each gets the whole."""
+    if not isinstance(array, jax.Array) or array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(array)
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
 def lay_out_pieces(lay_out: Callable[..., Any], kernels: Sequence[Packed], cut: Cut, mesh) -> Any:
     """`lay_out(*kernels)` of every device's piece: a tree of arrays with one more axis in front, the pieces'."""
 
