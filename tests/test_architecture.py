@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # Lower rooms first; a room may import itself and anything below.
 ORDER = [
-    {"errors", "atomic", "registry", "progress"},
+    {"errors", "atomic", "registry", "progress", "processes"},
     {"numerics"},
     {"models"},
     {"calibration"},

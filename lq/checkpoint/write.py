@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -28,6 +29,7 @@ from lq.models.decoder import abstract_params
 from lq.models.loading import MANIFEST, PROGRESS, read_config
 from lq.models.matrices import model_shapes, other_weights
 from lq.models.source import ParameterSource, Params, part_names
+from lq.processes import agreed, is_first
 from lq.quantizers.stream import QuantizedStream
 
 # What is copied from the original's directory: everything that describes it, no weights.
@@ -73,37 +75,59 @@ def write_quantized(
     """
     out, description = Path(out), Path(description)
     transformed = _check_model(source.config, plan, description)
-    record = _claim(out, identity_of(plan, quantizer, transformed), resume)
+    record = agreed(lambda: _claim(out, identity_of(plan, quantizer, transformed), resume))
     shapes = abstract_params(source.config)
     with _taken_back_if_refused(out, part_names(source), record) as earlier:
-        out.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(out)
-        states = record.states
-        if isinstance(source, QuantizedStream) and states and _whole(out / states["file"], states):
-            restore_states(out, states["file"], source)
-        record.write(out)
+        if agreed(lambda: _begin(out, record)) and isinstance(source, QuantizedStream):
+            restore_states(out, (record.states or {})["file"], source)
         pace = Pace()
         for part in part_names(source):
             file = out / shard_name(part)
-            if part in record.shards and _whole(file, record.shards[part]):
+            if agreed(functools.partial(_is_kept, record, part, file)):
                 on_kept(part)
                 continue
-            _write_part(source, part, file, _planned_bytes(part, shapes[part], plan))
-            record.shards[part] = _recorded(file) | _measured(source, part)
-            if isinstance(source, QuantizedStream) and part.startswith("block_") and pace.due:
+            found = _write_part(source, part, file, _planned_bytes(part, shapes[part], plan))
+            record.shards[part] = found | _measured(source, part)
+            if isinstance(source, QuantizedStream) and part.startswith("block_") and agreed(lambda: pace.due):
                 with pace.writing():
-                    kept = save_states(out, source)
-                    record.states = {"file": kept, **_recorded(out / kept)}
-            record.write(out)
-            _remove_states(out, but=[earlier.states, record.states])
+                    record.states = agreed(lambda: _with_states(out, source))
+            agreed(lambda: _record(out, record, earlier))
             on_part(part)
-        _remove_states(out)
-        _copy_description(description, out)
         shards = {part: record.shards[part] for part in part_names(source)}
         manifest = {"format": FORMAT, "quantizer": quantizer, "plan": plan.to_dict(), "shards": shards}
         manifest |= {"transformed": transformed} if transformed else {}
-        write_text(out / MANIFEST, json.dumps(manifest, separators=(",", ":")))
-        (out / PROGRESS).unlink()
+        agreed(lambda: _finish(out, manifest, description))
+
+
+def _begin(out: Path, record: WriteRecord) -> bool:
+    """Makes the directory and the record; whether it has calibration states to go on from."""
+    out.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(out)
+    record.write(out)
+    return record.states is not None and _whole(out / record.states["file"], record.states)
+
+
+def _is_kept(record: WriteRecord, part: str, file: Path) -> bool:
+    """Whether a part is on disk from before, and whole."""
+    return part in record.shards and _whole(file, record.shards[part])
+
+
+def _with_states(out: Path, source: QuantizedStream) -> dict[str, Any]:
+    """Writes the states at which the source stands; what is recorded of them."""
+    kept = save_states(out, source)
+    return {"file": kept, **_recorded(out / kept)}
+
+
+def _record(out: Path, record: WriteRecord, earlier: WriteRecord) -> None:
+    record.write(out)
+    _remove_states(out, but=[earlier.states, record.states])
+
+
+def _finish(out: Path, manifest: Mapping[str, Any], description: Path) -> None:
+    _remove_states(out)
+    _copy_description(description, out)
+    write_text(out / MANIFEST, json.dumps(manifest, separators=(",", ":")))
+    (out / PROGRESS).unlink()
 
 
 def check_output(out: str | Path, resume: bool = False) -> None:
@@ -115,7 +139,7 @@ def check_output(out: str | Path, resume: bool = False) -> None:
       UserError: `out` or a directory above it is a file or not writable, `out` holds something else, or `resume` is
         needed to go on.
     """
-    _claim(Path(out), None, resume)
+    agreed(lambda: _claim(Path(out), None, resume))
 
 
 def sha256(file: Path) -> str:
@@ -186,6 +210,8 @@ def _taken_back_if_refused(out: Path, parts: list[str], record: WriteRecord):
     try:
         yield earlier
     except UserError:
+        if not is_first():
+            raise
         for file in files:
             file.unlink(missing_ok=True)
         _remove_states(out, but=[earlier.states])
@@ -223,11 +249,16 @@ def _remove_states(out: Path, but: Iterable[Mapping[str, Any] | None] = ()) -> N
             file.unlink()
 
 
-def _write_part(source: ParameterSource, part: str, file: Path, planned: Mapping[str, int]) -> None:
-    """Nothing of the part outlives this function: the next is read when it is gone."""
+def _write_part(source: ParameterSource, part: str, file: Path, planned: Mapping[str, int]) -> dict[str, Any]:
+    """What is recorded of the shard. Nothing of the part outlives this function: the next is read when it is gone."""
     tensors = to_tensors(source.part(part))
     _check_sizes(tensors, part, planned)
-    write_file(file, lambda path: safetensors.numpy.save_file(tensors, path))
+
+    def write() -> dict[str, Any]:
+        write_file(file, lambda path: safetensors.numpy.save_file(tensors, path))
+        return _recorded(file)
+
+    return agreed(write)
 
 
 def _planned_bytes(part: str, shapes: Params, plan: Plan) -> dict[str, int]:

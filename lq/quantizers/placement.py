@@ -15,8 +15,8 @@ Tree = TypeVar("Tree")
 
 
 def over_local_devices() -> Place:
-    """`over_columns` of all devices of this process; nothing is moved where there is one."""
-    devices = np.asarray(jax.local_devices())
+    """`over_columns` of all devices of this process, or of all where several are one run; of one nothing is moved."""
+    devices = np.asarray(jax.devices())
     return over_columns(jax.sharding.Mesh(devices, ("columns",))) if devices.size > 1 else lambda weight: weight
 
 
