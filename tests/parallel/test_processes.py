@@ -46,6 +46,30 @@ def test_two_processes_measure_what_one_does(small_model, text_file):
     assert numbers(first) == pytest.approx(numbers(alone), rel=1e-5, abs=1e-7)
 
 
+def test_two_processes_write_what_one_does(small_model, tmp_path):
+    """Each shard by one of them; and what is in the way is refused by both."""
+    quantize = [
+        "quantize",
+        small_model.path,
+        "--bits",
+        "3",
+        "--group-size",
+        "32",
+        "--quiet",
+        "--mesh",
+        "data=2,tensor=2",
+    ]
+    (alone,) = together(1, 4, *quantize, "--out", tmp_path / "alone")
+    assert alone.returncode == 0, alone.stderr[-2000:]
+    for done in together(2, 2, *quantize, "--out", tmp_path / "both"):
+        assert done.returncode == 0, done.stderr[-2000:]
+    written = [{f.name: f.read_bytes() for f in (tmp_path / name).iterdir()} for name in ("alone", "both")]
+    assert written[0] == written[1]
+    for done in together(2, 2, *quantize, "--out", tmp_path / "both"):
+        assert done.returncode == 2
+        assert done.stderr.endswith("already holds a finished checkpoint; give another --out or remove it\n")
+
+
 @pytest.mark.parametrize("given", ["localhost:1234", "localhost:1234,2,2", "localhost:1234,x,2"])
 def test_what_is_no_process(small_model, given):
     (done,) = together(1, 2, "eval", small_model.path, "--mesh", "tensor=2", "--distributed", given)
