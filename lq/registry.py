@@ -18,6 +18,7 @@ class Method:
     options: type  # a frozen dataclass, every field with a default
     needs: frozenset[str] = frozenset()  # what must be supplied: "calibration"; of quantizers fields of `InputStats`
     needs_more: Callable = lambda options: frozenset()  # and what else with these options
+    proof: Callable | None = None  # of allocators: what `function` gives, its objective, and what none is below
     # Of quantizers, see `lq.quantizers`:
     prepare: Callable | None = None  # what of the statistics serves every matrix that reads the input
     per_matrix: Callable | None = None  # the options of one matrix, from the options and its path

@@ -113,11 +113,11 @@ def read(path: Path) -> Comparison:
     try:
         given = yaml.safe_load(path.read_text(encoding="utf-8"))
         if isinstance(given, dict) and (base := given.pop("base", None)) is not None:
-            given = yaml.safe_load((path.parent / base).read_text(encoding="utf-8")) | given
+            given = dict(yaml.safe_load((path.parent / str(base)).read_text(encoding="utf-8"))) | given
         comparison = Comparison.model_validate(given)
     except FileNotFoundError as error:
         raise UserError(f"{error.filename}: no such config; see experiments/allocation/standin.yaml") from None
-    except (yaml.YAMLError, ValidationError) as error:
+    except (yaml.YAMLError, ValidationError, TypeError, ValueError) as error:
         raise UserError(f"{path}: {' '.join(str(error).split())}") from None
     for plan in comparison.plans:
         comparison.of("scores", plan.score)

@@ -39,7 +39,7 @@ ALLOCATORS = Registry(
         "proportional": Method(function=proportional, options=ProportionalOptions),
         "water_filling": Method(function=water_filling, options=NoOptions),
         "annealing": Method(function=annealing, options=AnnealingOptions),
-        "quadratic": Method(function=quadratic, options=QuadraticOptions),
+        "quadratic": Method(function=quadratic, options=QuadraticOptions, proof=solve_quadratic),
     },
 )
 
@@ -127,11 +127,11 @@ def allocate(
 
 
 def _solve(problem: Problem, method: str, options: Mapping[str, object]) -> tuple[Choice, dict[str, float | None]]:
-    """The choice; and of a quadratic program, which may end unproved, what it costs and what none costs less than."""
-    chosen = ALLOCATORS.options(method, options)
-    if not isinstance(chosen, QuadraticOptions):
-        return ALLOCATORS[method].function(problem, chosen), {}
-    solved = solve_quadratic(problem, chosen)
+    """The choice; and where a method may end unproved, what the choice costs and what none costs less than."""
+    solver, chosen = ALLOCATORS[method], ALLOCATORS.options(method, options)
+    if solver.proof is None:
+        return solver.function(problem, chosen), {}
+    solved = solver.proof(problem, chosen)
     bound = solved.bound if math.isfinite(solved.bound) else None
     return solved.choice, {"objective": solved.objective, "bound": bound}
 

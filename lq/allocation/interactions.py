@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Float
@@ -20,21 +20,28 @@ def interactions_of(scores: Scores, units: Sequence[str], options: Sequence[Quan
       scores: with `interactions`.
       units, options: in the order of the problem.
     """
-    place, column = {unit: i for i, unit in enumerate(units)}, {str(option): i for i, option in enumerate(options)}
-    pairs, terms = [], []
+    place, column = _places(units, options)
+    terms: dict[tuple[int, int], np.ndarray] = {}
+    for unit, other, mine, its, value in _entries(scores):
+        if unit in place and other in place and mine in column and its in column:
+            term = terms.setdefault((place[unit], place[other]), np.zeros((len(options), len(options))))
+            term[column[mine], column[its]] = value
+    terms = {pair: term for pair, term in terms.items() if term.any()}
+    return Interactions(pairs=np.array([*terms]), terms=np.array([*terms.values()])) if terms else None
+
+
+def _places(units: Sequence[str], options: Sequence[QuantSpec]) -> tuple[dict[str, int], dict[str, int]]:
+    """Row of every unit, column of every option as scores name it."""
+    return {unit: i for i, unit in enumerate(units)}, {str(option): i for i, option in enumerate(options)}
+
+
+def _entries(scores: Scores) -> Iterator[tuple[str, str, str, str, float]]:
+    """Unit, another, the option of each, and what they lose together beyond the sum of both."""
     for unit, others in scores.interactions.items():
         for other, table in others.items():
-            if unit not in place or other not in place:
-                continue
-            term = np.zeros((len(options), len(options)))
             for mine, row in table.items():
                 for its, value in row.items():
-                    if mine in column and its in column:
-                        term[column[mine], column[its]] = value
-            if term.any():
-                pairs.append((place[unit], place[other]))
-                terms.append(term)
-    return Interactions(pairs=np.array(pairs), terms=np.array(terms)) if pairs else None
+                    yield unit, other, mine, its, value
 
 
 def costs_beside(
@@ -53,16 +60,13 @@ def costs_beside(
         formats = {fixed.get(path) for path in members(unit, scores.shapes)}
         if len(formats) == 1 and (spec := formats.pop()) is not None:
             decided[unit] = str(spec)
-    place, column = {unit: i for i, unit in enumerate(units)}, {str(option): i for i, option in enumerate(options)}
+    place, column = _places(units, options)
     found = np.zeros((len(units), len(options)))
-    for unit, others in scores.interactions.items():
-        for other, table in others.items():
-            for mine, row in table.items():
-                for its, value in row.items():
-                    if unit in place and decided.get(other) == its and mine in column:
-                        found[place[unit], column[mine]] += value
-                    if other in place and decided.get(unit) == mine and its in column:
-                        found[place[other], column[its]] += value
+    for unit, other, mine, its, value in _entries(scores):
+        if unit in place and decided.get(other) == its and mine in column:
+            found[place[unit], column[mine]] += value
+        if other in place and decided.get(unit) == mine and its in column:
+            found[place[other], column[its]] += value
     return found
 
 

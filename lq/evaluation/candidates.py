@@ -109,9 +109,8 @@ class Candidates:
 
     def indices(self, choice: Choice) -> list[dict[str, np.int32]]:
         """Per block the option of each matrix, by path within the block; the original where `choice` has none."""
-        if (unknown := choice.keys() - self._paths) or any(
-            not 0 <= option < self.options for option in choice.values()
-        ):
+        unknown = choice.keys() - self._paths
+        if unknown or any(not 0 <= option < self.options for option in choice.values()):
             raise ValueError(f"choice: {sorted(unknown) or choice} of {self.options} options")
         found = []
         for index, stack in enumerate(self.stacks):

@@ -25,6 +25,7 @@ from lq.registry import Method, Registry
 from lq.search.amq import AMQOptions, amq
 from lq.search.descent import DescentOptions, Found, descend
 from lq.search.evolution import EvolutionOptions, evolve
+from lq.search.formats import format_of
 from lq.search.generation import Generation
 from lq.search.refine import RefineOptions, refine
 
@@ -79,7 +80,8 @@ def search(
         last = _last_of(steps, on_generation)
         provenance = _provenance(plan, windows, method, chosen_options, recipe, last.passes)
         return dataclasses.replace(last.plan, provenance=provenance | {"bits": sorted(set(bits))})
-    specs = _options(plan, bits)
+    same = format_of(plan, bits)
+    specs = [dataclasses.replace(same, bits=width) for width in sorted(set(bits))]
     units = _free_units(source, plan, unit)
     judge = Judge(candidates_of(source, specs, recipe, windows, batch_size), windows, batch_size=batch_size)
     widths = [spec.bits for spec in specs]
@@ -131,18 +133,6 @@ def _size(plan: Plan, paths: Sequence[str], spec: QuantSpec) -> int:
 
 def _by_path(units: Iterable[Sequence[str]], choice: np.ndarray) -> dict[str, int]:
     return {path: int(option) for paths, option in zip(units, choice, strict=True) for path in paths}
-
-
-def _options(plan: Plan, bits: Sequence[int]) -> list[QuantSpec]:
-    """The formats to choose from, narrowest first."""
-    formats = {dataclasses.replace(spec, bits=8) for path, spec in plan.specs.items() if path.startswith("block_")}
-    if len(formats) != 1:
-        raise UserError(f"plan: block matrices of {len(formats)} formats, where a search takes one; make it with one")
-    missing = sorted({spec.bits for path, spec in plan.specs.items() if path.startswith("block_")} - set(bits))
-    if missing:
-        raise UserError(f"bits: {', '.join(map(str, bits))}, but the plan has {missing[0]}; add it")
-    (same,) = formats
-    return [dataclasses.replace(same, bits=width) for width in sorted(set(bits))]
 
 
 def _free_units(source: ParameterSource, plan: Plan, unit: Unit) -> dict[str, list[str]]:

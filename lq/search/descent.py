@@ -40,6 +40,7 @@ from lq.models.source import ParameterSource, Params
 from lq.numerics.segmented import is_packed
 from lq.numerics.spec import QuantSpec
 from lq.quantizers import Recipe, quantized_source
+from lq.search.formats import format_of, of_blocks
 from lq.search.tolls import with_tolls
 
 
@@ -95,10 +96,10 @@ def descend(
             f"descent: {recipe.name} changes more than matrices, of which alone a cost can be told; leave out what "
             "scales channels or corrects biases"
         )
-    spec = _format_of(plan, segments=options.segment_channels is not None)
-    widths = {one.bits for one in _of_blocks(plan).values()}
-    if missing := sorted(widths - set(bits)):
-        raise UserError(f"bits: {', '.join(map(str, bits))}, but the plan has {missing[0]}; add it")
+    # Segments are by energy in any case, and a plan that has some already may be gone on from.
+    spec = format_of(plan, bits, **({} if options.segment_channels is None else {"widths": None, "by_energy": False}))
+    if spec.mixed or spec.rank:
+        raise UserError("plan: mixed or of some rank, which descent does not price; make it of plain widths")
     priced = _prices_of(source, spec, plan, bits, recipe, batch_size, options)
     errors = UnitErrors(source, windows, priced)
     clean = Backward(source, windows, loss="sampled", seed=options.seed, draws=options.draws, batch_size=batch_size)
@@ -109,7 +110,7 @@ def descend(
 
     def judged(one: Plan) -> tuple[float, ParameterSource]:
         calibration = windows if recipe.calibrated else None
-        quantized = quantized_source(source, _of_blocks(one), recipe, calibration, batch_size=batch_size)
+        quantized = quantized_source(source, of_blocks(one), recipe, calibration, batch_size=batch_size)
         model = _Quantized(source, quantized)
         return judge.loss(model), model
 
@@ -135,27 +136,6 @@ def descend(
         yield found()
         if lost >= before:
             return
-
-
-def _of_blocks(plan: Plan) -> dict[str, QuantSpec]:
-    """All that a search looks at: embedding and head are dense in every model that it judges."""
-    return {path: spec for path, spec in plan.specs.items() if block_of(path) is not None}
-
-
-def _format_of(plan: Plan, segments: bool) -> QuantSpec:
-    """That of its block matrices, but for widths. Raises UserError for a plan of several, or of one without prices."""
-    same = {
-        dataclasses.replace(spec, bits=8, widths=None, by_energy=spec.by_energy and not segments)
-        for spec in _of_blocks(plan).values()
-    }
-    if not same:
-        raise UserError("plan: no matrix of a block is quantized, and there is nothing to choose; quantize some")
-    if len(same) != 1:
-        raise UserError(f"plan: block matrices of {len(same)} formats, where a search takes one; make it with one")
-    (spec,) = same
-    if spec.mixed or spec.rank:
-        raise UserError("plan: mixed or of some rank, which descent does not price; make it of plain widths")
-    return spec
 
 
 def _prices_of(
@@ -186,7 +166,7 @@ def _prices_of(
             seed=options.seed,
         )
         ordered = dataclasses.replace(spec, by_energy=segments or spec.by_energy)
-        recipe.check(source.config, dict.fromkeys(_of_blocks(plan), ordered))
+        recipe.check(source.config, dict.fromkeys(of_blocks(plan), ordered))
     except UserError as error:
         if not segments:
             raise
