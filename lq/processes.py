@@ -22,18 +22,18 @@ def is_first() -> bool:
 
 
 def agreed(function: Callable[[], Found]) -> Found:
-    """What `function` gives in the first process, in all of them; the others wait. A UserError is raised in all too."""
+    """What `function` gives in the first process, in all of them; the others wait. What it raises is raised in all."""
     if not several():
         return function()
-    answer: tuple[Any, str | None] = (None, None)
+    answer: tuple[Any, UserError | OSError | None] = (None, None)
     if is_first():
         try:
             answer = (function(), None)
-        except UserError as error:
-            answer = (None, str(error))
+        except (UserError, OSError) as error:
+            answer = (None, error)
     found, refused = pickle.loads(_from_first(pickle.dumps(answer)))
     if refused is not None:
-        raise UserError(refused)
+        raise refused
     return found
 
 

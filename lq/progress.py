@@ -69,13 +69,13 @@ def _lines(name: str, total: int):
         if not worked:
             started = time.monotonic()
         elapsed = time.monotonic() - started
-        left = f"{_clock(elapsed / worked * (total - done))} left, " if worked else ""
+        left = f"{clock(elapsed / worked * (total - done))} left, " if worked else ""
         print(f"{name} {done}/{total}, {left}{_memory()}: {what}", file=sys.stderr, flush=True)
 
     yield step
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # Lower rooms first; a room may import itself and anything below.
 ORDER = [
-    {"errors", "atomic", "registry", "progress", "processes"},
+    {"errors", "atomic", "sealed", "lock", "registry", "progress", "processes", "version"},
     {"numerics"},
     {"models"},
     {"calibration"},

@@ -18,6 +18,7 @@ from lq.errors import UserError
 from lq.models.config import ModelConfig
 from lq.models.matrices import block_of, matrices, model_shapes, other_weights
 from lq.numerics.spec import QuantSpec
+from lq.sealed import sealed, unsealed
 
 DENSE_BITS = 16  # what a weight that is not quantized costs
 
@@ -122,13 +123,13 @@ class Plan:
         )
 
     def write(self, path: Path) -> None:
-        write_text(path, json.dumps(self.to_dict(), indent=1))
+        write_text(path, json.dumps(sealed(self.to_dict()), indent=1))
 
     @classmethod
     def read(cls, path: Path) -> "Plan":
-        """Raises UserError when `path` is no plan."""
+        """Raises UserError when `path` is no plan, or a damaged one."""
         try:
-            return cls.from_dict(json.loads(Path(path).read_text()))
+            return cls.from_dict(unsealed(json.loads(Path(path).read_text(encoding="utf-8"))))
         except FileNotFoundError:
             raise UserError(
                 f"{path}: no such plan; make one with `lq allocate SCORES --bpw 3.0 --out {path}`"

@@ -1,7 +1,8 @@
 """The layout of a quantized checkpoint, shared by its writer and its reader.
 
-    lq.json                 manifest: format, plan, quantizer, shards with their size, SHA-256 and measured errors; of a
-                            transformed model, the fields of its config that are not as in config.json
+    lq.json                 manifest: format, plan, quantizer, code, shards with their size, SHA-256 and measured
+                            errors; SHA-256 of the files below, and of itself; of a transformed model, the fields of its
+                            config that are not as in config.json
     embed.safetensors, block_0.safetensors, ..., head.safetensors
     config.json, tokenizer files ...                              copied from the original
 

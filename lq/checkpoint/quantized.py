@@ -28,10 +28,11 @@ from lq.models.layout import placed_leaf
 from lq.models.loading import MANIFEST, PROGRESS, read_config
 from lq.models.matrices import model_shapes, other_weights
 from lq.models.source import ParameterSource, Params, part_names
+from lq.sealed import unsealed
 
 
 def open_quantized(path: str | Path) -> "QuantizedCheckpoint":
-    """Opens a quantized checkpoint: manifest, config, and every shard's size and header. Reads no weights.
+    """Opens a quantized checkpoint: manifest, the files beside it, every shard's size and header. Reads no weights.
 
     Raises:
       UserError: no such checkpoint, an interrupted or damaged one, or shards that do not fit the manifest.
@@ -41,7 +42,10 @@ def open_quantized(path: str | Path) -> "QuantizedCheckpoint":
         if (path / PROGRESS).is_file():
             raise UserError(f"{path}: quantization was interrupted; run the same `lq quantize` again with --resume")
         raise UserError(f"{path}: no quantized checkpoint ({MANIFEST} is missing); make one with `lq quantize`")
-    plan, quantizer, shards, transformed = _read_manifest(path / MANIFEST)
+    plan, quantizer, shards, files, transformed = _read_manifest(path / MANIFEST)
+    for name, checksum in files.items():
+        if not (path / name).is_file() or sha256(path / name) != checksum:
+            raise UserError(f"{path / name}: not as it was when it was quantized; copy it again from the original")
     config = dataclasses.replace(read_config(path), **transformed)
     if plan.shapes != model_shapes(config) or plan.other_weights != other_weights(config):
         raise UserError(
@@ -120,16 +124,17 @@ def measured_bits_per_weight(checkpoint: QuantizedCheckpoint) -> float:
     return 8 * nbytes / sum(math.prod(checkpoint.plan.shapes[path]) for path in counted)
 
 
-def _read_manifest(file: Path) -> tuple[Plan, dict, dict[str, dict], dict[str, Any]]:
-    """Plan, quantizer, shards, and what transforms changed in the config.
+def _read_manifest(file: Path) -> tuple[Plan, dict, dict[str, dict], dict[str, str], dict[str, Any]]:
+    """Plan, quantizer, shards, checksums of the files that describe the model, and what transforms changed of it.
 
     Raises UserError when the file is damaged or of another format.
     """
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
+        manifest = unsealed(json.loads(file.read_text(encoding="utf-8")))
         if (version := manifest["format"]) == FORMAT:
             plan, shards = Plan.from_dict(manifest["plan"]), shard_records(manifest["shards"])
-            return plan, dict(manifest["quantizer"]), shards, from_json(manifest.get("transformed", {}))
+            files = {Path(name).name: str(checksum) for name, checksum in manifest.get("files", {}).items()}
+            return plan, dict(manifest["quantizer"]), shards, files, from_json(manifest.get("transformed", {}))
     except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:  # ValueError: JSON's and UserError
         raise UserError(f"{file}: damaged ({error!r}); quantize again") from None
     raise UserError(f"{file}: format {version!r}, this lq reads {FORMAT}; quantize again")

@@ -1,6 +1,7 @@
 """`shards.json`: what an unfinished write has on disk, and which write it is, so that it can be gone on with.
 
-identity   what makes two writes the same: the model, the plan's checksum, the quantizer, what transforms changed
+identity   what makes two writes the same: the model, the plan's checksum, the quantizer, what transforms changed, the
+           code
 shards     part -> bytes and sha256
 states     the calibration states at which the quantizer stands: file, bytes, sha256; null where there are none
 """
@@ -16,6 +17,8 @@ from lq.atomic import write_text
 from lq.checkpoint.layout import shard_records
 from lq.errors import UserError
 from lq.models.loading import PROGRESS
+from lq.sealed import sealed, unsealed
+from lq.version import code_version
 
 SHOWN = 3  # differences that fit into one line
 
@@ -32,7 +35,7 @@ class WriteRecord:
     def read(cls, out: Path) -> "WriteRecord":
         """That of the unfinished write in `out`. Raises UserError for a damaged one."""
         try:
-            fields = json.loads((out / PROGRESS).read_text(encoding="utf-8"))
+            fields = unsealed(json.loads((out / PROGRESS).read_text(encoding="utf-8")))
             states = fields["states"]
             if states is not None:
                 shard_records({"states": states})
@@ -43,7 +46,7 @@ class WriteRecord:
 
     def write(self, out: Path) -> None:
         """Replaces the record in `out`, atomically."""
-        write_text(out / PROGRESS, json.dumps(dataclasses.asdict(self)))
+        write_text(out / PROGRESS, json.dumps(sealed(dataclasses.asdict(self))))
 
     def copy(self) -> "WriteRecord":
         """One that does not grow with this."""
@@ -54,6 +57,7 @@ def identity_of(plan: Plan, quantizer: dict, transformed: dict) -> dict[str, Any
     """What makes two writes the same one, as JSON gives it back."""
     checksum = hashlib.sha256(json.dumps(plan.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
     found = {"model": plan.model, "plan": checksum, "quantizer": quantizer, "transformed": transformed}
+    found |= {"code": code_version()}
     return json.loads(json.dumps(found))
 
 

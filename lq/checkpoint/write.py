@@ -24,6 +24,7 @@ from lq.checkpoint.record import WriteRecord, differences, identity_of
 from lq.checkpoint.states import PATTERN, Pace, restore_states, save_states
 from lq.checkpoint.transformed import CHANGEABLE, differing_fields, to_json
 from lq.errors import UserError
+from lq.lock import LOCK, held
 from lq.models.config import ModelConfig
 from lq.models.decoder import abstract_params
 from lq.models.loading import MANIFEST, PROGRESS, read_config
@@ -31,6 +32,7 @@ from lq.models.matrices import model_shapes, other_weights
 from lq.models.source import ParameterSource, Params, part_names
 from lq.processes import agreed, is_first
 from lq.quantizers.stream import QuantizedStream
+from lq.sealed import sealed
 
 # What is copied from the original's directory: everything that describes it, no weights.
 COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*")
@@ -75,7 +77,24 @@ def write_quantized(
     """
     out, description = Path(out), Path(description)
     transformed = _check_model(source.config, plan, description)
-    record = agreed(lambda: _claim(out, identity_of(plan, quantizer, transformed), resume))
+    identity = identity_of(plan, quantizer, transformed)
+    agreed(lambda: _claim(out, identity, resume))
+    with held(out):
+        record = agreed(lambda: _claim(out, identity, resume))  # again, since only now no other process changes it
+        _write(source, plan, out, record, description=description, on_part=on_part, on_kept=on_kept)
+
+
+def _write(
+    source: ParameterSource,
+    plan: Plan,
+    out: Path,
+    record: WriteRecord,
+    *,
+    description: Path,
+    on_part: Callable[[str], None],
+    on_kept: Callable[[str], None],
+) -> None:
+    """What `record` lacks, and then the manifest."""
     shapes = abstract_params(source.config)
     with _taken_back_if_refused(out, part_names(source), record) as earlier:
         if agreed(lambda: _begin(out, record)) and isinstance(source, QuantizedStream):
@@ -94,14 +113,14 @@ def write_quantized(
             agreed(lambda: _record(out, record, earlier))
             on_part(part)
         shards = {part: record.shards[part] for part in part_names(source)}
-        manifest = {"format": FORMAT, "quantizer": quantizer, "plan": plan.to_dict(), "shards": shards}
-        manifest |= {"transformed": transformed} if transformed else {}
+        manifest = {"format": FORMAT, "quantizer": record.identity["quantizer"], "plan": plan.to_dict()}
+        manifest |= {"shards": shards, "code": record.identity["code"]}
+        manifest |= {"transformed": transformed} if (transformed := record.identity["transformed"]) else {}
         agreed(lambda: _finish(out, manifest, description))
 
 
 def _begin(out: Path, record: WriteRecord) -> bool:
-    """Makes the directory and the record; whether it has calibration states to go on from."""
-    out.mkdir(parents=True, exist_ok=True)
+    """Makes the record; whether it has calibration states to go on from."""
     _remove_leftovers(out)
     record.write(out)
     return record.states is not None and _whole(out / record.states["file"], record.states)
@@ -125,8 +144,8 @@ def _record(out: Path, record: WriteRecord, earlier: WriteRecord) -> None:
 
 def _finish(out: Path, manifest: Mapping[str, Any], description: Path) -> None:
     _remove_states(out)
-    _copy_description(description, out)
-    write_text(out / MANIFEST, json.dumps(manifest, separators=(",", ":")))
+    files = {file.name: sha256(file) for file in _copy_description(description, out)}
+    write_text(out / MANIFEST, json.dumps(sealed({**manifest, "files": files}), separators=(",", ":")))
     (out / PROGRESS).unlink()
 
 
@@ -156,7 +175,7 @@ def _claim(out: Path, identity: dict[str, Any] | None, resume: bool) -> WriteRec
     if not (out / PROGRESS).exists():
         if (out / MANIFEST).exists():
             raise UserError(f"{out}: already holds a finished checkpoint; give another --out or remove it")
-        files = set(out.iterdir()) if out.is_dir() else set()
+        files = {file for file in out.iterdir() if file.name != LOCK} if out.is_dir() else set()
         if files - set(leftovers(out, PROGRESS)):
             raise UserError(f"{out}: not empty, and no checkpoint of lq; give a new directory")
         if files and not resume:
@@ -200,13 +219,12 @@ def _check_model(config: ModelConfig, plan: Plan, description: Path) -> dict[str
 
 @contextlib.contextmanager
 def _taken_back_if_refused(out: Path, parts: list[str], record: WriteRecord):
-    """On UserError removes the files and directories made inside it, and goes back to the record of an earlier write.
+    """On UserError removes the files made inside it, and goes back to the record of an earlier write.
 
     Gives that record, the states of which are to be kept until then; a damaged shard of it that was replaced stays so.
     """
     resumed, earlier = (out / PROGRESS).exists(), record.copy()
     files = [file for file in (out / PROGRESS, *(out / shard_name(part) for part in parts)) if not file.exists()]
-    directories = [place for place in (out, *out.parents) if not place.exists()]
     try:
         yield earlier
     except UserError:
@@ -218,9 +236,6 @@ def _taken_back_if_refused(out: Path, parts: list[str], record: WriteRecord):
         if resumed:
             replaced = {part: record.shards[part] for part in earlier.shards}
             dataclasses.replace(earlier, shards=replaced).write(out)
-        with contextlib.suppress(OSError):  # someone else has put something there
-            for place in directories:
-                place.rmdir()
         raise
 
 
@@ -286,8 +301,10 @@ def _whole(file: Path, record: dict) -> bool:
     return file.is_file() and file.stat().st_size == record["bytes"] and sha256(file) == record["sha256"]
 
 
-def _copy_description(source: Path, out: Path) -> None:
+def _copy_description(source: Path, out: Path) -> list[Path]:
+    """Copies what describes the original; the copies."""
     skipped = {f for pattern in NOT_COPIED for f in source.glob(pattern)}
-    for pattern in COPIED:
-        for file in sorted(set(source.glob(pattern)) - skipped):
-            write_file(out / file.name, lambda path, f=file: shutil.copyfile(f, path))
+    found = sorted({file for pattern in COPIED for file in source.glob(pattern)} - skipped)
+    for file in found:
+        write_file(out / file.name, lambda path, f=file: shutil.copyfile(f, path))
+    return [out / file.name for file in found]

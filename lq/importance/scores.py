@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lq.atomic import write_text
 from lq.errors import UserError
+from lq.sealed import sealed, unsealed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,13 +56,13 @@ class Scores:
         return sorted(self.values, key=lambda unit: (-self.values[unit], order[unit]))
 
     def write(self, path: Path) -> None:
-        write_text(path, json.dumps(dataclasses.asdict(self), indent=1))
+        write_text(path, json.dumps(sealed(dataclasses.asdict(self)), indent=1))
 
     @classmethod
     def read(cls, path: Path) -> "Scores":
-        """Raises UserError when `path` is no scores file."""
+        """Raises UserError when `path` is no scores file, or a damaged one."""
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            data = unsealed(json.loads(Path(path).read_text(encoding="utf-8")))
             data["shapes"] = {name: _shape(name, shape) for name, shape in data["shapes"].items()}
             if type(data["other_weights"]) is not int:
                 raise ValueError(f"other_weights: {data['other_weights']!r} is no whole number")

@@ -45,15 +45,13 @@ def peak_memory_bytes() -> int:
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
-def describe_environment(seconds: float, peak: int, seeds: dict) -> dict:
-    """The `environment` of `Results`. Seconds and peak memory are those of all sessions of the run."""
+def describe_environment(seeds: dict) -> dict:
+    """The `environment` of `Results`."""
     return {
         "versions": versions(),
         "device": device_name(),
         "platform": platform.platform(),
         "seeds": seeds,
-        "wall_seconds": round(seconds, 1),
-        "peak_memory_bytes": peak,
     }
 
 

@@ -1,43 +1,42 @@
 """One experiment from config to results: score, allocate, quantize, evaluate, for every order and budget of the sweep.
 
-A run directory holds everything about it and can be resumed:
-
-    config.yaml      the config, every default filled in
-    run.json         which config, model and tokens it belongs to; a directory of another experiment is refused. And the
-                     seconds and the peak memory of all sessions so far: an interrupted run has several
-    scores/*.json    one per order
-    plans/*.json     one per plan, also where two orders give the same
-    rows.jsonl       one line per evaluated model, appended as soon as it is measured
-    results.json, report.html, report.png, results.csv
+What it leaves in its directory, and how it goes on there after an interruption: `lq.runs.journal`.
 """
 
 import contextlib
 import dataclasses
 import hashlib
 import json
-import os
+import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
+from lq.allocation import Plan
 from lq.assets import resolve_data, resolve_model
 from lq.atomic import write_text
 from lq.calibration.data import Windows, calibration_windows, evaluation_windows
 from lq.calibration.stream import check_context
+from lq.checkpoint import open_quantized
 from lq.errors import UserError
 from lq.evaluation import Reference, evaluate, make_reference, scored_targets
 from lq.importance import METRICS, Scores, reverse, score
 from lq.models.fingerprint import fingerprint
-from lq.models.loading import load_tokenizer, open_checkpoint
+from lq.models.loading import MANIFEST, load_tokenizer, open_checkpoint
 from lq.models.matrices import parameter_count
-from lq.progress import Progress
+from lq.models.source import ParameterSource
+from lq.processes import is_first
+from lq.progress import Progress, clock
 from lq.runs.candidates import Candidate, candidates, check_budgets, orders_of
 from lq.runs.conclusion import conclude, is_score
 from lq.runs.config import BATCH_SIZE, Experiment, Order, at, dump_experiment
-from lq.runs.environment import describe_environment, peak_memory_bytes
+from lq.runs.environment import describe_environment
+from lq.runs.journal import Journal
 from lq.runs.results import Results, Row
 from lq.runs.weighed import COUNTED, Weighed
+from lq.version import code_version
 
 CACHE_LIMIT = 2_000_000_000  # bytes of bfloat16 weights up to which packed parts are kept between candidates
 
@@ -54,30 +53,54 @@ def run_experiment(
       progress: where to show how far it is; nowhere when None.
 
     Raises:
-      UserError: the directory is of another experiment, or holds this one and neither `resume` nor `overwrite` is set.
+      UserError: the directory is of another experiment or of other code, or holds this one and neither `resume` nor
+        `overwrite` is set, or another process writes to it.
     """
+    progress = progress or Progress(quiet=True)
     with at(experiment.file):
-        run = Run(experiment, progress or Progress(quiet=True))
-        run.claim_directory(resume, overwrite)
-        scores = run.scores()
-        todo = list(candidates(experiment, run.source.config, run.fingerprint, scores))
-        for pattern in dict.fromkeys(p for c in todo if c.plan for p in c.plan.provenance.get("unused_pins", [])):
-            run.progress.note(f"pin {pattern!r} matches no matrix")
-        rows = run.measure_all(todo)
-        run.write_record()
-        results = run.results(scores, rows)
-        results.write(run.directory / "results.json")
+        run = Run(experiment, progress)
+        opened = Journal.opened(run.directory, run.identity(), resume=resume, overwrite=overwrite, progress=progress)
+        with _claimed(opened, run.directory) as journal:
+            return _carry_out(run, journal)
+
+
+@contextlib.contextmanager
+def _claimed(opened: contextlib.AbstractContextManager[Journal], directory: Path) -> Iterator[Journal]:
+    """The journal; that it cannot be opened is said of the config's `output`."""
+    with contextlib.ExitStack() as stack:
+        with at("output"):
+            try:
+                journal = stack.enter_context(opened)
+            except OSError as error:
+                raise UserError(f"{directory}: cannot be written ({error.strerror}); give another output") from error
+        yield journal
+
+
+def _carry_out(run: "Run", journal: Journal) -> Results:
+    experiment = run.experiment
+    if is_first():
+        write_text(journal.directory / "config.yaml", dump_experiment(experiment))
+    scores = run.scores(journal)
+    todo = list(candidates(experiment, run.source.config, run.fingerprint, scores))
+    for pattern in dict.fromkeys(p for c in todo if c.plan for p in c.plan.provenance.get("unused_pins", [])):
+        run.progress.note(f"pin {pattern!r} matches no matrix")
+    rows = run.measure_all(todo, journal)
+    journal.complete(rows)
+    results = run.results(scores, rows)
+    if is_first():
+        results.write(journal.directory / "results.json")
         from lq.runs.report import write_report
 
-        write_report([(experiment.title, results)], run.directory)
-        return results
+        write_report([(experiment.title, results)], journal.directory)
+    journal.record()
+    run.progress.note(f"took {clock(journal.seconds)}, {journal.peak_memory_bytes / 1e9:.1f} GB at the most")
+    return results
 
 
 class Run:
     """The state of one experiment: what is open and where it is kept."""
 
     def __init__(self, experiment: Experiment, progress: Progress):
-        self.started = time.perf_counter()
         self.experiment, self.progress = experiment, progress
         self.directory = Path(experiment.output)
         with at("model"):
@@ -87,7 +110,6 @@ class Run:
         self.calibration, self.windows = self._cut_windows()
         self.pipeline = experiment.quantization.pipeline
         self.packed = {} if 2 * parameter_count(self.source.config) < CACHE_LIMIT else None
-        self.earlier: dict = {}  # what run.json held when this session began
         self.said: set[str] = set()  # notes of the quantizer, which are the same for many candidates
 
     def _cut_windows(self) -> tuple[Windows | None, Windows]:
@@ -109,73 +131,38 @@ class Run:
         with at("evaluation.data"):
             return calibration, evaluation_windows(tokenizer, data, e.window, stride=e.stride, limit=e.windows)
 
-    def claim_directory(self, resume: bool, overwrite: bool) -> None:
-        """Makes the run directory this experiment's. Raises UserError, with the key, when it cannot be."""
-        with at("output"):
-            try:
-                self._claim_directory(resume, overwrite)
-            except OSError as error:
-                raise UserError(
-                    f"{self.directory}: cannot be written ({error.strerror}); give another output"
-                ) from error
-
-    def _claim_directory(self, resume: bool, overwrite: bool) -> None:
-        identity = self._identity()
-        record, found = self.directory / "run.json", {}
-        if (self.directory / "rows.jsonl").exists() and record.exists():
-            found = _read_record(record)
-            if overwrite and found.get("title") != identity["title"]:
-                raise UserError(f"{self.directory}: a run of another experiment; give another output or remove it")
-            if not overwrite and found.get("model") != identity["model"]:
-                raise UserError(f"{self.directory}: a run of another model; give another output or remove it")
-            if not overwrite and found.get("experiment") != identity["experiment"]:
-                raise UserError(f"{self.directory}: a run of another config; give another output or remove it")
-            if not overwrite and not resume:
-                raise UserError(
-                    f"{self.directory}: already holds this run; add --resume to go on, or give another output"
-                )
-        elif not record.exists() and self.directory.exists() and any(self.directory.iterdir()):
-            raise UserError(f"{self.directory}: not empty, and no run of lq; give another output")
-        if overwrite:
-            (self.directory / "rows.jsonl").unlink(missing_ok=True)
-            found = {}
-        self.earlier = found
-        self.write_record()
-        write_text(self.directory / "config.yaml", dump_experiment(self.experiment))
-
-    def _identity(self) -> dict:
-        """What tells this experiment from any other. The title and where it is written do not."""
+    def identity(self) -> dict:
+        """What tells this experiment from any other. Where it is written does not, and its title only from others."""
         config = self.experiment.model_dump(exclude={"output", "title"})
         calibration = self.calibration.fingerprint if self.calibration else None
         text = json.dumps([config, self.fingerprint, calibration, self.windows.fingerprint])
         digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-        return {"experiment": digest, "model": self.fingerprint, "title": self.experiment.title}
-
-    def taken(self) -> dict:
-        """Time and memory so far, of the sessions before this one too."""
         return {
-            "seconds": self.earlier.get("seconds", 0.0) + time.perf_counter() - self.started,
-            "peak_memory_bytes": max(self.earlier.get("peak_memory_bytes", 0), peak_memory_bytes()),
+            "title": self.experiment.title,
+            "experiment": digest,
+            "model": self.fingerprint,
+            "code": code_version(),
         }
 
-    def write_record(self) -> None:
-        write_text(self.directory / "run.json", json.dumps({**self._identity(), **self.taken()}))
-
-    def scores(self) -> dict[tuple[str, int | None], Scores]:
-        """Every order of the config, computed once; keys are (order name, seed)."""
+    def scores(self, journal: Journal) -> dict[tuple[str, int | None], Scores]:
+        """Every order of the config, by (order name, seed), computed once, and not again where `journal` holds it."""
         found = {}
         straight: dict[tuple[str, int | None], Scores] = {}  # an order and its reverse are one computation
         wanted = [(order, seed) for order in orders_of(self.experiment) for seed in order.each_seed()]
         with self.progress.stage("score", len(wanted)) as step:
             for order, seed in wanted:
-                key = (order.name, seed)
-                if key not in found:
-                    measured = (order.name.removeprefix("reverse "), seed)
+                key, measured = (order.name, seed), (order.name.removeprefix("reverse "), seed)
+                name = order.name.replace(" ", "_") + ("" if seed is None else f"_{seed}")
+                file = f"scores/{name}.json"
+                if key not in found and (kept := journal.kept(Scores, file)) is not None:
+                    found[key] = kept
+                    if not order.reverse:
+                        straight[measured] = kept
+                elif key not in found:
                     if measured not in straight:
                         straight[measured] = self._score(order, seed)
                     found[key] = reverse(straight[measured]) if order.reverse else straight[measured]
-                    name = order.name.replace(" ", "_") + ("" if seed is None else f"_{seed}")
-                    found[key].write(self.directory / "scores" / f"{name}.json")
+                    journal.write(file, found[key])
                 step(order.name)
         return found
 
@@ -186,31 +173,27 @@ class Run:
             options = {BATCH_SIZE: self.experiment.calibration.batch_size, **options}
         return score(self.source, order.metric, self.calibration, options)
 
-    def measure_all(self, todo: list[Candidate]) -> list[Row]:
-        """A row for every candidate, in order; those that `rows.jsonl` holds are not measured again."""
-        file = self.directory / "rows.jsonl"
-        kept, damaged = _read_rows(file)
-        if damaged:
-            self.progress.note(
-                f"{file}: {damaged} damaged line{'s' if damaged > 1 else ''} left out and measured again"
-            )
-        done = {row.name: row for row in kept}
+    def measure_all(self, todo: list[Candidate], journal: Journal) -> list[Row]:
+        """A row for every candidate, in order; those that `journal` holds are not measured again."""
+        done = {row.name: row for row in journal.rows()}
         same: dict[tuple | None, Row] = {}  # two candidates of equal specs are one model, measured once
         reference = None
         with self.progress.stage("evaluate", len(todo)) as step:
             for candidate in todo:
                 specs = None if candidate.plan is None else tuple(candidate.plan.specs.items())
+                plan = f"plans/{candidate.name.replace(' ', '_')}.json"
+                if candidate.plan is not None and journal.kept(Plan, plan) is None:
+                    journal.write(plan, candidate.plan)
                 if candidate.name not in done:
-                    if candidate.plan is not None:
-                        candidate.plan.write(self.directory / "plans" / f"{candidate.name.replace(' ', '_')}.json")
+                    started = time.perf_counter()
                     if specs in same:
                         row = _renamed(same[specs], candidate)
                     else:
                         reference = reference or self._reference()
                         row = self._measure(candidate, reference)
                     done[candidate.name] = row
-                    _append(file, json.dumps(dataclasses.asdict(row)))
-                    self.write_record()
+                    journal.add(row, time.perf_counter() - started)
+                    self._remove_unfinished(candidate)
                 same.setdefault(specs, done[candidate.name])
                 step(f"{candidate.name}: perplexity {done[candidate.name].perplexity:.4g}")
         return [done[candidate.name] for candidate in todo]
@@ -221,18 +204,10 @@ class Run:
 
     def _measure(self, candidate: Candidate, reference: Reference) -> Row:
         """Quantizes and evaluates one candidate, packed."""
-        started = time.perf_counter()
         x, e, plan = self.experiment, self.experiment.evaluation, candidate.plan
         source = weighed = Weighed(self.source)
         if plan is not None:
-            source, plan = self.pipeline.quantized(
-                self.source,
-                plan,
-                self.calibration,
-                batch_size=x.calibration.batch_size,
-                cache=self.packed,
-                note=self._note_once,
-            )
+            source, plan = self._quantized(candidate.name, plan)
         result = evaluate(
             source,
             self.windows,
@@ -255,8 +230,33 @@ class Run:
             kl=result.kl,
             top1=result.top1,
             bits_per_block=() if plan is None else plan.bits_per_block(),
-            seconds=time.perf_counter() - started,
         )
+
+    def _quantized(self, name: str, plan: Plan) -> tuple[ParameterSource, Plan]:
+        """The model packed by `plan`, and the plan as it is true of it.
+
+        One that is too large to be kept and is calibrated, which takes long, is written block by block, so that an
+        interruption costs a block and not all of it.
+        """
+        batch_size = self.experiment.calibration.batch_size
+        if self.packed is not None or not self.pipeline.recipe.calibrated:
+            return self.pipeline.quantized(
+                self.source, plan, self.calibration, batch_size=batch_size, cache=self.packed, note=self._note_once
+            )
+        out = self._unfinished(name)
+        if not (out / MANIFEST).exists():
+            self.pipeline.write(self.source, plan, out, self.calibration, batch_size=batch_size, resume=out.exists())
+        written = open_quantized(out)
+        return written, written.plan
+
+    def _unfinished(self, name: str) -> Path:
+        return self.directory / "unfinished" / name.replace(" ", "_")
+
+    def _remove_unfinished(self, candidate: Candidate) -> None:
+        if is_first():
+            shutil.rmtree(self._unfinished(candidate.name), ignore_errors=True)
+            with contextlib.suppress(OSError):  # not there, or that of another is
+                (self.directory / "unfinished").rmdir()
 
     def _note_once(self, line: str) -> None:
         if line not in self.said:
@@ -266,7 +266,7 @@ class Run:
     def results(self, scores: dict, rows: list[Row]) -> Results:
         """Everything the report needs."""
         x, config, calibration = self.experiment, self.source.config, self.calibration
-        a, q, taken = x.allocation, x.quantization, self.taken()
+        a, q = x.allocation, x.quantization
         tables = f"embedding {a.embedding_bits} bits, head {a.head_bits} bits"
         seeds = {
             "calibration seed": x.calibration.seed if calibration else None,
@@ -301,7 +301,7 @@ class Run:
                 "bits": list(a.bits),
                 "counted in bits per weight": f"{COUNTED[a.count]}; {tables}",
             },
-            environment=describe_environment(taken["seconds"], taken["peak_memory_bytes"], seeds),
+            environment=describe_environment(seeds),
             scores={order: tuple(s.values.values()) for (order, _), s in scores.items() if is_score(order)},
             rows=tuple(rows),
             conclusion=conclude(rows),
@@ -324,37 +324,3 @@ def _dtype(name: str) -> np.dtype:
     import jax.numpy as jnp
 
     return jnp.dtype(name)
-
-
-def _read_record(file: Path) -> dict:
-    """Raises UserError unless `file` holds a JSON object."""
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        found = None
-    if not isinstance(found, dict):
-        raise UserError(f"{file}: damaged; remove {file.parent} or give another output")
-    return found
-
-
-def _read_rows(file: Path) -> tuple[list[Row], int]:
-    """Rows measured so far, and how many lines hold none: those are dropped, and their models measured again.
-
-    A crash cuts the last line short; a disk or an editor may have damaged any.
-    """
-    if not file.exists():
-        return [], 0
-    rows = []
-    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
-    for line in lines:
-        with contextlib.suppress(ValueError):
-            rows.append(Row.from_json(line))
-    write_text(file, "".join(json.dumps(dataclasses.asdict(row)) + "\n" for row in rows))
-    return rows, len(lines) - len(rows)
-
-
-def _append(file: Path, line: str) -> None:
-    with file.open("a") as f:
-        f.write(line + "\n")
-        f.flush()
-        os.fsync(f.fileno())

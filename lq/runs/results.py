@@ -12,9 +12,11 @@ from typing import Literal
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from lq.atomic import write_text
 from lq.errors import UserError
+from lq.sealed import sealed, unsealed
 
-FORMAT = 1  # of results.json; raised when a field changes its meaning
+FORMAT = 2  # of results.json; raised when a field changes its meaning
 
 STRICT = ConfigDict(strict=True, extra="forbid")  # what is read must have these fields, of these types
 
@@ -40,7 +42,6 @@ class Row:
     kl: float | None = None  # mean KL(original || this) per token, nats
     top1: float | None = None  # fraction of tokens whose most likely next token is the original's
     bits_per_block: tuple[float, ...] = ()  # mean code width of each block, first to last; empty for the original
-    seconds: float  # wall time of quantizing and evaluating
 
     @classmethod
     def from_json(cls, text: str | bytes) -> "Row":
@@ -58,33 +59,32 @@ class Results:
     model: dict  # name, family, blocks, parameters, dtype
     protocol: dict  # corpus, window, stride, scored tokens: how perplexity was measured
     quantizer: dict  # method, options, group size, symmetric, scale dtype; what is counted
-    environment: dict  # versions, device, seeds; wall seconds and peak memory over all sessions of the run
+    environment: dict  # versions, device, seeds; what it took is in run.json, since it differs from run to run
     scores: dict[str, tuple[float, ...]]  # metric -> value per block, canonical direction: larger deserves more bits
     rows: tuple[Row, ...]
     conclusion: str  # one sentence, computed from the rows
     format: int = FORMAT
 
     def write(self, path: Path) -> None:
-        from lq.atomic import write_text
-
-        write_text(path, json.dumps(dataclasses.asdict(self), indent=1))
+        write_text(path, json.dumps(sealed(dataclasses.asdict(self)), indent=1))
 
     @classmethod
     def read(cls, path: Path) -> "Results":
-        """Raises UserError when `path` is no results file of this format."""
+        """Raises UserError when `path` is no results file of this format, or a damaged one."""
         try:
-            results = _from_json(cls, Path(path).read_bytes())
+            data = unsealed(json.loads(Path(path).read_bytes()))
+            found = data.get("format") if isinstance(data, dict) else None
+            if type(found) is int and found != FORMAT:
+                raise UserError(f"{path}: results format {found}, this lq reads {FORMAT}; run the experiment again")
+            return _from_json(cls, json.dumps(data))
         except FileNotFoundError:
             raise UserError(f"{path}: no such file; run `lq run` first, then `lq report` on its directory") from None
+        except UserError:
+            raise
         except ValueError as error:
             raise UserError(
                 f"{path}: not a results file of this version of lq ({error}); run the experiment again"
             ) from None
-        if results.format != FORMAT:
-            raise UserError(
-                f"{path}: results format {results.format}, this lq reads {FORMAT}; run the experiment again"
-            )
-        return results
 
 
 @functools.cache

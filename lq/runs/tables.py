@@ -9,7 +9,7 @@ from itertools import zip_longest
 from lq.runs.results import Results, Row
 from lq.runs.summary import NONE, Line, format_bytes, format_number, original, sections
 
-EXPENDABLE = ("seconds", "disk MB", "device MB", "ratio", "top-1 %")  # columns a narrow terminal does without
+EXPENDABLE = ("disk MB", "device MB", "ratio", "top-1 %")  # columns a narrow terminal does without
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,11 +78,6 @@ COLUMNS = (
         meaning="parameters on the device, 10⁶ bytes",
         show=_mean("bytes_on_device", format_bytes),
         exact=_bytes("bytes_on_device"),
-    ),
-    Column(
-        heading="seconds",
-        meaning="wall time of quantizing and evaluating",
-        show=_mean("seconds", _fixed(1)),
     ),
 )
 

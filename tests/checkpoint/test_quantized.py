@@ -18,12 +18,14 @@ from lq.checkpoint.layout import leaf_bytes
 from lq.checkpoint.quantized import measured_bits_per_weight
 from lq.errors import UserError
 from lq.importance import score
+from lq.lock import held
 from lq.models.decoder import Decoder
 from lq.models.loading import open_checkpoint
 from lq.models.source import InMemory
 from lq.numerics.qtensor import QTensor
 from lq.numerics.spec import QuantSpec
 from lq.quantizers import PlannedSource, Recipe
+from lq.sealed import sealed, unsealed
 
 RECIPE = Recipe()
 RECORD = {"method": "rtn", "options": {}}
@@ -218,7 +220,7 @@ def test_a_write_killed_after_the_manifest_is_finished(source, written, interrup
 
 @pytest.mark.parametrize("shards", [3, None, [], {"embed": 3}, {"embed": {"bytes": 1}}])
 def test_a_damaged_record_of_an_interrupted_write_is_one_line(source, written, interrupted, shards):
-    record = json.loads((interrupted / "shards.json").read_text())
+    record = unsealed(json.loads((interrupted / "shards.json").read_text()))
     (interrupted / "shards.json").write_text(json.dumps({**record, "shards": shards}))
     with pytest.raises(UserError, match=r"^[^\n]*shards\.json: damaged; remove [^\n]*$"):
         write(source, written[1], interrupted, resume=True)
@@ -401,7 +403,7 @@ def test_damage_is_found_when_opening(copy):
 
 def test_a_shard_of_another_plan_is_refused(source, copy, tmp_path):
     write(source, plan_for(source, bpw=4.1, bits=(2, 4)), tmp_path / "other")
-    manifest = json.loads((copy / "lq.json").read_text())
+    manifest = unsealed(json.loads((copy / "lq.json").read_text()))
     other = json.loads((tmp_path / "other" / "lq.json").read_text())
     part = next(p for p in manifest["shards"] if manifest["shards"][p]["bytes"] != other["shards"][p]["bytes"])
     shutil.copyfile(tmp_path / "other" / f"{part}.safetensors", copy / f"{part}.safetensors")
@@ -444,14 +446,14 @@ def replace(tree, keys, value):
 
 @pytest.mark.parametrize(("where", "value"), [(w, v) for w, values in WRONG_ENTRIES.items() for v in values])
 def test_a_wrong_entry_in_the_manifest_is_one_line(copy, where, value):
-    manifest = json.loads((copy / "lq.json").read_text())
+    manifest = unsealed(json.loads((copy / "lq.json").read_text()))
     (copy / "lq.json").write_text(json.dumps(replace(manifest, where.split(), value)))
     with pytest.raises(UserError, match=r"^[^\n]*lq\.json: damaged [^\n]*; quantize again$"):
         open_quantized(copy)
 
 
 def test_a_later_format_is_refused(copy):
-    manifest = json.loads((copy / "lq.json").read_text())
+    manifest = unsealed(json.loads((copy / "lq.json").read_text()))
     (copy / "lq.json").write_text(json.dumps({**manifest, "format": 99}))
     with pytest.raises(UserError, match="format 99, this lq reads 1"):
         open_quantized(copy)
@@ -460,5 +462,44 @@ def test_a_later_format_is_refused(copy):
 def test_a_config_of_another_model_is_refused(copy):
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2}))
+    with pytest.raises(UserError, match=r"config\.json: not as it was when it was quantized; copy it again"):
+        open_quantized(copy)
+    manifest = unsealed(json.loads((copy / "lq.json").read_text()))
+    del manifest["files"]
+    (copy / "lq.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match=r"config\.json: of another model than lq\.json"):
         open_quantized(copy)
+
+
+def test_a_bit_that_changed_in_the_manifest_is_found(copy):
+    data = bytearray((copy / "lq.json").read_bytes())
+    data[data.index(b'"scale_dtype":"') + 20] ^= 1
+    (copy / "lq.json").write_bytes(data)
+    with pytest.raises(UserError, match=r"lq\.json: damaged .*its checksum does not match"):
+        open_quantized(copy)
+
+
+def test_a_lost_tokenizer_is_found(copy):
+    name = next(
+        file.name for file in copy.iterdir() if file.suffix == ".json" and file.name not in ("lq.json", "config.json")
+    )
+    (copy / name).unlink()
+    with pytest.raises(UserError, match=rf"{name}: not as it was when it was quantized"):
+        open_quantized(copy)
+
+
+def test_an_interrupted_write_by_other_code_is_refused(source, written, interrupted):
+    record = unsealed(json.loads((interrupted / "shards.json").read_text()))
+    record["identity"]["code"]["lq"] = "0.0.9, sources 0123456789ab"
+    (interrupted / "shards.json").write_text(json.dumps(sealed(record)))
+    with pytest.raises(
+        UserError, match=r"an interrupted write of another code\.lq \(0\.0\.9, sources 0123456789ab there"
+    ):
+        write(source, written[1], interrupted, resume=True)
+
+
+def test_one_process_writes(source, written, tmp_path):
+    out = tmp_path / "q"
+    with held(out), pytest.raises(UserError, match=r"q: process \d+ on .* writes to it; wait for that to end"):
+        write(source, written[1], out)
+    assert not out.exists()

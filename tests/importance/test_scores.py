@@ -22,6 +22,7 @@ from lq.models.decoder import apply_block, embed
 from lq.models.matrices import matrices
 from lq.models.source import InMemory
 from lq.numerics.spec import QuantSpec
+from lq.sealed import unsealed
 
 pytestmark = pytest.mark.once
 
@@ -242,7 +243,7 @@ def test_other_files_are_no_scores(tmp_path, text):
 def test_a_damaged_shape_is_one_line(source, tmp_path, shape):
     file = tmp_path / "zd.json"
     score(source, "first_last").write(file)
-    data = json.loads(file.read_text())
+    data = unsealed(json.loads(file.read_text()))
     data["shapes"]["block_1/mlp/up_proj"] = shape
     file.write_text(json.dumps(data))
     with pytest.raises(UserError, match=r"^[^\n]*zd\.json: not a scores file \(shapes: block_1/mlp/up_proj: [^\n]*$"):
@@ -252,7 +253,7 @@ def test_a_damaged_shape_is_one_line(source, tmp_path, shape):
 def test_damaged_other_weights_are_one_line(source, tmp_path):
     file = tmp_path / "zd.json"
     score(source, "first_last").write(file)
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"other_weights": "many"}))
+    file.write_text(json.dumps(unsealed(json.loads(file.read_text())) | {"other_weights": "many"}))
     with pytest.raises(UserError, match=r"not a scores file \(other_weights: 'many' is no whole number\)"):
         Scores.read(file)
 

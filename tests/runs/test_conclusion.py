@@ -20,7 +20,6 @@ def row(order, perplexity, seed=None, budget=3.0):
         bytes_on_disk=None,
         bytes_on_device=1,
         perplexity=perplexity,
-        seconds=0,
     )
 
 

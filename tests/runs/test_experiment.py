@@ -4,19 +4,28 @@ import csv
 import dataclasses
 import json
 import math
+import os
+import re
+import shutil
 import time
 
 import jax.numpy as jnp
 import pytest
 from small_models import llama_config, random_params, write_directory
 
+from lq.checkpoint import write as writing
+from lq.checkpoint.layout import to_tensors
 from lq.errors import UserError
 from lq.importance import score
+from lq.lock import held
 from lq.models.matrices import parameter_count
 from lq.progress import Progress
+from lq.runs import journal as journal_module
 from lq.runs.config import Experiment, dump_experiment, load_experiment
 from lq.runs.experiment import Run, run_experiment
+from lq.runs.journal import Journal
 from lq.runs.results import Results, Row
+from lq.sealed import sealed, unsealed
 
 pytestmark = pytest.mark.once
 
@@ -37,6 +46,10 @@ def experiment_for(small_model, text_file, out, **changes):
         "moves": {"high": 4, "low": 2, "orders": ["lim"]},
     }
     return Experiment.model_validate({**config, **changes})
+
+
+def contents(directory):
+    return {str(file.relative_to(directory)): file.read_bytes() for file in directory.rglob("*") if file.is_file()}
 
 
 def copy_run(source, target):
@@ -120,13 +133,20 @@ def test_another_config_or_model_is_refused(finished, small_model, text_file):
     other = experiment_for(small_model, text_file, out, quantization={"group_size": 32})
     with pytest.raises(UserError, match="a run of another config"):
         run_experiment(other, resume=True)
-    record = json.loads((out / "run.json").read_text())
-    (out / "run.json").write_text(json.dumps({**record, "model": "other"}))
+    whole = (out / "run.json").read_bytes()
+    record = unsealed(json.loads(whole))
+    code = {**record["code"], "lq": "0.0.9, sources 0123456789ab"}
     try:
-        with pytest.raises(UserError, match="a run of another model"):
-            run_experiment(finished[1], resume=True)
+        for change, message in (
+            ({"model": "other"}, "a run of another model; give another output or remove it"),
+            ({"code": code}, "a run of other code (lq (0.0.9, sources 0123456789ab there, "),
+            ({"code": None}, "a run of other code (lq (nothing there, "),
+        ):
+            (out / "run.json").write_text(json.dumps(sealed({**record, **change})))
+            with pytest.raises(UserError, match=re.escape(message)):
+                run_experiment(finished[1], resume=True)
     finally:
-        (out / "run.json").write_text(json.dumps(record))
+        (out / "run.json").write_bytes(whole)
 
 
 def test_a_foreign_directory_is_refused(small_model, text_file, tmp_path):
@@ -144,7 +164,9 @@ def test_a_killed_run_resumes_to_the_same_numbers(finished, small_model, text_fi
     resumed = run_experiment(experiment, resume=True)
     assert [row.name for row in resumed.rows] == [row.name for row in results.rows]
     assert [row.perplexity for row in resumed.rows] == [row.perplexity for row in results.rows]
-    assert [row.seconds for row in resumed.rows[:5]] == [row.seconds for row in results.rows[:5]]
+    assert {file: data for file, data in contents(tmp_path / "r").items() if file != "run.json"} == {
+        file: data for file, data in contents(out).items() if file != "run.json"
+    } | {"config.yaml": (tmp_path / "r" / "config.yaml").read_bytes()}
 
 
 @pytest.fixture
@@ -168,8 +190,8 @@ DAMAGED = [b'{"name": "unif', b"{}", b"[]", b"null", b'"text"', b"\xff\x00", b'{
 def with_wrong_types(line):
     """The row of a line, with a value of another type in each of its fields that the report computes with."""
     wrong = {"perplexity": ["12", None, True], "bpw": ["4", None], "kl": ["0"], "bits_per_block": [None, ["4"], 4.0]}
-    wrong |= {"seconds": [[]], "bytes_on_device": [1.5], "group": ["others"], "seed": ["0"], "name": [3], "more": [0]}
-    row = json.loads(line)
+    wrong |= {"bytes_on_device": [1.5], "group": ["others"], "seed": ["0"], "name": [3], "more": [0]}
+    row = unsealed(json.loads(line))
     return [json.dumps({**row, field: value}).encode() for field, values in wrong.items() for value in values]
 
 
@@ -183,7 +205,7 @@ def test_a_row_of_wrong_types_is_measured_again(finished, measured_again, small_
 
 
 def test_a_results_file_of_wrong_types_is_one_line(finished, tmp_path):
-    data = json.loads((finished[0] / "results.json").read_text())
+    data = unsealed(json.loads((finished[0] / "results.json").read_text()))
     for row in with_wrong_types(json.dumps(data["rows"][1])):
         (tmp_path / "results.json").write_text(json.dumps({**data, "rows": [data["rows"][0], json.loads(row)]}))
         with pytest.raises(UserError) as error:
@@ -195,7 +217,7 @@ def test_a_results_file_of_wrong_types_is_one_line(finished, tmp_path):
 
 
 def test_rows_that_are_no_numbers_read_back(finished, tmp_path):
-    row = dataclasses.replace(finished[2].rows[1], perplexity=math.inf, kl=-math.inf, seconds=4)
+    row = dataclasses.replace(finished[2].rows[1], perplexity=math.inf, kl=-math.inf)
     dataclasses.replace(finished[2], rows=(row,)).write(tmp_path / "results.json")
     assert Results.read(tmp_path / "results.json").rows == (row,)
     nan = dataclasses.replace(row, perplexity=math.nan)
@@ -227,14 +249,16 @@ def test_a_damaged_record_is_one_line(finished, small_model, text_file, tmp_path
 def test_time_and_memory_are_those_of_all_sessions(finished, measured_again, small_model, text_file, tmp_path):
     out = tmp_path / "r"
     copy_run(finished[0], out)
-    record = json.loads((out / "run.json").read_text())
-    assert 0 < record["seconds"] == pytest.approx(finished[2].environment["wall_seconds"], abs=5)
+    record = unsealed(json.loads((out / "run.json").read_text()))
+    assert 0 < sum(record["row_seconds"].values()) < record["seconds"]
+    assert record["row_seconds"].keys() == {row.name for row in finished[2].rows}
     (out / "run.json").write_text(json.dumps({**record, "seconds": 5000.0, "peak_memory_bytes": 10**15}))
-    resumed = run_experiment(experiment_for(small_model, text_file, out), resume=True)
-    assert 5000 < resumed.environment["wall_seconds"] < 6000
-    assert resumed.environment["peak_memory_bytes"] == 10**15
-    again = run_experiment(experiment_for(small_model, text_file, out), overwrite=True)
-    assert again.environment["wall_seconds"] < 1000, "measured anew, counted anew"
+    run_experiment(experiment_for(small_model, text_file, out), resume=True)
+    record = json.loads((out / "run.json").read_text())
+    assert 5000 < record["seconds"] < 6000
+    assert record["peak_memory_bytes"] == 10**15
+    run_experiment(experiment_for(small_model, text_file, out), overwrite=True)
+    assert json.loads((out / "run.json").read_text())["seconds"] < 1000, "measured anew, counted anew"
 
 
 def test_an_interrupted_session_leaves_its_time(finished, small_model, text_file, tmp_path, monkeypatch):
@@ -281,7 +305,10 @@ def test_an_order_and_its_reverse_are_scored_once(
     changes = {"calibration": {"data": str(text_file), "samples": 4, "length": 32, **calibration}, "moves": None}
     allocation = {"budgets": [3.0], "orders": orders}
     experiment = experiment_for(small_model, text_file, tmp_path / "r", allocation=allocation, **changes)
-    scores = Run(experiment, Progress(quiet=True)).scores()
+    quiet = Progress(quiet=True)
+    run = Run(experiment, quiet)
+    with Journal.opened(run.directory, run.identity(), resume=False, overwrite=False, progress=quiet) as journal:
+        scores = run.scores(journal)
     assert [options for metric, options in scored if metric == "lim"] == [{"batch_size": batch_size}]
     assert all(options == {} for metric, options in scored if metric == "zd")
     assert scores["reverse lim", None].ranking() == scores["lim", None].ranking()[::-1]
@@ -365,3 +392,105 @@ def test_a_note_that_holds_for_every_candidate_is_shown_once(small_model, text_f
     assert len(results.rows) == 3
     assert results.quantizer["propagate"] is False
     assert capsys.readouterr().err.count("gptq: every block is calibrated on the original's states") == 1
+
+
+class Killed(BaseException):
+    """What no one catches."""
+
+
+@pytest.fixture(scope="module")
+def calibrated(small_model, text_file, tmp_path_factory):
+    """A run of a calibrated quantizer that writes every model block by block, as it does with large ones."""
+    changes = {"quantization": {"method": "gptq", "group_size": 64}, "moves": None}
+    changes |= {"allocation": {"bits": [2, 4], "budgets": [3.0], "orders": ["lim"]}}
+    changes |= {"baselines": {"uniform": [3], "finer_groups": False}}
+    out = tmp_path_factory.mktemp("calibrated") / "r"
+    experiment = experiment_for(small_model, text_file, out, **changes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lq.runs.experiment.CACHE_LIMIT", 0)
+        run_experiment(experiment)
+    return experiment, contents(out)
+
+
+def test_a_large_model_is_written_while_it_is_measured_and_is_the_same(calibrated, small_model, text_file, tmp_path):
+    experiment, written = calibrated
+    assert not any(name.startswith("unfinished") for name in written)
+    kept = experiment.model_copy(update={"output": str(tmp_path / "r")})
+    run_experiment(kept)
+    expected = {name: data for name, data in written.items() if name not in ("run.json", "config.yaml")}
+    assert {name: data for name, data in contents(tmp_path / "r").items() if name in expected} == expected
+
+
+@pytest.mark.parametrize("moment", ["block_1.safetensors", "lq.json", "rows.jsonl"])
+def test_a_large_model_goes_on_at_the_block_where_it_was(calibrated, tmp_path, monkeypatch, moment):
+    experiment, written = calibrated
+    experiment = experiment.model_copy(update={"output": str(tmp_path / "r")})
+    monkeypatch.setattr("lq.runs.experiment.CACHE_LIMIT", 0)
+
+    def killed_before(function):
+        def write(path, *args):
+            if path.name == moment and (moment != "rows.jsonl" or (path.parent / "unfinished").exists()):
+                raise Killed
+            return function(path, *args)
+
+        return write
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lq.checkpoint.write.write_file", killed_before(writing.write_file))
+        patch.setattr("lq.checkpoint.write.write_text", killed_before(writing.write_text))
+        patch.setattr("lq.runs.journal._append", killed_before(journal_module._append))
+        with pytest.raises(Killed):
+            run_experiment(experiment)
+    (unfinished,) = (tmp_path / "r" / "unfinished").iterdir()
+    assert (unfinished / "block_0.safetensors").exists()
+    parts = []
+    with monkeypatch.context() as patch:
+        patch.setattr("lq.checkpoint.write.to_tensors", lambda params: parts.append(1) or to_tensors(params))
+        run_experiment(experiment, resume=True)
+    whole = 5  # embedding, three blocks, head
+    assert len(parts) == {"block_1.safetensors": whole - 2, "lq.json": 0, "rows.jsonl": 0}[moment] + whole
+    found = contents(tmp_path / "r")
+    assert found.keys() == written.keys()
+    assert all(found[name] == data for name, data in written.items() if name not in ("run.json", "config.yaml"))
+
+
+def test_a_bit_that_changed_is_found_and_what_it_was_in_is_made_again(
+    finished, small_model, text_file, tmp_path, capsys
+):
+    """In every file of a run that is read again, at its end and in its middle."""
+    whole = contents(finished[0])
+    read_again = ["scores/lim.json", "plans/lim_@_3.json", "rows.jsonl"]
+    for name in read_again:
+        out = tmp_path / name.replace("/", "-")
+        shutil.copytree(finished[0], out)
+        experiment = experiment_for(small_model, text_file, out)
+        data = bytearray(whole[name])
+        digit = next(i for i in range(len(data) // 2, len(data)) if chr(data[i]) in "0246")
+        data[digit] ^= 1
+        (out / name).write_bytes(data)
+        run_experiment(experiment, resume=True, progress=Progress())
+        said = capsys.readouterr().err
+        assert name in said
+        assert "checksum does not match" in said or "1 damaged line left out" in said
+        found = contents(out)
+        assert all(found[n] == d for n, d in whole.items() if n not in ("run.json", "config.yaml"))
+    data = bytearray(whole["run.json"])
+    data[data.index(b'"seconds"') + 12] ^= 1
+    (out / "run.json").write_bytes(data)
+    with pytest.raises(UserError, match=r"run\.json: damaged; remove"):
+        run_experiment(experiment, resume=True)
+    data = bytearray(whole["results.json"])
+    data[data.index(b'"perplexity"') + 15] ^= 1
+    (out / "results.json").write_bytes(data)
+    with pytest.raises(UserError, match="checksum does not match"):
+        Results.read(out / "results.json")
+
+
+def test_two_runs_cannot_share_a_directory(small_model, text_file, tmp_path):
+    experiment = experiment_for(small_model, text_file, tmp_path / "r")
+    with (
+        held(tmp_path / "r"),
+        pytest.raises(UserError, match=rf"r: process {os.getpid()} on .* writes to it; wait for"),
+    ):
+        run_experiment(experiment)
+    assert not (tmp_path / "r").exists()
