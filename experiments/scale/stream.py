@@ -4,11 +4,13 @@
 
 For each number of blocks a checkpoint of bfloat16 shards is made and deleted again (half a gigabyte a block, and two
 for embedding and head); in between it is scored (LIM, ZD), widths are assigned, and it is quantized by rounding to
-nearest and by GPTQ, each by the command, in a process whose greatest resident memory the system reports.
+nearest and by GPTQ, each by the command, in a process whose greatest resident memory the system reports. CPU seconds are
+those of all its threads, which other work on the machine changes less than it does wall time.
 """
 
 import argparse
 import json
+import multiprocessing
 import os
 import resource
 import shutil
@@ -16,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,14 +70,27 @@ def stages(model: Path, out: Path) -> Iterator[tuple[str, list[str]]]:
 
 
 def measured(arguments: Sequence[str]) -> dict[str, float]:
-    """Seconds, and gigabytes of resident memory at most, of one command."""
+    """Seconds, CPU seconds, and gigabytes of resident memory at most, of one command.
+
+    The system counts what a process had before it became another, so this one must stay small.
+    """
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     started = time.perf_counter()
     process = subprocess.Popen([sys.executable, "-m", "lq", *arguments], env=environment, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"stream: lq {arguments[0]} failed with {os.waitstatus_to_exitcode(status)}")
-    return {"seconds": round(time.perf_counter() - started, 1), "peak_gb": round(_bytes(usage) / 1e9, 3)}
+    seconds, cpu = time.perf_counter() - started, usage.ru_utime + usage.ru_stime
+    return {"seconds": round(seconds, 1), "cpu_seconds": round(cpu, 1), "peak_gb": round(_bytes(usage) / 1e9, 3)}
+
+
+def _apart(function: Callable[..., None], *arguments: Any) -> None:
+    """Calls it in a process of its own, whose memory is not this one's."""
+    process = multiprocessing.get_context("spawn").Process(target=function, args=arguments)
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise SystemExit(f"stream: {function.__name__} failed with {process.exitcode}")
 
 
 def _bytes(usage: resource.struct_rusage) -> int:
@@ -88,9 +103,9 @@ def table(found: list[dict[str, Any]]) -> str:
     rows = []
     for stage in found[0]["stages"]:
         peaks = [case["stages"][stage]["peak_gb"] for case in found]
-        seconds = [case["stages"][stage]["seconds"] for case in found]
+        seconds = [case["stages"][stage]["cpu_seconds"] for case in found]
         rows.append([stage, *(f"{peak:.2f}" for peak in peaks), *(f"{took:.0f}" for took in seconds)])
-    return markdown(["stage", *(f"GB, {n} blocks" for n in blocks), *(f"s, {n} blocks" for n in blocks)], rows)
+    return markdown(["stage", *(f"GB, {n} blocks" for n in blocks), *(f"CPU s, {n} blocks" for n in blocks)], rows)
 
 
 def main() -> None:
@@ -106,7 +121,7 @@ def main() -> None:
     for blocks in arguments.blocks:
         with tempfile.TemporaryDirectory(dir=arguments.place) as directory:
             model, out = Path(directory) / "model", Path(directory)
-            write_checkpoint(model, shape, blocks)
+            _apart(write_checkpoint, model, shape, blocks)
             case: dict[str, Any] = {"blocks": blocks, "stages": {}}
             for name, command in stages(model, out):
                 case["stages"][name] = measured(command)
