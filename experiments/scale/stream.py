@@ -4,8 +4,8 @@
 
 For each number of blocks a checkpoint of bfloat16 shards is made and deleted again (half a gigabyte a block, and two
 for embedding and head); in between it is scored (LIM, ZD), widths are assigned, and it is quantized by rounding to
-nearest and by GPTQ, each by the command, in a process whose greatest resident memory the system reports. CPU seconds are
-those of all its threads, which other work on the machine changes less than it does wall time.
+nearest and by GPTQ, each by the command, in a process whose greatest resident memory the system reports. CPU seconds
+are those of all its threads, which other work on the machine changes less than it does wall time.
 """
 
 import argparse

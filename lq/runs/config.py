@@ -303,6 +303,7 @@ class Experiment(Section):
     allocation: AllocationSection = AllocationSection()
     baselines: BaselineSection = BaselineSection()
     moves: MoveSection | None = None
+    save_blocks: bool | None = None  # of a model being measured; when null of calibrated ones too large to be kept
     _file: str = PrivateAttr("")
 
     @property

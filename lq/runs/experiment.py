@@ -235,11 +235,12 @@ class Run:
     def _quantized(self, name: str, plan: Plan) -> tuple[ParameterSource, Plan]:
         """The model packed by `plan`, and the plan as it is true of it.
 
-        One that is too large to be kept and is calibrated, which takes long, is written block by block, so that an
-        interruption costs a block and not all of it.
+        With `save_blocks` it is written block by block, so that an interruption costs a block and not all of it.
         """
-        batch_size = self.experiment.calibration.batch_size
-        if self.packed is not None or not self.pipeline.recipe.calibrated:
+        batch_size, save = self.experiment.calibration.batch_size, self.experiment.save_blocks
+        if save is None:
+            save = self.packed is None and self.pipeline.recipe.calibrated
+        if not save:
             return self.pipeline.quantized(
                 self.source, plan, self.calibration, batch_size=batch_size, cache=self.packed, note=self._note_once
             )
