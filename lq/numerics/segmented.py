@@ -139,10 +139,11 @@ def is_packed(leaf) -> TypeGuard[Packed]:
     return isinstance(leaf, Packed)
 
 
-def abstract_packed(spec: QuantSpec, shape: tuple[int, ...]) -> Packed:
+def abstract_packed(spec: QuantSpec, shape: tuple[int, ...], widths: Sequence[int] | None = None) -> Packed:
     """A packed weight of `jax.ShapeDtypeStruct`s: what its arrays are, and none of them.
 
-    Runs that are mixed have equal widths here, and in all as many bytes as of any.
+    Runs that are mixed have the `widths`, a width for each, or when None those of the spec; where it leaves them to the
+    weights, equal ones, which have as many bytes in all.
     """
 
     def side(K: int, dtype: Any) -> Array:
@@ -159,7 +160,8 @@ def abstract_packed(spec: QuantSpec, shape: tuple[int, ...]) -> Packed:
             residual: Any = tuple(_zeros_like(factor) for factor in factors) or None
             plain = dataclasses.replace(spec, mixed=False, by_energy=False)
             return QTensor.from_codes(*arrays(K), plain, residual)
-        runs = runs_of(spec.widths or (spec.bits,) * (K // run_channels(spec, K)), run_channels(spec, K))
+        equal = (spec.bits,) * (K // run_channels(spec, K))
+        runs = runs_of(widths or spec.widths or equal, run_channels(spec, K))
         segments = [(bits, *arrays(stop - first)) for bits, first, stop in runs]
         return SegmentedQTensor.from_segments(jnp.arange(K), segments, spec, shape)
 

@@ -10,5 +10,6 @@ Where arrays lie says `lq.models.layout`; how products are made of the pieces, `
 from lq.models.layout import place, shardings
 from lq.parallel.mesh import make_mesh, mesh_shape, use
 from lq.parallel.rules import AXES, RULES
+from lq.parallel.saving import restore_sharded, save_sharded
 
-__all__ = ["AXES", "RULES", "make_mesh", "mesh_shape", "place", "shardings", "use"]
+__all__ = ["AXES", "RULES", "make_mesh", "mesh_shape", "place", "restore_sharded", "save_sharded", "shardings", "use"]
