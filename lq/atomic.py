@@ -16,7 +16,7 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
     try:
         _write_beside(path, write)
     except OSError as error:
-        if not _is_temporary(error.filename, path):
+        if error.filename is not None and not _is_temporary(error.filename, path):  # what is written to has no name
             raise
         raise OSError(error.errno, error.strerror, str(path)) from None  # makes itself the subclass of the number
 

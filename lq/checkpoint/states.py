@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import safetensors.numpy
 
-from lq.atomic import write_file
+from lq.checkpoint.files import write_tensors
 from lq.quantizers.stream import Chains, QuantizedStream
 
 PATTERN = "states-*.safetensors"
@@ -50,7 +50,7 @@ def save_states(out: Path, source: QuantizedStream) -> str:
     arrays = {f"states.{i}": np.ascontiguousarray(h) for i, h in enumerate(chains.states)}
     arrays |= {f"original.{i}": np.ascontiguousarray(h) for i, h in enumerate(chains.original or [])}
     name = PATTERN.replace("*", str(chains.position))
-    write_file(out / name, lambda path: safetensors.numpy.save_file(arrays, path))
+    write_tensors(out / name, arrays)
     return name
 
 

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.numpy
 from flax.traverse_util import flatten_dict
 
 from lq.allocation.plan import DENSE_BITS, Plan
 from lq.atomic import leftovers, write_file, write_text
+from lq.checkpoint.files import write_tensors
 from lq.checkpoint.layout import FORMAT, leaf_path, shard_name, to_tensors
 from lq.checkpoint.record import WriteRecord, differences, identity_of
 from lq.checkpoint.states import PATTERN, Pace, restore_states, save_states
@@ -270,7 +270,7 @@ def _write_part(source: ParameterSource, part: str, file: Path, planned: Mapping
     _check_sizes(tensors, part, planned)
 
     def write() -> dict[str, Any]:
-        write_file(file, lambda path: safetensors.numpy.save_file(tensors, path))
+        write_tensors(file, tensors)
         return _recorded(file)
 
     return agreed(write)

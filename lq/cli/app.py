@@ -4,6 +4,7 @@ A mistake of the user's is one line on standard error and exit status 2. Anythin
 traceback (status 1). Ctrl-C exits with 130.
 """
 
+import errno
 import functools
 import os
 import shlex
@@ -18,6 +19,8 @@ from lq.errors import UserError
 # The hub library is used for configs and tokenizers alone; its advice to install torch is of no use here.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk, a quota, or the size a file may have
 
 app = typer.Typer(
     help="Layer-wise low-bit quantization of language models in JAX.",
@@ -41,16 +44,22 @@ def register(function: Callable[..., None]) -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(1) from None
         except OSError as error:  # a path of the user's that cannot be read or written
-            print(f"lq: {error.filename or error}: {error.strerror or 'cannot be used'}", file=sys.stderr)
+            hint = f"; make room{_go_on(function, ', then')}" if error.errno in FULL else ""
+            print(f"lq: {error.filename or error}: {error.strerror or 'cannot be used'}{hint}", file=sys.stderr)
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
-            again = shlex.join(["lq", *sys.argv[1:]])
-            resumable = function.__name__ in ("run", "quantize") and "--resume" not in sys.argv
-            hint = f"; go on with: {again} --resume" if resumable else ""
-            print(f"\nlq: interrupted{hint}", file=sys.stderr)
+            print(f"\nlq: interrupted{_go_on(function, ';')}", file=sys.stderr)
             raise typer.Exit(130) from None
 
     app.command(name=function.__name__.rstrip("_").replace("_", "-"))(run)
+
+
+def _go_on(function: Callable[..., None], after: str) -> str:
+    """How to go on with a verb that was cut short, where it keeps what it did."""
+    if function.__name__ not in ("run", "quantize"):
+        return ""
+    again = shlex.join(["lq", *sys.argv[1:], *(["--resume"] if "--resume" not in sys.argv else [])])
+    return f"{after} go on with: {again}"
 
 
 def main() -> None:

@@ -23,6 +23,7 @@ from lq.pipeline import Pipeline
 pytestmark = pytest.mark.once
 
 WINDOWS = Windows(np.random.default_rng(0).integers(0, 4096, (4, 32), np.int32), "random", "random tokens")
+WRITERS = ("write_file", "write_tensors", "write_text")
 FEW = {"steps": 3, "batch_size": 2}
 
 
@@ -52,16 +53,16 @@ def test_killed_at_any_file(small_model, tmp_path, monkeypatch, method):
     assert measured.keys() == checkpoint.plan.specs.keys()
     assert all(0 < errors[name] <= 1 for errors in measured.values())
     assert not any(name.startswith(("states", "shards")) for name in whole)
-    for name in ("write_file", "write_text"):
+    for name in WRITERS:
         monkeypatch.setattr(writing, name, _counted(getattr(writing, name), made, None))
-    monkeypatch.setattr(states, "write_file", _counted(states.write_file, made, None))
+    monkeypatch.setattr(states, "write_tensors", _counted(states.write_tensors, made, None))
     write(small_model.path, tmp_path / "counted", method)
     moments = range(2, len(made), 3)  # the embedding's record, a shard, states, a record, ... the manifest
     monkeypatch.undo()
     for moment in moments:
         out, seen = tmp_path / f"killed-{moment}", []
         with monkeypatch.context() as patch:
-            for module, name in [(writing, "write_file"), (writing, "write_text"), (states, "write_file")]:
+            for module, name in [*((writing, name) for name in WRITERS), (states, "write_tensors")]:
                 patch.setattr(module, name, _counted(getattr(module, name), seen, moment))
             with pytest.raises(KeyboardInterrupt):
                 write(small_model.path, out, method)

@@ -436,7 +436,7 @@ def test_a_large_model_goes_on_at_the_block_where_it_was(calibrated, tmp_path, m
         return write
 
     with monkeypatch.context() as patch:
-        patch.setattr("lq.checkpoint.write.write_file", killed_before(writing.write_file))
+        patch.setattr("lq.checkpoint.write.write_tensors", killed_before(writing.write_tensors))
         patch.setattr("lq.checkpoint.write.write_text", killed_before(writing.write_text))
         patch.setattr("lq.runs.journal._append", killed_before(journal_module._append))
         with pytest.raises(Killed):
