@@ -1,11 +1,20 @@
 """What several processes that are one run do together: one of them writes, and all know what it found."""
 
+import os
 import pickle
+import re
 import sys
+import time
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from lq.errors import UserError
+
+# What the libraries of collectives say when a process they exchange with is not there any more.
+GONE = re.compile(
+    "gloo|unavailable|deadline.exceeded|connection (closed|reset|refused)|heartbeat|preempt", re.IGNORECASE
+)
+GRACE = 2.0  # seconds for which the first process, whose end stops the others, lets them say why they end
 
 Found = TypeVar("Found")
 
@@ -35,6 +44,22 @@ def agreed(function: Callable[[], Found]) -> Found:
     if refused is not None:
         raise refused
     return found
+
+
+def another_is_gone(error: BaseException) -> bool:
+    """Whether this is what is raised in a process when another of the same run has ended."""
+    return (
+        several() and type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError") and bool(GONE.search(str(error)))
+    )
+
+
+def leave(status: int) -> NoReturn:
+    """Ends this process at once. Python's own way waits for all others, which may wait for this one."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if is_first():
+        time.sleep(GRACE)
+    os._exit(status)
 
 
 def _from_first(data: bytes) -> bytes:

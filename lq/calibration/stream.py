@@ -118,5 +118,5 @@ def stream(
         for i, batch in enumerate(rows):
             out, value = _step(config, kind, params, rows_apart(batch), rows_apart(hidden[i]), measure)
             hidden[i] = to_host(out)
-            measured.append(value)
+            measured.append(jax.tree.map(to_host, value))
         yield index, measured, hidden

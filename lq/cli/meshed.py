@@ -10,6 +10,8 @@ import typer
 
 from lq.errors import UserError
 
+HEARTBEAT = 30  # seconds after which a process that says nothing counts as ended, and the others end too
+
 OPTIONS = {
     "mesh": Annotated[
         str | None,
@@ -65,9 +67,9 @@ def _join(distributed: str) -> None:
     import jax
 
     if distributed == "auto":
-        jax.distributed.initialize()
+        jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT)
         return
     address, *numbers = distributed.split(",")
     if len(numbers) != 2 or not all(number.isdecimal() for number in numbers) or int(numbers[0]) >= int(numbers[1]):
         raise UserError(f"--distributed {distributed}: write HOST:PORT,NUMBER,COUNT such as host0:8476,0,4, or auto")
-    jax.distributed.initialize(address, int(numbers[1]), int(numbers[0]))
+    jax.distributed.initialize(address, int(numbers[1]), int(numbers[0]), heartbeat_timeout_seconds=HEARTBEAT)

@@ -39,6 +39,7 @@ from lq.models.context import context_for
 from lq.models.matrices import block_matrices
 from lq.models.source import ParameterSource, Params
 from lq.numerics.segmented import is_packed
+from lq.numerics.sharded import to_host
 
 Kernels = dict[str, Array]  # the matrices of a block, or something of their shapes, by path within the block
 
@@ -143,7 +144,7 @@ class Backward:
                     *(self.config, self.config.kinds[index], reduce),
                     *(kernels, rest, given, row, self.inputs[i], cotangents[i]),
                 )
-                cotangents[i] = np.asarray(pulled)
+                cotangents[i] = to_host(pulled)
                 found.append(reduced)
             blocks.append(jax.tree.map(_rows, *found))
         draws = len(self._seeds)
@@ -173,8 +174,8 @@ class Backward:
         losses, cotangents = [], []
         for text, h in zip(self._text, hidden, strict=True):
             loss, gradient = _pull_head(self.config, self._loss, self._head, self._seeds, text, h)
-            losses.append(np.asarray(loss, np.float64))
-            cotangents.append(np.asarray(gradient))
+            losses.append(to_host(loss).astype(np.float64))
+            cotangents.append(to_host(gradient))
         return np.concatenate(losses), cotangents
 
 

@@ -45,6 +45,7 @@ from lq.models.context import context_for
 from lq.models.decoder import apply_block, embed
 from lq.models.matrices import matrices
 from lq.models.source import ParameterSource, Params
+from lq.numerics.sharded import to_host
 
 PASSES = {"nll": 6, "kl": 7}  # of a probe, in forward passes: twice a gradient's three; and one of the original
 
@@ -75,7 +76,7 @@ def hessian_trace(source: ParameterSource, windows: Windows, options: HessianTra
     for index in range(source.config.num_blocks):
         for path, squared in _squared_errors(perturbations.errors(index)).items():
             path = f"block_{index}/{path}"
-            losses[path] = 0.5 * found[path] / math.prod(sizes[path]) * np.asarray(squared, np.float64)
+            losses[path] = 0.5 * found[path] / math.prod(sizes[path]) * to_host(squared).astype(np.float64)
     return scores_from(units_of(source.config, options.unit), options.specs, losses) | {
         "passes": float(PASSES[options.loss] * options.probes),
         "extra": {
@@ -109,7 +110,7 @@ def traces(
         signs = random_signs(jax.random.fold_in(jax.random.key(seed), probe), kernels)
         for batch in text:
             for path, found in _curvatures(config, loss, kernels, rest, signs, batch).items():
-                totals[path][probe] += np.asarray(found, np.float64).sum()
+                totals[path][probe] += to_host(found).astype(np.float64).sum()
     tokens = sum(int(batch.scored.sum()) for batch in text)
     return {path: total / tokens for path, total in totals.items()}
 

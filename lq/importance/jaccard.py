@@ -28,6 +28,7 @@ from lq.importance.similarity import StreamOptions
 from lq.models.config import ModelConfig
 from lq.models.decoder import head
 from lq.models.source import ParameterSource, Params
+from lq.numerics.sharded import to_host
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,7 +56,7 @@ def jaccard(source: ParameterSource, windows: Windows, options: JaccardOptions) 
     values = {}
     for index, _, hidden in stream(source, windows.tokens, batch_size=options.batch_size):
         after = named(hidden)
-        shared = np.concatenate([np.asarray(shared_tokens(a, b)) for a, b in zip(before, after, strict=True)])
+        shared = np.concatenate([to_host(shared_tokens(a, b)) for a, b in zip(before, after, strict=True)])
         values[f"block_{index}"] = 1.0 - float((shared / (2.0 * options.k - shared)).mean())
         before = after
     return {"values": values}

@@ -38,6 +38,7 @@ from lq.importance.weights import with_weights
 from lq.models.config import BlockKind, ModelConfig
 from lq.models.context import context_for
 from lq.models.source import ParameterSource, Params
+from lq.numerics.sharded import to_host
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -123,4 +124,4 @@ def squared_distance(a: Float[Array, "... N"], b: Float[Array, "... N"] | float)
 
 
 def _summed(of_tokens: Array) -> float:
-    return float(np.asarray(of_tokens, np.float64).sum())
+    return float(to_host(of_tokens).astype(np.float64).sum())

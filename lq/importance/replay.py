@@ -21,6 +21,7 @@ from lq.calibration.stream import batches, embed_batches, through_block
 from lq.errors import UserError
 from lq.evaluation.evaluate import head_params_of, scored_targets, window_sums
 from lq.models.source import ParameterSource, Params
+from lq.numerics.sharded import to_host
 
 States = list[np.ndarray]  # hidden states of all windows, one array [B, S, D] a batch
 
@@ -85,7 +86,7 @@ class Replay:
         for i, mask in enumerate(batches(scored, self._batch_size)):
             original = None if originals is None else (self.head_params, originals[i])
             sums = window_sums(self.config, self.config, self.head_params, self._rows[i], mask, final[i], original)
-            total += np.asarray(sums, np.float64)[:, column].sum()
+            total += to_host(sums).astype(np.float64)[:, column].sum()
         return float(total / scored.sum())
 
     def _embedded(self) -> States:

@@ -30,6 +30,7 @@ from lq.errors import UserError
 from lq.models.config import BlockKind, ModelConfig
 from lq.models.context import context_for
 from lq.models.source import ParameterSource, Params
+from lq.numerics.sharded import rows_apart, to_host
 
 TINY = 1e-30  # added to a product of norms: a zero vector has cosine 0 with everything
 
@@ -80,9 +81,9 @@ def _changes(source: ParameterSource, windows: Windows, batch_size: int) -> Iter
     for index, kind in enumerate(source.config.kinds):
         params, measured = source.block(index, jnp.float32), []
         for i, tokens in enumerate(rows):
-            out, found = changes(source.config, kind, params, hidden[i], tokens)
-            hidden[i] = np.asarray(out)
-            measured.append(found)
+            out, found = changes(source.config, kind, params, rows_apart(hidden[i]), rows_apart(tokens))
+            hidden[i] = to_host(out)
+            measured.append(jax.tree.map(to_host, found))
         yield index, kind, {key: np.concatenate([m[key] for m in measured]).astype(np.float64) for key in measured[0]}
 
 

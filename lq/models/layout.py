@@ -51,5 +51,10 @@ def place(config: ModelConfig, params: Params) -> Params:
     return jax.device_put(params, shardings(config, params))
 
 
+def place_part(config: ModelConfig, part: str, params: Params) -> Params:
+    """The parameters of one part, packed or not, on the mesh in force; as they are without one."""
+    return params if active_mesh() is None else place(config, {part: params})[part]
+
+
 def _name(path) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")

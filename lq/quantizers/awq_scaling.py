@@ -36,6 +36,7 @@ from lq.models.layers import MLP, Attention, MixtureOfExperts
 from lq.models.matrices import block_matrices
 from lq.models.source import Params
 from lq.numerics.matmul import expert_matmul, matmul
+from lq.numerics.sharded import to_host
 from lq.numerics.spec import QuantSpec
 from lq.quantizers.awq import ScalingOptions
 from lq.quantizers.channel_lines import Line, fold, in_float32, leaf_at, with_leaf
@@ -107,7 +108,7 @@ def scale_block(
         total = np.zeros(())  # [candidates, 1 or experts]
         for h, batch in zip(hidden, tokens, strict=True):
             errors = squared_errors(config, kind, line, rounding, params, batch, h, scales)
-            total = total + np.asarray(errors, np.float64)
+            total = total + to_host(errors).astype(np.float64)
         if not np.isfinite(total[0]).all():
             raise UserError(
                 f"{name}/{line.inspected}: its output is NaN or infinite on the calibration text; the model is damaged"
@@ -137,7 +138,7 @@ def candidates(
     line: Line, stats: InputStats, params: Params, rounding: Rounding, options: ScalingOptions
 ) -> tuple[list[float | None], np.ndarray]:
     """Every alpha and its scales, float32 `[candidates, 1 or experts, channels]`, s = 1 first. Computed in float64."""
-    level = _shared_mean(line, np.asarray(stats.mean_absolute, np.float64))
+    level = _shared_mean(line, to_host(stats.mean_absolute).astype(np.float64))
     exponents = np.arange(options.scale_grid)[:, None, None] / options.scale_grid
     raw = level**exponents
     if options.duo:
@@ -212,7 +213,7 @@ def _mean_relative_weight(line: Line, params: Params, rounding: Rounding) -> np.
         kernel = leaf_at(params, path)["kernel"]
         if line.experts is None:
             kernel = jnp.moveaxis(kernel, -2, 0).reshape(kernel.shape[-2], -1)
-        total = total + np.asarray(_relative_weight(kernel, spec), np.float64)
+        total = total + to_host(_relative_weight(kernel, spec)).astype(np.float64)
         columns += kernel.shape[-1]
     return total / columns
 

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from lq.calibration.statistics import SAMPLE_ROWS, InputStats
+from lq.numerics.sharded import to_host
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Shortage:
     @classmethod
     def of(cls, stats: InputStats, channels: int, *, moment: bool) -> "Shortage":
         """Of an input of `channels`: one token a channel is enough; without second `moment` as many as a sample has."""
-        return cls(np.asarray(stats.seen, np.float64), channels if moment else min(channels, SAMPLE_ROWS))
+        return cls(to_host(stats.seen).astype(np.float64), channels if moment else min(channels, SAMPLE_ROWS))
 
     @property
     def starved(self) -> Bool[np.ndarray, " E"]:
@@ -63,7 +64,7 @@ def fill_in(stats: InputStats, shortage: Shortage) -> InputStats:
 
 def _filled_sample(sample: Float[Array, "E S K"], shortage: Shortage) -> Float[Array, "E S K"]:
     E, S, K = sample.shape
-    used = np.asarray(jnp.any(sample != 0, axis=-1))  # a sample of fewer rows than it has room for ends in zeros
+    used = to_host(jnp.any(sample != 0, axis=-1))  # a sample of fewer rows than it has room for ends in zeros
     pool, row = np.flatnonzero(used), np.arange(E * S).reshape(E, S)
     for expert in np.flatnonzero(shortage.starved):
         free = np.flatnonzero(~used[expert])[: max(min(shortage.enough, S) - int(used[expert].sum()), 0)]

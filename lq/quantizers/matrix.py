@@ -14,6 +14,7 @@ import numpy as np
 from lq.calibration.statistics import InputStats
 from lq.errors import UserError
 from lq.numerics.segmented import Packed
+from lq.numerics.sharded import to_host
 from lq.numerics.spec import QuantSpec
 from lq.quantizers.apply import finite, quantize_leaf
 from lq.quantizers.errors import output_error
@@ -80,8 +81,8 @@ def check_finite(stats: InputStats, where: str) -> None:
 
 def _tell_of_damping(factor: GPTQFactor, stats: InputStats, where: str, asked: float, note: Note) -> None:
     """Says so where a Hessian had to be damped more than was asked for."""
-    damping = np.atleast_1d(np.asarray(factor.damping))
-    energy = np.atleast_2d(np.diagonal(np.asarray(stats.hessian), axis1=-2, axis2=-1))
+    damping = np.atleast_1d(to_host(factor.damping))
+    energy = np.atleast_2d(np.diagonal(to_host(stats.hessian), axis1=-2, axis2=-1))
     share = damping * np.count_nonzero(energy, axis=-1) / np.maximum(energy.sum(-1), np.finfo(np.float32).tiny)
     if not np.isfinite(damping).all():
         note(f"{where}: {int((~np.isfinite(damping)).sum())} Hessians could not be factored; rounded to nearest")

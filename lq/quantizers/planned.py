@@ -5,6 +5,7 @@ from collections.abc import Mapping, MutableMapping
 import jax
 import jax.numpy as jnp
 
+from lq.models.layout import place_part
 from lq.models.source import ParameterSource, Params
 from lq.numerics.segmented import is_packed
 from lq.numerics.spec import QuantSpec
@@ -48,7 +49,7 @@ class PlannedSource(ParameterSource):
             params = self._cache[key]
         else:
             packed = quantize_part(self._source.part(name), name, mine, self._recipe, self._place)
-            params = sixteen_bits(packed)
+            params = place_part(self.config, name, sixteen_bits(packed))
             if self._cache is not None:
                 self._cache[key] = params
         return params if dtype is None else sixteen_bits(params, dtype)

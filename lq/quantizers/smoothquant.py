@@ -19,6 +19,7 @@ from jaxtyping import Float
 from lq.errors import UserError
 from lq.models.config import BlockKind, ModelConfig
 from lq.models.source import Params
+from lq.numerics.sharded import to_host
 from lq.numerics.spec import QuantSpec
 from lq.quantizers.channel_lines import Line, fold, in_float32, leaf_at
 from lq.quantizers.experts import Shortage, fill_in
@@ -85,13 +86,13 @@ def smooth_block(
         if not specs.keys() & set(line.readers) or (options.lines == "norms" and not line.producer.endswith("norm")):
             continue
         where = f"{name}/{line.readers[0]}"
-        if not np.isfinite(np.asarray(stats.peak)).all():
+        if not np.isfinite(to_host(stats.peak)).all():
             raise UserError(f"{where}: its calibration inputs are NaN or infinite; the model is damaged")
         if line.experts is not None:
             shortage = Shortage.of(stats, line.channels, moment=False)
             shortage.tell(where, "their channel scales are found with the tokens of all", note)
             stats = fill_in(stats, shortage)
-        peak = line.gather(np.asarray(stats.peak)).max(axis=-2)
+        peak = line.gather(to_host(stats.peak)).max(axis=-2)
         scales[line] = smoothing_scale(peak, _weight_peak(line, params), options.strength).astype(np.float32)
         folded = fold(folded, line, scales[line])
     return folded, scales
@@ -101,6 +102,6 @@ def _weight_peak(line: Line, params: Params) -> np.ndarray:
     """Largest |w| of every channel over all output channels of the readers, of shape `line.shape`."""
     peaks = []
     for path in line.readers:
-        rows = np.asarray(jnp.abs(leaf_at(params, path)["kernel"]).max(axis=-1))
+        rows = to_host(jnp.abs(leaf_at(params, path)["kernel"]).max(axis=-1))
         peaks.append(rows if line.experts is not None else rows.reshape(-1, rows.shape[-1]).max(axis=0))
     return line.gather(np.max(peaks, axis=0)).max(axis=-2)

@@ -30,6 +30,7 @@ from lq.calibration.statistics import SAMPLE_ROWS, InputStats, lookup_statistics
 from lq.calibration.stream import batches, embed_batches, stream
 from lq.models.config import ModelConfig
 from lq.models.decoder import head_input
+from lq.models.layout import place_part
 from lq.models.matrices import EMBEDDING, HEAD
 from lq.models.source import ParameterSource, Params
 from lq.numerics.segmented import is_packed
@@ -107,6 +108,7 @@ class QuantizedStream(ParameterSource):
             packed = sixteen_bits(self._quantized_head())
         else:
             packed = self._quantized_block(int(name.removeprefix("block_")))
+        packed = place_part(self.config, name, packed)
         return packed if dtype is None else sixteen_bits(packed, dtype)
 
     def chains(self) -> Chains:
