@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.stages import Lowered
 
 from lq.models.config import ModelConfig
 from lq.models.context import DecodeState, axes_of_cache
@@ -104,22 +105,31 @@ def prepared_model(model: Any, mesh: Mesh) -> Any:
         return jax.tree.map(lambda leaf: _with_sharding(leaf, axis), new)
 
     with use_abstractly(mesh):
-        laid_out = jax.eval_shape(functools.partial(prepare, **where), model)
+        laid_out: Any = jax.eval_shape(functools.partial(prepare, **where), model)
+    if mesh.size == 1:  # what is laid out is no longer packed as it was, and nothing is in pieces
+        whole = NamedSharding(mesh, jax.sharding.PartitionSpec())
+        return jax.tree.map(lambda leaf: _with_sharding(leaf, whole), laid_out)
     before = flatten_dict(model, sep="/")
     after = flatten_dict(laid_out, sep="/", is_leaf=lambda _, node: pieces(node))
     return unflatten_dict({path: sharded(before.get(path), leaf) for path, leaf in after.items()}, sep="/")
 
 
-def compiled_step(config: ModelConfig, specs: Mapping[str, QuantSpec], step: Step, mesh: Mesh) -> Compiled:
-    """Compiles a step of the model's first blocks, its embedding and its head for the devices of `mesh`."""
-    short = dataclasses.replace(config, kinds=config.kinds[:BLOCKS])
+def lowered_step(config: ModelConfig, specs: Mapping[str, QuantSpec], step: Step, mesh: Mesh, blocks: int) -> Lowered:
+    """A step of the model's first blocks, its embedding and its head, to be compiled for the devices of `mesh`."""
+    short = dataclasses.replace(config, kinds=config.kinds[:blocks])
     kept = {path: spec for path, spec in specs.items() if not _is_beyond(path, len(short.kinds))}
     model = prepared_model(sharded_model(short, abstract_model(short, kept), mesh), mesh)
     state = sharded_state(short, step, mesh)
     tokens = jax.ShapeDtypeStruct((step.batch, step.tokens), jnp.int32)
     apply = functools.partial(Decoder(short, jnp.bfloat16).apply, logits_to_keep=1, method="step")
     with use_abstractly(mesh):
-        compiled = jax.jit(apply, donate_argnums=2).lower({"params": model}, tokens, state).compile()
+        return jax.jit(apply, donate_argnums=2).lower({"params": model}, tokens, state)
+
+
+def compiled_step(config: ModelConfig, specs: Mapping[str, QuantSpec], step: Step, mesh: Mesh) -> Compiled:
+    """What the compiler says of `lowered_step` of `BLOCKS` blocks."""
+    with use_abstractly(mesh):
+        compiled = lowered_step(config, specs, step, mesh, BLOCKS).compile()
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
     if memory is None:
         raise RuntimeError("the compiler gives no memory analysis")
