@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from experiments.allocation.compare import Bench, Measured, plans, read
+from experiments.allocation.compare import Bench, Measured, main, plans, read
 from experiments.allocation.tables import draw, draw_damage, lines, ratios, table
 from experiments.rows import append, rows_of
 from lq.allocation import ALLOCATORS
@@ -145,6 +145,118 @@ def test_a_config_may_be_another_but_for_what_it_says(small, tmp_path):
     (tmp_path / "z.yaml").write_text("base: nowhere.yaml\n", encoding="utf-8")
     with pytest.raises(UserError, match=r"nowhere.yaml: no such config"):
         read(tmp_path / "z.yaml")
+
+
+TINY = {
+    "title": "t",
+    "model": "nowhere",
+    "output": "o",
+    "calibration": {},
+    "evaluation": {},
+    "quantizers": [{"name": "rtn"}],
+    "bits": [2, 4],
+    "budgets": [3.0],
+    "scores": [{"name": "lim", "metric": "lim"}],
+    "plans": [{"name": "lim", "score": "lim"}],
+}
+LIM, RTN = TINY["scores"][0], TINY["quantizers"][0]
+PLAN = TINY["plans"][0]
+
+
+def message_of(tmp_path, text):
+    """The one line that a config is refused with, without the directory."""
+    (tmp_path / "t.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(UserError) as refused:
+        read(tmp_path / "t.yaml")
+    assert "\n" not in str(refused.value)
+    return str(refused.value).replace(f"{tmp_path}/", "")
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"plans": [PLAN, PLAN]}, "two plans named lim; rename one"),
+        ({"scores": [LIM, LIM]}, "two scores named lim; rename one"),
+        ({"quantizers": [RTN, RTN]}, "two quantizers named rtn; rename one"),
+        ({"budgets": [3, 2.5, 3.0]}, "budgets: 3.0 is listed twice; leave one out"),
+        ({"budgets": [float("inf")]}, "budgets.0: Input should be a finite number (got inf)"),
+        (
+            {"plans": [PLAN, {"name": "b", "score": "l.m"}, {"name": "c", "score": "l m"}],
+             "scores": [LIM, {"name": "l.m", "metric": "lim"}, {"name": "l m", "metric": "lim"}]},
+            "scores: l.m and l m would both be l_m.json; rename one",
+        ),
+        (
+            {"plans": [PLAN, {"name": "b", "score": "rtn lim"}],
+             "scores": [{"name": "lim", "metric": "kl"}, {"name": "rtn lim", "metric": "zd"}]},
+            "scores: lim by rtn and rtn lim would both be rtn_lim.json; rename one",
+        ),
+        (
+            {"quantizers": [{"name": "a, b"}, {"name": "a"}], "plans": [PLAN | {"name": "c"}, PLAN | {"name": "b, c"}]},
+            "two rows named a, b, c, 3.0 bpw; rename a plan or a quantizer",
+        ),
+        ({"scores": [LIM | {"metric": "lmi"}]}, "scores.0.metric: unknown metric 'lmi'; known: lim, "),
+        ({"scores": [LIM | {"options": {"skp": 1}}]}, "score lim, quantizer rtn: metric lim: unknown option 'skp'"),
+        ({"scores": [{"name": "lim", "metric": "kl", "options": {"bits": [9]}}]}, "score lim, quantizer rtn: bits: 9"),
+        ({"plans": [PLAN | {"allocator": "greed"}]}, "plans.0.allocator: unknown allocator 'greed'; known: rank, "),
+        ({"plans": [PLAN | {"options": {"sed": 1}}]}, "plans.0: allocator knapsack: unknown option 'sed'"),
+        ({"plans": [PLAN | {"search": "amp"}]}, "plans.0.search: unknown search 'amp'; known: evolution, amq, "),
+        (
+            {"plans": [PLAN | {"search": "amq", "search_options": {"sed": 1}}]},
+            "plans.0: search amq: unknown option 'sed'",
+        ),
+        ({"plans": [PLAN | {"search_options": {"seed": 1}}]}, "plans.0: search_options are given, but no search; name"),
+        ({"plans": [PLAN | {"costs": "size"}]}, "plans.0.costs: Input should be 'measured', 'place' or 'value'"),
+        ({"plans": [PLAN | {"score": "zd"}]}, "plan lim: zd is none of the scores; write one of lim"),
+        ({"bits": [2, 9]}, "bits.1: Input should be less than or equal to 8 (got 9)"),
+        ({"bit": [2]}, "bit: unknown key"),
+        ({"base": "t.yaml"}, "base: t.yaml is this config itself; name another, or leave it out"),
+        ({"base": "."}, "base: .: a directory; give a YAML file"),
+        ({"base": "none.yaml"}, "base: none.yaml: no such config; see experiments/allocation/standin.yaml"),
+        ({"base": 3}, "base: 3 is no file; write the name of a config, or leave it out"),
+        ({"base": "list.yaml"}, "base: list.yaml: expected keys such as model: and output:, found list"),
+        ({"base": "based.yaml"}, "base: based.yaml has a base itself, x.yaml; name a config that has none"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_line(tmp_path, change, line):
+    (tmp_path / "list.yaml").write_text("[1]", encoding="utf-8")
+    (tmp_path / "based.yaml").write_text("base: x.yaml", encoding="utf-8")
+    message = message_of(tmp_path, yaml.safe_dump(TINY | change)).replace(str(tmp_path), ".")
+    assert message.startswith(f"t.yaml: {line}")
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("", "t.yaml: expected keys such as model: and output:, found NoneType"),
+        ("[1]", "t.yaml: expected keys such as model: and output:, found list"),
+        ("a: [", "t.yaml:1: not valid YAML"),
+        ("a: 2020-13-45", "t.yaml: not valid YAML (month must be in 1..12"),
+        ("title: a\ntitle: b", "t.yaml:2: the key title is given twice; keep one"),
+    ],
+)
+def test_what_is_no_config(tmp_path, text, line):
+    assert message_of(tmp_path, text).startswith(line)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--only", "("], "--only (: not a regular expression (missing ), unterminated subpattern"),
+        (["--only", "gptq"], "--only gptq: found in none of 1 rows; write part of a name such as rtn, lim, 3.0 bpw"),
+        ([], "nowhere"),
+        (["--out", "t.yaml"], "--out t.yaml: a file; give a directory"),
+    ],
+)
+def test_a_command_that_cannot_be_leaves_nothing(tmp_path, monkeypatch, capsys, arguments, line):
+    monkeypatch.chdir(tmp_path)
+    Path("t.yaml").write_text(yaml.safe_dump(TINY), encoding="utf-8")
+    with pytest.raises(SystemExit) as exit:
+        main(["t.yaml", *arguments])
+    error = capsys.readouterr().err
+    assert exit.value.code == 2
+    assert error.startswith(f"compare: {line}")
+    assert error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["t.yaml"]
 
 
 MEASURED = sorted(path.parent.name for path in (CONFIG.parent / "measured").glob("*/rows.jsonl"))

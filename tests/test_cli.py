@@ -370,6 +370,8 @@ def test_a_reference_that_does_not_fit(small_model, quantized, tmp_path, text_fi
         (("score", "MODEL", "--metric", "zd:side=two", "--out", "s"), "zd: unknown option 'side'"),
         (("score", "MODEL", "--metric", "lim", "--parts", 2, "--out", "s"), "--parts is given, but one score alone"),
         (("eval", "MODEL", "--json", "/"), "--json /: a directory; give a file"),
+        (("search", "nowhere", "nowhere.json", "--out", "/"), "--out /: a directory; give a file"),
+        (("search", "nowhere", "nowhere.json", "--out", "SCORES/x"), "zd.json is a file; give a place in a directory"),
         (("generate", "MODEL", "--prompt", "a", "--top-k", "3"), "--top-k is given, but at temperature 0 nothing is"),
         (("generate", "MODEL", "--prompt", "a", "--kv-bits", "5"), "kv_bits: 5; write 4 or 8, or 16 for a cache"),
         (("quantize", "MODEL", "--out", "q", "--plan", "p", "--method", "gtpq"), "did you mean gptq?"),
@@ -381,7 +383,7 @@ def test_a_reference_that_does_not_fit(small_model, quantized, tmp_path, text_fi
     ],
 )
 def test_other_mistakes(args, message, scores, small_model):
-    places = {"SCORES": scores / "zd.json", "MODEL": small_model.path}
+    places = {"SCORES": scores / "zd.json", "SCORES/x": scores / "zd.json" / "x", "MODEL": small_model.path}
     assert message in refused(*(places.get(a, a) for a in args))
 
 
@@ -429,6 +431,30 @@ def test_one_width_needs_no_budget(small_model, tmp_path):
 def test_a_path_that_cannot_be_used_is_one_line(scores, tmp_path):
     assert "directory" in refused("allocate", scores / "zd.json", "--bpw", 3, "--group-size", 64, "--out", tmp_path)
     assert "directory" in refused("allocate", tmp_path, "--bpw", 3)
+
+
+@pytest.mark.parametrize("verb", ["allocate", "quantize"])
+def test_the_help_says_who_uses_interactions(verb):
+    assert "only quadratic uses interactions" in " ".join(re.sub(r"[^\w\s]", " ", lq(verb, "--help")[1]).split())
+
+
+@pytest.mark.parametrize(
+    ("out", "picture", "message"),
+    [
+        ("a.json", "a.json", "--picture a.json: is the plan's file as well; give another"),
+        ("a.json", "./a.json", "--picture a.json: is the plan's file as well; give another"),
+        ("a.json", ".", "--picture .: a directory; give a file"),
+        ("a.json", "f/a.png", "f is a file; give a place in a directory"),
+        (".", "a.png", "--out .: a directory; give a file"),
+        ("f/a.json", "a.png", "f is a file; give a place in a directory"),
+    ],
+)
+def test_neither_plan_nor_picture_is_written_when_one_cannot_be(scores, tmp_path, monkeypatch, out, picture, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "f").touch()
+    budget = ("--bpw", 3, "--group-size", 64)
+    assert message in refused("allocate", scores / "zd.json", *budget, "--out", out, "--picture", picture)
+    assert [path.name for path in tmp_path.iterdir()] == ["f"]
 
 
 def test_options_that_do_not_fit_the_codes_are_refused_before_any_work(small_model, plan, tmp_path):

@@ -13,18 +13,19 @@ import dataclasses
 import functools
 import json
 import re
+import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import jax.numpy as jnp
-import yaml
-from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic import AfterValidator, Field, PositiveInt, ValidationError, model_validator
 
 from experiments.rows import append, claim, rows_of
-from lq.allocation import Plan, allocate
+from lq.allocation import ALLOCATORS, Plan, allocate
+from lq.allocation.costs import Costs
 from lq.assets import resolve_data, resolve_model
 from lq.atomic import write_text
 from lq.calibration.data import calibration_windows, evaluation_windows
@@ -36,8 +37,21 @@ from lq.importance.quantized import QuantizedOptions
 from lq.models.fingerprint import fingerprint
 from lq.models.loading import load_tokenizer, open_checkpoint
 from lq.models.source import InMemory
-from lq.runs.config import Bits, CalibrationSection, EvaluationSection, QuantizationSection, Section
-from lq.search import search
+from lq.runs.config import (
+    Bits,
+    Budget,
+    CalibrationSection,
+    EvaluationSection,
+    QuantizationSection,
+    Section,
+    at,
+    first_problem,
+    known,
+    read_mapping,
+)
+from lq.search import SEARCHES, search
+
+EXAMPLE = "experiments/allocation/standin.yaml"
 
 
 class QuantizerSection(QuantizationSection):
@@ -50,7 +64,7 @@ class ScoreSection(Section):
     """A metric; what it may know of quantizer and widths is filled in."""
 
     name: str
-    metric: str
+    metric: Annotated[str, known(METRICS)]
     options: dict[str, Any] = Field(default_factory=dict)
 
 
@@ -59,14 +73,34 @@ class PlanSection(Section):
 
     name: str
     score: str
-    allocator: str = "knapsack"
+    allocator: Annotated[str, known(ALLOCATORS)] = "knapsack"
     options: dict[str, Any] = Field(default_factory=dict)
     bits: list[Bits] | None = None  # the config's when null
-    costs: str | None = None  # as `allocate` takes it
+    costs: Costs | None = None  # as `allocate` takes it
     seeds: PositiveInt = 1  # of the score: so many plans
-    search: str | None = None
+    search: Annotated[str, known(SEARCHES)] | None = None
     search_options: dict[str, Any] = Field(default_factory=dict)
-    quantizers: list[str] | None = None  # all when null
+    quantizers: Annotated[list[str], Field(min_length=1)] | None = None  # all when null
+
+    def searching(self, seed: int) -> dict[str, Any]:
+        """The options of the search behind a score of `seed`: it draws anew as well."""
+        return self.search_options | ({"seed": seed} if self.seeds > 1 else {})
+
+    @model_validator(mode="after")
+    def _check(self):
+        ALLOCATORS.options(self.allocator, self.options)
+        if self.search is not None:
+            SEARCHES.options(self.search, self.searching(0))
+        elif self.search_options:
+            raise ValueError("search_options are given, but no search; name one, or leave them out")
+        return self
+
+
+def _once(budgets: list[float]) -> list[float]:
+    for budget in budgets:
+        if budgets.count(budget) > 1:
+            raise ValueError(f"{budget} is listed twice; leave one out")
+    return budgets
 
 
 class Comparison(Section):
@@ -77,7 +111,7 @@ class Comparison(Section):
     evaluation: EvaluationSection
     quantizers: Annotated[list[QuantizerSection], Field(min_length=1)]
     bits: Annotated[list[Bits], Field(min_length=1)]
-    budgets: Annotated[list[PositiveFloat], Field(min_length=1)]
+    budgets: Annotated[list[Budget], Field(min_length=1), AfterValidator(_once)]
     scores: Annotated[list[ScoreSection], Field(min_length=1)]
     plans: Annotated[list[PlanSection], Field(min_length=1)]
 
@@ -85,8 +119,51 @@ class Comparison(Section):
         """The quantizer, score or plan of a name. Raises UserError for none."""
         found = {one.name: one for one in getattr(self, kind)}
         if name not in found:
-            raise UserError(f"{self.title}: {name} is none of the {kind}; write one of {', '.join(found)}")
+            raise UserError(f"{name} is none of the {kind}; write one of {', '.join(found)}")
         return found[name]
+
+    def score_options(self, quantizer: QuantizerSection, section: ScoreSection, seed: int) -> dict[str, Any]:
+        """The options of a metric, with what it may know of the quantizer. `seed` is that of a score which draws."""
+        kind = METRICS[section.metric].options
+        fields = {field.name for field in dataclasses.fields(kind)}
+        found: dict[str, Any] = {"batch_size": self.calibration.batch_size, "seed": seed}
+        if issubclass(kind, QuantizedOptions):
+            found |= quantizer.model_dump(include={"method", "options", "group_size", "symmetric", "by_energy"})
+            found["bits"] = self.bits
+            if section.options.get("unit") == "segment":
+                found["by_energy"] = False  # its groups are so in any case
+        return {name: value for name, value in found.items() if name in fields} | section.options
+
+    @model_validator(mode="after")
+    def _check(self):
+        for kind in ("quantizers", "scores", "plans"):
+            names = [section.name for section in getattr(self, kind)]
+            for name in names:
+                if names.count(name) > 1:
+                    raise ValueError(f"two {kind} named {name}; rename one")
+        for plan in self.plans:
+            with at(f"plan {plan.name}"):
+                self.of("scores", plan.score)
+                for name in plan.quantizers or []:
+                    self.of("quantizers", name)
+        self._check_rows()
+        return self
+
+    def _check_rows(self) -> None:
+        """Raises UserError for scores that cannot be made, and where two rows, or files of scores, have one name."""
+        rows, files = set(), {}
+        for row, quantizer, plan, _, seed in plans(self):
+            if row in rows:
+                raise UserError(f"two rows named {row}; rename a plan or a quantizer")
+            rows.add(row)
+            score = self.of("scores", plan.score)
+            options = self.score_options(quantizer, score, seed)
+            file, named = score_file(quantizer, score, options)
+            if file not in files:
+                with at(f"score {score.name}, quantizer {quantizer.name}"):
+                    METRICS.options(score.metric, options)
+            if files.setdefault(file, named) != named:
+                raise UserError(f"scores: {files[file]} and {named} would both be {file}.json; rename one")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,20 +187,27 @@ class Measured:
 
 def read(path: Path) -> Comparison:
     """Raises UserError, one line with the key, for a config that is none."""
+    given = read_mapping(path, EXAMPLE)
+    if "base" in given:
+        with at(f"{path}: base"):
+            given = _base(path, given.pop("base")) | given
     try:
-        given = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if isinstance(given, dict) and (base := given.pop("base", None)) is not None:
-            given = dict(yaml.safe_load((path.parent / str(base)).read_text(encoding="utf-8"))) | given
-        comparison = Comparison.model_validate(given)
-    except FileNotFoundError as error:
-        raise UserError(f"{error.filename}: no such config; see experiments/allocation/standin.yaml") from None
-    except (yaml.YAMLError, ValidationError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: {' '.join(str(error).split())}") from None
-    for plan in comparison.plans:
-        comparison.of("scores", plan.score)
-        for name in plan.quantizers or []:
-            comparison.of("quantizers", name)
-    return comparison
+        return Comparison.model_validate(given)
+    except ValidationError as error:
+        raise UserError(f"{path}: {first_problem(error)}") from None
+
+
+def _base(path: Path, name: object) -> dict[str, Any]:
+    """What the config of a name, beside that at `path`, says. Raises UserError for one that is no base."""
+    if not isinstance(name, str):
+        raise UserError(f"{name!r} is no file; write the name of a config, or leave it out")
+    file = path.parent / name
+    if file.exists() and file.samefile(path):
+        raise UserError(f"{name} is this config itself; name another, or leave it out")
+    found = read_mapping(file, EXAMPLE)
+    if "base" in found:
+        raise UserError(f"{name} has a base itself, {found['base']}; name a config that has none")
+    return found
 
 
 def plans(comparison: Comparison) -> Iterator[tuple[str, QuantizerSection, PlanSection, float, int]]:
@@ -136,6 +220,14 @@ def plans(comparison: Comparison) -> Iterator[tuple[str, QuantizerSection, PlanS
                 for seed in range(plan.seeds):
                     which = f", seed {seed}" if plan.seeds > 1 else ""
                     yield f"{quantizer.name}, {plan.name}, {budget} bpw{which}", quantizer, plan, budget, seed
+
+
+def score_file(quantizer: QuantizerSection, section: ScoreSection, options: dict[str, Any]) -> tuple[str, str]:
+    """What the file of a score with these options is called, without suffix, and whose it is, in words."""
+    by, seed = "method" in options, options.get("seed")
+    name = (f"{quantizer.name}-" if by else "") + section.name + ("" if seed is None else f"-{seed}")
+    whose = section.name + (f" by {quantizer.name}" if by else "") + ("" if seed is None else f" of seed {seed}")
+    return re.sub(r"\W+", "_", name), whose
 
 
 class Bench:
@@ -172,9 +264,8 @@ class Bench:
 
     def scores(self, quantizer: QuantizerSection, section: ScoreSection, seed: int) -> tuple[Scores, float]:
         """Made once, kept as a file; and the seconds that it took. `seed` is that of a score which draws."""
-        options = self._options(quantizer, section, seed)
-        of = f"{quantizer.name}-" if "method" in options else ""
-        name = re.sub(r"\W+", "_", f"{of}{section.name}" + (f"-{options['seed']}" if "seed" in options else ""))
+        options = self.comparison.score_options(quantizer, section, seed)
+        name, _ = score_file(quantizer, section, options)
         file, took = self.out / "scores" / f"{name}.json", self.out / "scores" / f"{name}.seconds.json"
         if took.exists():
             return Scores.read(file), json.loads(took.read_text(encoding="utf-8"))
@@ -186,18 +277,6 @@ class Bench:
         write_text(took, json.dumps(seconds))
         return found, seconds
 
-    def _options(self, quantizer: QuantizerSection, section: ScoreSection, seed: int) -> dict[str, Any]:
-        """The options of a metric, with what it may know of the quantizer."""
-        kind = METRICS[section.metric].options
-        known = {field.name for field in dataclasses.fields(kind)}
-        found: dict[str, Any] = {"batch_size": self.comparison.calibration.batch_size, "seed": seed}
-        if issubclass(kind, QuantizedOptions):
-            found |= quantizer.model_dump(include={"method", "options", "group_size", "symmetric", "by_energy"})
-            found["bits"] = self.comparison.bits
-            if section.options.get("unit") == "segment":
-                found["by_energy"] = False  # its groups are so in any case
-        return {name: value for name, value in found.items() if name in known} | section.options
-
     def plan(self, quantizer: QuantizerSection, section: PlanSection, budget: float, seed: int):
         """The plan, the forward passes of the calibration text that it took, and the seconds."""
         scores, seconds = self.scores(quantizer, self.comparison.of("scores", section.score), seed)
@@ -206,7 +285,7 @@ class Bench:
             spec = dataclasses.replace(spec, by_energy=False)
         bits = section.bits or self.comparison.bits
         given: dict[str, Any] = {"bits": bits, "spec": spec, "method": section.allocator, "options": section.options}
-        plan = allocate(scores, bpw=budget, costs=section.costs, **given)  # type: ignore[arg-type]
+        plan = allocate(scores, bpw=budget, costs=section.costs, **given)
         passes = scores.passes
         if section.search is not None:
             plan = self._searched(quantizer, section, plan, seed)
@@ -220,7 +299,7 @@ class Bench:
             self.calibration,
             bits=section.bits or self.comparison.bits,
             method=section.search or "",
-            options={**section.search_options, **({"seed": seed} if section.seeds > 1 else {})},
+            options=section.searching(seed),
             recipe=quantizer.pipeline.recipe,
             batch_size=self.comparison.calibration.batch_size,
         )
@@ -256,18 +335,25 @@ class Bench:
         )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("config", type=Path)
-    parser.add_argument("--only", type=re.compile, default="", help="rows whose name this is found in")
-    parser.add_argument("--out", type=Path, help="directory for rows.jsonl; the config's output when not given")
-    arguments = parser.parse_args()
-    comparison = read(arguments.config)
-    out = arguments.out or Path(comparison.output)
-    out.mkdir(parents=True, exist_ok=True)
+def chosen(comparison: Comparison, only: str) -> list[tuple[str, QuantizerSection, PlanSection, float, int]]:
+    """The rows whose name the regular expression `only` is found in. Raises UserError where there are none."""
+    rows = list(plans(comparison))
+    try:
+        found = [row for row in rows if re.search(only, row[0])]
+    except re.error as error:
+        raise UserError(f"--only {only}: not a regular expression ({error}); write part of a row's name") from None
+    if not found:
+        raise UserError(f"--only {only}: found in none of {len(rows)} rows; write part of a name such as {rows[0][0]}")
+    return found
+
+
+def run(comparison: Comparison, only: str, out: Path) -> None:
+    """Measures the rows that are not in `out` yet."""
+    todo = chosen(comparison, only)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out}: a file; give a directory")
     bench, file = Bench(comparison, out), out / "rows.jsonl"
     bench.claim()
-    todo = [(name, *what) for name, *what in plans(comparison) if re.search(arguments.only, name)]
     for i, (name, *what) in enumerate(todo, 1):
         if name in {row.name for row in rows_of(file, Measured)}:
             continue
@@ -281,8 +367,19 @@ def main() -> None:
               f"KL {row.kl:.5f}", flush=True)  # fmt: skip
 
 
-if __name__ == "__main__":
+def main(given: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("config", type=Path)
+    parser.add_argument("--only", default="", help="a regular expression: rows whose name it is found in")
+    parser.add_argument("--out", type=Path, help="directory for rows.jsonl; the config's output when not given")
+    arguments = parser.parse_args(given)
     try:
-        main()
+        comparison = read(arguments.config)
+        run(comparison, arguments.only, arguments.out or Path(comparison.output))
     except UserError as error:
-        raise SystemExit(f"compare: {error}") from None
+        print(f"compare: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -79,7 +79,8 @@ def allocate(
       options: fields of the allocator's options.
       costs: what a unit is taken to lose: as measured, by its place in the order, or by its score; see
         `lq.allocation.costs`. None: as measured where the scores say, by place where they do not.
-      pins: rules, the first that matches a matrix decides; those that match none, and those that earlier ones leave
+      pins: rules, the first that matches a matrix decides; the rest of its unit is taken to lose its share of what the
+        unit loses (`lq.allocation.costs`). Those that match none, and those that earlier ones leave
         nothing to decide, are listed in the plan's provenance (`unused_pins`, `shadowed_pins`).
       embedding_bits, head_bits: width of the embedding and of an untied head where they are no units; 16 leaves them
         dense.
@@ -155,10 +156,11 @@ def _problem(scores: Scores, choices: Choices, budget: int, costs: Costs, latenc
         if any(map(segment_of, units)):
             raise UserError("latency: of segments there is none; score whole matrices, or leave the limit out")
         seconds = read_latency(latency.table, choices.free, list(map(str, choices.options)))
-    cost, interactions = expected_costs(scores, units, choices.weights, choices.options, costs), None
+    shares, interactions = choices.shares, None
+    cost = expected_costs(scores, units, choices.weights, shares, choices.options, costs)
     if costs == "measured":
-        cost = cost + costs_beside(scores, units, choices.options, choices.fixed)
-        interactions = interactions_of(scores, units, choices.options)
+        cost = cost + costs_beside(scores, units, shares, choices.options, choices.fixed)
+        interactions = interactions_of(scores, units, shares, choices.options)
     return Problem(
         cost=cost,
         size=choices.size,

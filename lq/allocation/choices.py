@@ -5,7 +5,7 @@ import functools
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 from jaxtyping import Int
@@ -15,7 +15,7 @@ from lq.allocation.plan import DENSE_BITS, Count
 from lq.allocation.problem import Choice
 from lq.errors import UserError
 from lq.importance.scores import Scores
-from lq.importance.units import members, segment_of
+from lq.importance.units import members, segment_name, segment_of
 from lq.models.matrices import block_of
 from lq.numerics.spec import QuantSpec, smallest_first
 
@@ -65,8 +65,16 @@ class Choices:
 
     @property
     def weights(self) -> list[int]:
-        """Number of weights of every unit."""
-        return [sum(math.prod(self.shapes[p]) for p in paths) // _parts_of(u) for u, paths in self.free.items()]
+        """Number of weights of every unit, without those of matrices that are decided."""
+        return [self._weights_of(paths) // _parts_of(unit) for unit, paths in self.free.items()]
+
+    @property
+    def shares(self) -> list[float]:
+        """What share of every unit's weights is free."""
+        return [self._weights_of(paths) / self._weights_of(members(u, self.shapes)) for u, paths in self.free.items()]
+
+    def _weights_of(self, paths: Iterable[str]) -> int:
+        return sum(math.prod(self.shapes[path]) for path in paths)
 
     def specs(self, choice: Choice) -> dict[str, QuantSpec]:
         """Matrix -> spec, in the model's order; of what stays dense none."""
@@ -98,12 +106,15 @@ def _units_of(scores: Scores, count: Count) -> dict[str, list[str]]:
     owners = defaultdict(list)  # of a matrix as many as the segments it is cut into
     for unit, found in units.items():
         for path in found:
-            owners[path].append(_parts_of(unit))
+            owners[path].append(unit)
     for path in shapes:
-        table, parts = block_of(path) is None, owners[path]
+        table, parts = block_of(path) is None, list(map(_parts_of, owners[path]))
         if parts != [len(parts)] * max(len(parts), 1) and not (table and not parts):
             found = "no value" if len(parts) < max(parts, default=1) else "more than one unit"
             raise UserError(f"scores {scores.metric}: {found} for {path}; score this very model with `lq score`")
+        named = {segment_name(path, index, len(parts)) for index in range(len(parts))}
+        if any(map(segment_of, owners[path])) and (missing := sorted(named - set(owners[path]))):
+            raise UserError(f"scores {scores.metric}: no value for {missing[0]}; score this very model with `lq score`")
         if table and parts and count != "all":
             raise UserError(f"scores {scores.metric}: {path} is a unit, but only blocks are counted; write count all")
     for unit, found in units.items():

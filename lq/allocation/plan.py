@@ -133,7 +133,7 @@ class Plan:
             raise UserError(
                 f"{path}: no such plan; make one with `lq allocate SCORES --bpw 3.0 --out {path}`"
             ) from None
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
             raise UserError(f"{path}: not a plan ({error!r}); make one with `lq allocate`") from None
 
 

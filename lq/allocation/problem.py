@@ -24,6 +24,7 @@ class NoOptions:
 
 
 DEFAULT = NoOptions()
+MOST_COST = 1e200  # beyond it what solvers make of costs, sums of them and products with sizes, may be no numbers
 Choice = Int[np.ndarray, " units"]  # the option of every unit
 
 
@@ -61,8 +62,9 @@ class Interactions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Problem:
-    """Raises UserError for a budget or a limit that no choice meets, and ValueError for arrays that do not fit each
-    other. Where there is a choice for the budget and one for the limit, but none for both, solvers say so."""
+    """Raises UserError for a budget or a limit that no choice meets and for costs above `MOST_COST`, and ValueError for
+    arrays that do not fit each other. Where there is a choice for the budget and one for the limit, but none for both,
+    solvers say so."""
 
     cost: Float[np.ndarray, "units options"]  # finite, or infinite where a unit does not have the option
     size: Int[np.ndarray, "units options"]  # bits with metadata
@@ -76,6 +78,10 @@ class Problem:
             raise ValueError(f"cost {self.cost.shape} and size {self.size.shape} of {self.size.dtype}")
         if np.isnan(self.cost).any() or not self.offered.any(1).all():
             raise ValueError("a cost that is NaN, or a unit without options")
+        if (largest := np.abs(np.where(self.offered, self.cost, 0.0)).max(initial=0.0)) > MOST_COST:
+            raise UserError(
+                f"costs: as large as {largest:g}, where the most is {MOST_COST:g}; score again, or write costs place"
+            )
         if self.interactions is not None:
             self._check_pairs(self.interactions)
         if (least := int(self.sizes_of(self.smallest()).sum())) > self.budget:

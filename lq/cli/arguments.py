@@ -1,5 +1,6 @@
 """Text from the command line, read into the library's types. A mistake names the option it was made in."""
 
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -46,6 +47,17 @@ def refuse(context: typer.Context, names: Iterable[str], why: str) -> None:
         if source is not None and source.name == "COMMANDLINE":
             option = "--" + name.rstrip("_").replace("_", "-")
             raise UserError(f"{context.info_name}: {option} is given, but {why}; leave it out")
+
+
+def check_file(path: Path, option: str) -> None:
+    """Raises UserError, before the work is done, where no file can be written at `path`, which `option` was given."""
+    if path.is_dir():
+        raise UserError(f"{option} {path}: a directory; give a file")
+    there = next(parent for parent in path.absolute().parents if parent.exists())
+    if not there.is_dir():
+        raise UserError(f"{option} {path}: {there} is a file; give a place in a directory")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"{option} {path}: {there} cannot be written to; give a place that can")
 
 
 def whole_number(text: str) -> int | None:

@@ -73,6 +73,7 @@ LatencyTable = Annotated[
     typer.Option("--latency", help="JSON: matrix -> option -> seconds; with --max-latency."),
 ]
 MaxLatency = Annotated[float | None, typer.Option(help="Seconds that the matrices which are free may take together.")]
+Allocator = Annotated[str, typer.Option(help="See lq list allocators; only quadratic uses interactions of scores.")]
 AllocatorSettings = Annotated[
     list[str] | None, typer.Option("--allocator-option", help="KEY=VALUE for the allocator; repeat for several.")
 ]

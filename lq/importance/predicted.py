@@ -89,8 +89,11 @@ class PredictedOptions(QuantizedOptions):
             raise UserError("unit: segment, whose groups are by energy in any case; leave out by_energy")
         if len(self.group_sizes) > 1 or self.group_sizes[0] is None:
             raise UserError("group_size: the segments of a matrix share one, and hold whole groups; write one number")
-        if self.segment_channels < 32 or self.segment_channels % max(32, self.group_sizes[0]):
-            raise UserError(f"segment_channels: {self.segment_channels}; write a multiple of 32 and of the group size")
+        if self.segment_channels < 1 or self.segment_channels % self.group_sizes[0]:
+            size = self.group_sizes[0]
+            raise UserError(
+                f"segment_channels: {self.segment_channels}, in groups of {size}; write {size} or a multiple of it"
+            )
 
     def segments(self, shape: tuple[int, ...]) -> int:
         """How many segments a matrix is cut into."""

@@ -99,7 +99,15 @@ def candidates_of(
     *,
     tables: bool = False,
 ) -> Candidates:
-    """The model quantized uniformly at each of `specs`, embedding and head where `tables`, as options."""
+    """The model quantized uniformly at each of `specs`, embedding and head where `tables`, as options.
+
+    Raises UserError, before anything is quantized, for a packed model and a recipe that changes more than matrices.
+    """
+    if recipe.scaling is not None or recipe.bias_correction:
+        raise UserError(
+            f"candidates: {recipe.name} changes more than matrices, of which alone options are made; leave out what "
+            "scales channels or corrects biases, as awq does unless its options have scale: false"
+        )
     quantized = quantized_sources(source, specs, recipe, windows, batch_size, tables=tables)
     return Candidates.of(source, quantized, tables=tables)
 

@@ -68,7 +68,7 @@ class Scores:
             return cls(**data)
         except FileNotFoundError:
             raise UserError(f"{path}: no such scores file; make one with `lq score MODEL --metric lim`") from None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{path}: not a scores file ({error}); make one with `lq score`") from None
 
 

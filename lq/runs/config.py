@@ -67,7 +67,7 @@ def _pattern(text: str) -> str:
     return text
 
 
-def _known(registry: Registry) -> AfterValidator:
+def known(registry: Registry) -> AfterValidator:
     """A name in `registry`."""
 
     def check(name: str) -> str:
@@ -113,7 +113,7 @@ class EvaluationSection(Section):
 
 
 class QuantizationSection(Section):
-    method: Annotated[str, _known(QUANTIZERS)] = "rtn"
+    method: Annotated[str, known(QUANTIZERS)] = "rtn"
     options: dict[str, Any] = Field(default_factory=dict)
     transforms: list[str | dict[str, Any]] = Field(
         default_factory=list
@@ -170,7 +170,7 @@ class PinSection(Section):
 class Order(Section):
     """An order of blocks: a metric, perhaps reversed, or random with several seeds, from `options.seed` on (0)."""
 
-    metric: Annotated[str, _known(METRICS)]
+    metric: Annotated[str, known(METRICS)]
     reverse: bool = False
     seeds: Annotated[PositiveInt, Field(le=MOST_SEEDS)] = 1  # random only: this many orders
     options: dict[str, Any] = Field(default_factory=dict)
@@ -248,7 +248,7 @@ class LatencySection(Section):
 
 
 class AllocationSection(Section):
-    method: Annotated[str, _known(ALLOCATORS)] = "rank"
+    method: Annotated[str, known(ALLOCATORS)] = "rank"
     # What a unit is taken to lose: as measured (null, where the metric measures), by its place, or by its score.
     options: dict[str, Any] = Field(default_factory=dict)  # of the method
     costs: Literal["measured", "place", "value"] | None = None
@@ -347,30 +347,42 @@ def load_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
 
     Raises UserError, one line with the path of the offending key.
     """
+    data = read_mapping(path, "configs/ for examples")
+    for item in overrides:
+        _override(data, item)
+    try:
+        experiment = Experiment.model_validate(data)
+    except ValidationError as error:
+        raise UserError(f"{path}: {first_problem(error)}") from None
+    experiment._file = str(path)
+    return experiment
+
+
+def read_mapping(path: Path, examples: str) -> dict[str, Any]:
+    """The keys of a YAML file. Raises UserError, one line with its name, for one that has none or is none.
+
+    Args:
+      path: of the file.
+      examples: where there are some, for a user whose file is not there.
+    """
     try:
         data = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
-        raise UserError(f"{path}: no such config; see configs/ for examples") from None
+        raise UserError(f"{path}: no such config; see {examples}") from None
     except IsADirectoryError:
         raise UserError(f"{path}: a directory; give a YAML file") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give a YAML file") from None
     except _Repeated as error:
         raise UserError(f"{path}:{error.line}: {error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, or a date that there is not
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else f"{path}"
-        raise UserError(f"{where}: not valid YAML ({getattr(error, 'problem', None) or 'not text'})") from None
+        problem = "not text" if isinstance(error, UnicodeDecodeError) else getattr(error, "problem", None) or error
+        raise UserError(f"{where}: not valid YAML ({problem})") from None
     if not isinstance(data, dict):
         raise UserError(f"{path}: expected keys such as model: and output:, found {type(data).__name__}")
-    for item in overrides:
-        _override(data, item)
-    try:
-        experiment = Experiment.model_validate(data)
-    except ValidationError as error:
-        raise UserError(f"{path}: {_first_problem(error)}") from None
-    experiment._file = str(path)
-    return experiment
+    return data
 
 
 def dump_experiment(experiment: Experiment) -> str:
@@ -397,7 +409,8 @@ def _override(data: dict, item: str) -> None:
     data[last] = value
 
 
-def _first_problem(error: ValidationError) -> str:
+def first_problem(error: ValidationError) -> str:
+    """The first of a config's mistakes, as `key.path: message`, and how many more there are."""
     problems = error.errors()
     first = problems[0]
     where = ".".join(str(part) for part in first["loc"])

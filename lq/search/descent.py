@@ -52,8 +52,11 @@ class DescentOptions:
     seed: int = 0  # of the labels
 
     def __post_init__(self):
-        if self.generations < 0:
-            raise UserError(f"generations: {self.generations}; write 0 or more")
+        for name, least in (("generations", 0), ("draws", 1)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name}: {getattr(self, name)}; write {least} or more")
+        if not 0 <= self.seed < 1 << 31:
+            raise UserError(f"seed: {self.seed}; write a whole number from 0 to {(1 << 31) - 1}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,22 +152,23 @@ def _prices_of(
 ) -> PredictedOptions:
     """What is priced. Raises UserError for what cannot be."""
     segments = options.segment_channels is not None
+    priced = PredictedOptions(
+        unit="matrix",
+        bits=sorted(set(bits)),
+        group_size=spec.group_size,
+        symmetric=spec.symmetric,
+        scale_dtype=spec.scale_dtype,
+        zero_dtype=spec.zero_dtype,
+        by_energy=spec.by_energy,
+        method=recipe.method,
+        options=dataclasses.asdict(recipe.options),
+        batch_size=batch_size,
+        draws=options.draws,
+        seed=options.seed,
+    )
     try:
-        priced = PredictedOptions(
-            unit="segment" if segments else "matrix",
-            segment_channels=128 if options.segment_channels is None else options.segment_channels,
-            bits=sorted(set(bits)),
-            group_size=spec.group_size,
-            symmetric=spec.symmetric,
-            scale_dtype=spec.scale_dtype,
-            zero_dtype=spec.zero_dtype,
-            by_energy=spec.by_energy,
-            method=recipe.method,
-            options=dataclasses.asdict(recipe.options),
-            batch_size=batch_size,
-            draws=options.draws,
-            seed=options.seed,
-        )
+        if options.segment_channels is not None:
+            priced = dataclasses.replace(priced, unit="segment", segment_channels=options.segment_channels)
         ordered = dataclasses.replace(spec, by_energy=segments or spec.by_energy)
         recipe.check(source.config, dict.fromkeys(of_blocks(plan), ordered))
     except UserError as error:

@@ -39,14 +39,18 @@ class EvolutionOptions:
         for name, least in (("generations", 0), ("offspring", 1), ("seed", 0)):
             if getattr(self, name) < least:
                 raise UserError(f"{name}: {getattr(self, name)}; write {least} or more")
+        for name in ("survivors", "windows"):
+            numbers = getattr(self, name)
+            if any(type(number) is not int or number < 1 for number in numbers):
+                raise UserError(f"{name}: {numbers}; write whole numbers from 1 up, such as [4, 1]")
         falling = [self.offspring, *self.survivors]
         if len(self.survivors) != len(self.windows) or not self.survivors or self.survivors[-1] != 1:
             raise UserError(
                 f"survivors: {self.survivors}, windows: {self.windows}; write as many of both, the last survivor 1"
             )
-        if any(after > before for before, after in itertools.pairwise(falling)) or min(self.windows) < 1:
+        if any(after > before for before, after in itertools.pairwise(falling)):
             raise UserError(
-                f"survivors: {self.survivors}, windows: {self.windows}; write no more survivors than there were before"
+                f"survivors: {self.survivors} of {self.offspring} offspring; write no more than there were before"
             )
 
 

@@ -23,9 +23,15 @@ def format_of(plan: Plan, bits: Sequence[int], **apart: object) -> QuantSpec:
       apart: fields in which its matrices may differ, and what the format has there.
 
     Raises:
-      UserError: a plan of several formats or none, widths that it has and `bits` has not.
+      UserError: a plan of several formats or none, of segments unless `apart` has widths; widths that it has and `bits`
+        has not.
     """
     given = of_blocks(plan).values()
+    if "widths" not in apart and any(spec.widths is not None for spec in given):
+        raise UserError(
+            "plan: matrices of segments, where whole ones are exchanged; write method descent with a number of "
+            "segment_channels, or give a plan of whole matrices"
+        )
     fields: dict = {"bits": 8, **apart}
     same = {dataclasses.replace(spec, **fields) for spec in given}
     if not same:

@@ -331,6 +331,12 @@ def test_segments_must_make_up_their_matrices():
     for extra in (path, f"{path}:0/4"):
         with pytest.raises(UserError, match=f"for {path}"):
             allocate(dataclasses.replace(whole, values=whole.values | {extra: 1.0}), bpw=3.5, bits=(2, 4), spec=spec)
+    second = f"{path}:1/2"
+    for other in (f"{path}:2/2", f"{path}:5/2", f"{path}:00/2"):
+        values = {other if unit == second else unit: value for unit, value in whole.values.items()}
+        line = f"scores given: no value for {path}:1/2; score this very model with `lq score`"
+        with pytest.raises(UserError, match=f"^{line}$"):
+            allocate(dataclasses.replace(whole, values=values), bpw=3.5, bits=(2, 4), spec=spec)
     with pytest.raises(UserError, match="has no 2 segments of whole groups of 128; write a smaller group size"):
         allocate(whole, bpw=3.5, bits=(2, 4), spec=QuantSpec(bits=4))
     measured = dataclasses.replace(
@@ -353,7 +359,7 @@ def test_a_plan_survives_json(tmp_path):
     assert Plan.read(tmp_path / "plan.json") == plan
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[]", '{"specs": []}'])
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"specs": []}', "[" * 100_000], ids=range(5))
 def test_other_files_are_no_plans(tmp_path, text):
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(UserError, match="not a plan"):

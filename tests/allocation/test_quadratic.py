@@ -205,11 +205,40 @@ def test_interactions_of_scores():
         },
     )
     options = [QuantSpec(bits=2), QuantSpec(bits=4)]
-    found = interactions_of(scores, ["block_2", "block_1", "block_0"], options)
+    found = interactions_of(scores, ["block_2", "block_1", "block_0"], [1.0, 1.0, 1.0], options)
     np.testing.assert_array_equal(found.pairs, [[2, 1]])
     np.testing.assert_array_equal(found.terms, [[[0.5, 0.25], [0, 0]]])
-    assert interactions_of(scores, ["block_0", "block_2"], options) is None
-    assert interactions_of(dataclasses.replace(scores, interactions={}), ["block_0"], options) is None
+    assert interactions_of(scores, ["block_0", "block_2"], [1.0, 1.0], options) is None
+    assert interactions_of(dataclasses.replace(scores, interactions={}), ["block_0"], [1.0], options) is None
+
+
+def test_of_a_unit_that_is_pinned_in_part_the_rest_loses_its_share():
+    """Whole, block_0 loses 4 in two bits; what a pin on three quarters of it leaves loses 1, less than block_1."""
+    costs = {"block_0": {"int2-g128": 4.0, "int4-g128": 0.0}, "block_1": {"int2-g128": 1.5, "int4-g128": 0.0}}
+    scores = Scores(
+        metric="given",
+        values={"block_0": 4.0, "block_1": 1.5},
+        model="m",
+        shapes={
+            "block_0/mlp/up_proj": (128, 192),
+            "block_0/mlp/down_proj": (128, 64),
+            "block_1/mlp/up_proj": (128, 64),
+        },
+        other_weights=0,
+        costs=costs,
+        interactions={"block_0": {"block_1": {"int2-g128": {"int2-g128": 0.8}}}},
+    )
+    given = {"bits": (2, 4), "pins": [Pin(pattern="block_0/mlp/up_proj", bits=2)]}
+    for kind in ("measured", "value"):
+        found = allocate(scores, bpw=2.6, method="knapsack", costs=kind, **given)
+        assert [found.specs[path].bits for path in found.shapes] == [2, 2, 4]
+    for bpw, expected in ((2.6, 4.0 / 4), (2.2, 4.0 / 4 + 1.5 + 0.8 / 4)):
+        found = allocate(scores, bpw=bpw, method="quadratic", **given)
+        assert found.provenance["objective"] == pytest.approx(expected)
+    # Beside what is decided as a whole, the rest of a pair loses its share as well.
+    pins = [*given["pins"], Pin(pattern="block_1", bits=2)]
+    found = allocate(scores, bpw=2.2, bits=(2, 4), method="quadratic", pins=pins)
+    assert found.provenance["objective"] == pytest.approx((4.0 + 0.8) / 4)
 
 
 def test_what_is_pinned_still_counts_beside_the_others():

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from lq.allocation.knapsack import knapsack
 from lq.allocation.milp import integer_program
-from lq.allocation.problem import Problem
+from lq.allocation.problem import MOST_COST, Problem
 from lq.allocation.relaxation import greedy, lagrangian, relax
 from lq.errors import UserError
 from lq.importance.controls import use_more_bits
@@ -178,6 +178,20 @@ def test_a_larger_budget_never_costs_more(solve):
 def test_a_budget_below_all_is_refused():
     with pytest.raises(UserError, match=r"^budget: 3 bits cannot be met; the least is 4$"):
         Problem(cost=np.zeros((2, 2)), size=np.array([[2, 4]] * 2), budget=3)
+
+
+@pytest.mark.parametrize("largest", [1.7e308, -1e308, 1.1e200])
+def test_costs_too_large_to_be_added_up_are_refused(largest):
+    with pytest.raises(UserError, match=r"^costs: as large as 1\S+, where the most is 1e\+200; score again, or write"):
+        Problem(cost=np.array([[largest, 0.0], [1.0, np.inf]]), size=np.array([[2, 4]] * 2), budget=6)
+
+
+@every
+def test_the_largest_costs_are_solved(solve):
+    """Ten units, the first worth least."""
+    cost = np.linspace(0.1, 1.0, 10)[:, None] * np.array([MOST_COST, MOST_COST / 4])
+    problem = Problem(cost=cost, size=np.full((10, 2), 10**9) * np.array([2, 4]), budget=22 * 10**9)
+    np.testing.assert_array_equal(solve(problem), [0] * 9 + [1])
 
 
 @pytest.mark.parametrize(

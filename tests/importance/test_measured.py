@@ -186,6 +186,15 @@ def test_what_was_not_measured_is_refused(kl, given, line):
         allocate(kl, **{"bpw": 3.6, "spec": QuantSpec(bits=4, group_size=32), "method": "knapsack", **given})
 
 
+@pytest.mark.parametrize("metric", ["kl", "shapley"])
+def test_a_quantizer_that_scales_channels_is_refused_before_it_runs(source, monkeypatch, metric):
+    monkeypatch.setattr("lq.importance.quantized.quantized_source", lambda *_, **__: pytest.fail("quantized"))
+    with pytest.raises(
+        UserError, match=r"^candidates: awq changes more than matrices, of which alone options are made"
+    ):
+        score(source, metric, WINDOWS, {**FORMAT, "method": "awq"})
+
+
 def test_scores_without_costs(source):
     with pytest.raises(UserError, match=r"^costs: measured, but zd measures none; write place or value"):
         allocate(score(source, "zd"), bpw=3.0, method="greedy", costs="measured")

@@ -184,7 +184,10 @@ def test_the_order_of_the_windows_does_not_matter(segments):
         ),
         ({"unit": "segment", "by_energy": True}, "unit: segment, whose groups are by energy in any case"),
         ({"unit": "segment", "group_size": [32, 64]}, "group_size: the segments of a matrix share one"),
-        ({"unit": "segment", "segment_channels": 96}, "segment_channels: 96; write a multiple of 32 and of the group"),
+        (
+            {"unit": "segment", "segment_channels": 96},
+            "segment_channels: 96, in groups of 128; write 128 or a multiple of it",
+        ),
     ],
 )
 def test_options_that_cannot_be(given, line):

@@ -231,7 +231,7 @@ def test_scores_survive_json(source, tmp_path):
     assert Scores.read(tmp_path / "lim.json") == scores
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"metric": 1}', "\x00"])
+@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"metric": 1}', "\x00", "[" * 100_000], ids=range(6))
 def test_other_files_are_no_scores(tmp_path, text):
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(UserError, match="not a scores file"):

@@ -160,12 +160,13 @@ def test_a_start_that_is_no_choice_is_beaten_or_given_back(source):
         ({"bits": (4, 5)}, "plan: 340992 bits, but segments"),
         (
             {"options": {"segment_channels": 0}},
-            "segment_channels: 0; write a multiple of 32 and of the group size; or, for",
+            "segment_channels: 0, in groups of 32; write 32 or a multiple of it; or, for whole matrices, write the ",
         ),
         ({"recipe": Recipe(method="rtn", scaling="smoothquant")}, "descent: smoothquant + rtn changes more than"),
         ({"options": {"generations": -1}}, "generations: -1; write 0 or more"),
+        ({"bits": (4, 9)}, "bits: 9 is not a width lq can store; write a whole number from 1 to 8"),
         ({"unit": "block"}, "unit: block, but descent has segments or matrices; write its option segment_channels"),
-        ({"options": {"segment_channels": 48}}, "segment_channels: 48; write a multiple of 32 and of the group size"),
+        ({"options": {"segment_channels": 48}}, "segment_channels: 48, in groups of 32; write 32 or a multiple of"),
         ({"recipe": Recipe()}, "by_energy: groups of channels by the energy of the inputs, which rtn does not look at"),
         (
             {"recipe": Recipe(method="hqq")},
@@ -177,6 +178,19 @@ def test_what_cannot_be(source, given, line):
     with pytest.raises(UserError) as refused:
         search(source, uniform_plan(source.config, SPEC), WINDOWS, method="descent", **{"recipe": RTN, **given})
     assert str(refused.value).startswith(line)
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"draws": 0}, "draws: 0; write 1 or more"),
+        ({"seed": -1}, "seed: -1; write a whole number from 0 to 2147483647"),
+    ],
+)
+def test_of_what_is_not_about_segments_whole_matrices_are_no_remedy(options, line):
+    with pytest.raises(UserError) as refused:
+        DescentOptions(**options)
+    assert str(refused.value) == line
 
 
 def test_embedding_and_head_keep_what_the_plan_gives_them(source):

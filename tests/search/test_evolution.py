@@ -111,7 +111,13 @@ def test_nothing_can_change():
     [
         ({"generations": -1}, "generations: -1; write 0 or more"),
         ({"survivors": [4, 2]}, "survivors: [4, 2], windows: [1, 8]; write as many of both, the last survivor 1"),
-        ({"survivors": [64, 1]}, "survivors: [64, 1], windows: [1, 8]; write no more survivors than"),
+        ({"survivors": [64, 1]}, "survivors: [64, 1] of 32 offspring; write no more than there were before"),
+        ({"survivors": ["a", 1]}, "survivors: ['a', 1]; write whole numbers from 1 up, such as [4, 1]"),
+        ({"survivors": [0, 1]}, "survivors: [0, 1]; write whole numbers from 1 up"),
+        ({"survivors": [True, 1]}, "survivors: [True, 1]; write whole numbers from 1 up"),
+        ({"windows": [0, 1]}, "windows: [0, 1]; write whole numbers from 1 up"),
+        ({"windows": [1, 2.5]}, "windows: [1, 2.5]; write whole numbers from 1 up"),
+        ({"windows": [1]}, "survivors: [4, 1], windows: [1]; write as many of both, the last survivor 1"),
     ],
 )
 def test_options_that_cannot_be(given, line):

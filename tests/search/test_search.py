@@ -121,6 +121,17 @@ def test_what_cannot_be_searched(source, plan, change, given, line):
     assert str(refused.value) == line
 
 
+@pytest.mark.parametrize(
+    ("method", "options"), [("evolution", {}), ("refine", {}), ("amq", {}), ("descent", {"segment_channels": None})]
+)
+def test_segments_are_not_exchanged_as_whole_matrices(source, method, options):
+    plan = uniform_plan(source.config, SPEC)
+    cut = {**plan.specs, "block_0/mlp/up_proj": dataclasses.replace(SPEC, bits=4, widths=(4, 2))}
+    line = r"^plan: matrices of segments, where whole ones are exchanged; write method descent with a number of seg"
+    with pytest.raises(UserError, match=line):
+        search(source, dataclasses.replace(plan, specs=cut), WINDOWS, method=method, options=options)
+
+
 def test_formats_and_units_that_differ_are_refused(source):
     plan = uniform_plan(source.config, SPEC)
     path = "block_0/mlp/up_proj"

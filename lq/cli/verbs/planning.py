@@ -7,6 +7,7 @@ import typer
 
 from lq.cli.inputs import calibration_text, plan_of
 from lq.cli.options import (
+    Allocator,
     BitsList,
     Bpw,
     ByEnergy,
@@ -33,6 +34,7 @@ from lq.cli.options import (
     ZeroDtype,
 )
 from lq.cli.printing import describe_plan
+from lq.errors import UserError
 
 
 def allocate(
@@ -41,7 +43,7 @@ def allocate(
     bpw: Bpw = None,
     bytes_: Bytes = None,
     bits: BitsList = "2,4",
-    method: Annotated[str, typer.Option(help="See lq list allocators.")] = "rank",
+    method: Allocator = "rank",
     option: Settings = None,
     costs: Costs = None,
     group_size: GroupSize = "128",
@@ -62,20 +64,26 @@ def allocate(
     picture: Annotated[Path | None, typer.Option(help="A PNG of which matrix got which bits.")] = None,
 ) -> None:
     """A width for every matrix so that a budget is met, from scores."""
-    from lq.cli.arguments import Allocation, settings
+    from lq.cli.arguments import Allocation, check_file, settings
     from lq.importance import Scores
     from lq.importance import reverse as reversed_scores
 
+    check_file(out, "--out")
+    if picture is not None:
+        check_file(picture, "--picture")
+        if picture.resolve() == out.resolve():
+            raise UserError(f"--picture {picture}: is the plan's file as well; give another")
     allocation = Allocation(context.params, method, settings(option))
     read = Scores.read(scores)
     plan = allocation.plan(reversed_scores(read) if reverse else read)
+    if picture is not None:  # first, since what draws it may be missing
+        from lq.runs.figures.plans import write_plan_figure
+
+        write_plan_figure(plan, picture)
     plan.write(out)
     describe_plan(plan)
     print(f"wrote {out}")
     if picture is not None:
-        from lq.runs.figures.plans import write_plan_figure
-
-        write_plan_figure(plan, picture)
         print(f"wrote {picture}")
 
 
@@ -103,6 +111,7 @@ def search(
     from lq.models.decoder import Decoder
     from lq.models.loading import open_checkpoint
 
+    arguments.check_file(out, "--out")
     source = open_checkpoint(resolve_model(model))
     found = search_plan(
         Decoder(source.config),

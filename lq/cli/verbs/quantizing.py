@@ -7,6 +7,7 @@ import typer
 
 from lq.cli.inputs import calibration_text, plan_of, reads_text
 from lq.cli.options import (
+    Allocator,
     AllocatorSettings,
     ByEnergy,
     Bytes,
@@ -51,7 +52,7 @@ def quantize(
     bits: Annotated[
         str, typer.Option(help="Widths to choose from, comma-separated. One alone needs no budget.")
     ] = "2,3,4",
-    allocator: Annotated[str, typer.Option(help="See lq list allocators.")] = "rank",
+    allocator: Allocator = "rank",
     allocator_option: AllocatorSettings = None,
     costs: Costs = None,
     group_size: GroupSize = "128",
