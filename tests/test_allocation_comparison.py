@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from scipy.stats import spearmanr
 
 from experiments.allocation.compare import Bench, Measured, main, plans, read
-from experiments.allocation.tables import draw, draw_damage, lines, ratios, table
+from experiments.allocation.tables import agreements, draw, draw_damage, lines, ratios, table
 from experiments.rows import append, rows_of
 from lq.allocation import ALLOCATORS
 from lq.errors import UserError
-from lq.importance import METRICS
+from lq.importance import METRICS, Scores
 from lq.search import SEARCHES
 
 pytestmark = pytest.mark.once
@@ -23,7 +24,7 @@ def test_the_shipped_comparison_has_every_score_and_allocator():
     comparison = read(CONFIG)
     assert {score.metric for score in comparison.scores} == set(METRICS)
     assert {plan.allocator for plan in comparison.plans} == set(ALLOCATORS)
-    assert {plan.search for plan in comparison.plans} <= {None, *SEARCHES}
+    assert {plan.search for plan in comparison.plans} == {None, *SEARCHES}
     assert {plan.score for plan in comparison.plans} == {score.name for score in comparison.scores}
     names = [name for name, *_ in plans(comparison)]
     assert len(names) == len(set(names))
@@ -116,6 +117,10 @@ def test_plans_are_measured_at_equal_bytes(small, tmp_path):
     bench.scores(comparison.of("quantizers", "rtn"), comparison.of("scores", "predicted_kl"), 0)
     draw_damage(tmp_path / "scores", "rtn", tmp_path / "damage.png")
     assert not (tmp_path / "none.png").exists(), "no other score of matrices"
+    (row,) = [line for line in agreements(tmp_path / "scores", "rtn").splitlines() if "predicted_kl" in line]
+    both = [Scores.read(tmp_path / "scores" / f"rtn_{name}.json").values for name in ("kl", "predicted_kl_0")]
+    rho = spearmanr(list(both[0].values()), list(both[1].values())).statistic
+    assert row.startswith(f"| matrix | predicted_kl_0 | {rho:.2f} | ")
     for name in ("pareto.png", "damage.png"):
         assert (tmp_path / name).stat().st_size > 10_000
 

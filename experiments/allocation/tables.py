@@ -9,9 +9,12 @@ from collections import defaultdict
 from pathlib import Path
 from statistics import mean
 
+import numpy as np
+
 from experiments.allocation.compare import Measured
 from experiments.rows import markdown, rows_of
 from lq.importance import Scores
+from lq.importance.agreement import agreement
 from lq.runs.figures.plans import write_damage_figure
 from lq.runs.figures.style import cycled, matplotlib_figure
 
@@ -126,6 +129,8 @@ def main() -> None:
         print(f"## {quantizer}\n\n### KL over that of {base_of(found, quantizer)}\n\n{ratios(found, quantizer)}")
         for budget in sorted({line.budget for line in found if line.quantizer == quantizer}):
             print(f"\n### {quantizer}, {budget} bits per weight\n\n{table(found, quantizer, budget)}")
+        agreed = agreements(arguments.run / "scores", quantizer)
+        print(f"\n### {quantizer}, agreement of scores with what was measured\n\n{agreed}")
     if arguments.pictures is not None:
         arguments.pictures.mkdir(parents=True, exist_ok=True)
         draw(found, arguments.pictures / "pareto.png")
@@ -136,16 +141,35 @@ def main() -> None:
 def draw_damage(directory: Path, quantizer: str, path: Path) -> None:
     """Scores of matrices by a quantizer against what rounding them was measured to lose; nothing without both."""
     measured = directory / f"{quantizer}_{MEASURED}.json"
-    if not measured.exists():
-        return
-    damage, of_matrices = Scores.read(measured), {}
-    for file in sorted(directory.glob(f"{quantizer}_*.json")):
+    if measured.exists() and (of_matrices := scores_like(directory, quantizer, measured)):
+        write_damage_figure(of_matrices, Scores.read(measured), path)
+
+
+def scores_like(directory: Path, quantizer: str, measured: Path) -> dict[str, Scores]:
+    """The other scores of the same units, by their names in the files: those by the quantizer, and those by none."""
+    damage, found = Scores.read(measured), {}
+    for file in sorted(directory.glob("*.json")):
         if file != measured and not file.name.endswith(".seconds.json"):
-            found = Scores.read(file)
-            if found.values.keys() == damage.values.keys():
-                of_matrices[file.stem.removeprefix(f"{quantizer}_")] = found
-    if of_matrices:
-        write_damage_figure(of_matrices, damage, path)
+            score = Scores.read(file)
+            by = score.options.get("method", damage.options["method"])
+            if list(score.values) == list(damage.values) and by == damage.options["method"]:
+                found[file.stem.removeprefix(f"{quantizer}_")] = score
+    return found
+
+
+def agreements(directory: Path, quantizer: str) -> str:
+    """How far scores of blocks, and of matrices, agree with what rounding each was measured to lose; Markdown."""
+    rows = []
+    for unit, name in (("block", f"{MEASURED}_by_blocks"), ("matrix", MEASURED)):
+        measured = directory / f"{quantizer}_{name}.json"
+        if not measured.exists():
+            continue
+        damage = Scores.read(measured)
+        of_units = scores_like(directory, quantizer, measured)
+        found = {score: agreement(values, damage) for score, values in of_units.items()}
+        for score, how in sorted(found.items(), key=lambda item: -np.nan_to_num(item[1].spearman, nan=-2.0)):
+            rows.append([unit, score, f"{how.spearman:.2f}", f"{how.common} of {how.top}"])
+    return markdown(["unit", "score", "Spearman", "of the quarter that loses most"], rows)
 
 
 if __name__ == "__main__":

@@ -56,15 +56,18 @@ def write_damage_figure(scores: Mapping[str, Scores], measured: Scores, path: Pa
     rows = -(-len(scores) // columns)
     with matplotlib_figure() as Figure:
         figure = Figure(figsize=(2.9 * columns, 2.6 * rows), facecolor=PAPER)
-        panels = figure.subplots(rows, columns, squeeze=False).ravel()
+        panels = figure.subplots(rows, columns, squeeze=False, sharey=True).ravel()
         for index, (axes, (name, found)) in enumerate(zip(panels, scores.items(), strict=False)):
             units = [unit for unit in measured.values if unit in found.values]
             if len(units) < 3:
                 raise UserError(f"{name}: {len(units)} units in common with {measured.metric}; score the same units")
             value, damage = (np.array([s.values[unit] for unit in units]) for s in (found, measured))
             axes.plot(value, damage, linestyle="", color=cycled(index).colour, marker="o", markersize=2.5)
-            axes.set_title(f"{name}, rank correlation {float(spearman(value, damage)):.2f}", loc="left", fontsize=8.5)
-            axes.set_yscale("log" if (damage > 0).all() else "linear")
+            axes.set_title(f"{name}\nrank correlation {float(spearman(value, damage)):.2f}", loc="left", fontsize=8.5)
+            axes.locator_params(axis="x", nbins=4)
+        if all(loss > 0 for loss in measured.values.values()):  # of shared axes: one scale is all panels'
+            panels[0].set_yscale("log")
+            panels[0].yaxis.set_major_formatter("{x:g}")  # plain: mathematics is not typeset, see the style
         for axes in panels[len(scores) :]:
             axes.set_visible(False)
         figure.supylabel("measured damage", fontsize=9, color=INK)
