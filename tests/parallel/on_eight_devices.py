@@ -124,8 +124,11 @@ def scores_and_codes(source) -> dict:
         recipe = Recipe(method=method, options=QUANTIZERS.options(method, {}))
         windows = text if recipe.calibrated else None
         specs = uniform_plan(source.config, SPEC).specs
-        packed = quantized_source(source, specs, recipe, windows).params()
-        found[method] = [np.asarray(leaf) for leaf in jax.tree.leaves(packed)]
+        quantized = quantized_source(source, specs, recipe, windows)
+        found[method] = [np.asarray(leaf) for leaf in jax.tree.leaves(quantized.params())]
+        if recipe.calibrated:
+            errors = [of_matrix["output error"] for of_matrix in quantized.report.values()]
+            found[f"{method} error"] = {"mean": float(np.mean(errors))}
     return found
 
 

@@ -22,6 +22,7 @@ from lq.models.matrices import other_weights
 from lq.models.source import InMemory
 from lq.numerics.spec import QuantSpec
 from lq.quantizers import PlannedSource, Recipe
+from lq.sealed import unsealed
 from lq.transforms import TransformedSource
 
 pytestmark = pytest.mark.once
@@ -70,7 +71,7 @@ def test_the_front_writes_and_opens_it_too(tmp_path):
 
 
 def manifest(out) -> dict:
-    return json.loads((out / "lq.json").read_text())
+    return unsealed(json.loads((out / "lq.json").read_text()))
 
 
 def test_the_manifest_says_what_changed_and_no_more(tmp_path):
