@@ -63,7 +63,7 @@ def test_logits_bytes_and_gathers(family):
         apart = axes.get("tensor", 1) * axes.get("fsdp", 1)
         if "expert" not in axes:  # norms and learned positions are on every device
             whole = 0.1 if family in ("gpt2", "opt") else 0.025
-            assert 1 / apart <= measured["share"] < whole + (1 - whole) / apart, name
+            assert 1 / apart <= measured["share"] <= whole + (1 - whole) / apart + 1e-9, name
         else:  # attention and tables are not apart along experts
             assert measured["share"] < 0.65 / apart, name
 
