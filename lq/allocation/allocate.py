@@ -156,13 +156,15 @@ def _problem(scores: Scores, choices: Choices, budget: int, costs: Costs, latenc
         if any(map(segment_of, units)):
             raise UserError("latency: of segments there is none; score whole matrices, or leave the limit out")
         seconds = read_latency(latency.table, choices.free, list(map(str, choices.options)))
-    shares, interactions = choices.shares, None
-    cost = expected_costs(scores, units, choices.weights, shares, choices.options, costs)
+    interactions = None
+    cost = expected_costs(scores, units, choices.weights, choices.options, costs)
     if costs == "measured":
-        cost = cost + costs_beside(scores, units, shares, choices.options, choices.fixed)
-        interactions = interactions_of(scores, units, shares, choices.options)
+        cost = cost + costs_beside(scores, units, choices.options, choices.fixed)
+        interactions = interactions_of(scores, units, choices.options)
+    if interactions is not None:
+        interactions = interactions.scaled(choices.shares)
     return Problem(
-        cost=cost,
+        cost=cost * choices.shares[:, None],
         size=choices.size,
         budget=budget - choices.fixed_bits,
         interactions=interactions,

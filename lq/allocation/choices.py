@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from lq.allocation.costs import Costs
 from lq.allocation.plan import DENSE_BITS, Count
@@ -65,13 +65,14 @@ class Choices:
 
     @property
     def weights(self) -> list[int]:
-        """Number of weights of every unit, without those of matrices that are decided."""
-        return [self._weights_of(paths) // _parts_of(unit) for unit, paths in self.free.items()]
+        """Number of weights of every unit, those of matrices that are decided too."""
+        return [self._weights_of(members(unit, self.shapes)) // _parts_of(unit) for unit in self.free]
 
     @property
-    def shares(self) -> list[float]:
-        """What share of every unit's weights is free."""
-        return [self._weights_of(paths) / self._weights_of(members(u, self.shapes)) for u, paths in self.free.items()]
+    def shares(self) -> Float[np.ndarray, " units"]:
+        """What share of every unit's weights is not decided."""
+        free = [self._weights_of(paths) // _parts_of(unit) for unit, paths in self.free.items()]
+        return np.array(free, float) / np.array(self.weights, float)
 
     def _weights_of(self, paths: Iterable[str]) -> int:
         return sum(math.prod(self.shapes[path]) for path in paths)

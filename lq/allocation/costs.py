@@ -7,8 +7,8 @@ bits. Where a score is no loss, its order is all that can be trusted; where it i
     place    r = n (L - rank) / L    for n weights and L units, the most important of rank 0
     value    r = the score           of the unit as a whole, above 0
 
-Where a pin decides some matrices of a unit, the others lose their share of what was measured, or of the score, by
-weights: of what each matrix loses nothing is known.
+Where a pin decides some matrices of a unit, the others lose their share of it by weights: of what each matrix loses
+nothing is known.
 """
 
 from collections.abc import Sequence
@@ -41,20 +41,14 @@ def costs_for(scores: Scores, method: str, costs: Costs | None) -> Costs:
 
 
 def expected_costs(
-    scores: Scores,
-    units: Sequence[str],
-    weights: Sequence[int],
-    shares: Sequence[float],
-    options: Sequence[QuantSpec],
-    costs: Costs,
+    scores: Scores, units: Sequence[str], weights: Sequence[int], options: Sequence[QuantSpec], costs: Costs
 ) -> Float[np.ndarray, "units options"]:
-    """The cost of every unit under every option.
+    """The cost of every unit, as a whole, under every option.
 
     Args:
       scores: of the units, and perhaps of others.
       units: most important first.
-      weights: how many each has that are free.
-      shares: of all that it has, as many.
+      weights: how many each has.
       options: what a unit's matrices may become.
       costs: the rule.
 
@@ -63,11 +57,11 @@ def expected_costs(
     """
     if costs == "measured":
         found = [[_measured(scores, unit, str(option)) for option in options] for unit in units]
-        return np.array(found, float).reshape(len(units), len(options)) * np.array(shares)[:, None]
+        return np.array(found, float).reshape(len(units), len(options))
     if costs == "place":
         loss = np.array(weights) * (len(units) - np.arange(len(units))) / max(len(units), 1)
     else:
-        loss = np.array([scores.values[unit] for unit in units]) * np.array(shares)
+        loss = np.array([scores.values[unit] for unit in units])
         if (loss <= 0).any():
             unit = units[int(np.argmin(loss))]
             raise UserError(

@@ -13,22 +13,19 @@ from lq.importance.units import members
 from lq.numerics.spec import QuantSpec
 
 
-def interactions_of(
-    scores: Scores, units: Sequence[str], shares: Sequence[float], options: Sequence[QuantSpec]
-) -> Interactions | None:
+def interactions_of(scores: Scores, units: Sequence[str], options: Sequence[QuantSpec]) -> Interactions | None:
     """The pairs of `units` for which the scores have interactions; 0 for options without. None where there are none.
 
     Args:
       scores: with `interactions`.
       units, options: in the order of the problem.
-      shares: of the weights of every unit, what is free: of what a pair loses, the product of both is counted.
     """
     place, column = _places(units, options)
     terms: dict[tuple[int, int], np.ndarray] = {}
     for unit, other, mine, its, value in _entries(scores):
         if unit in place and other in place and mine in column and its in column:
             term = terms.setdefault((place[unit], place[other]), np.zeros((len(options), len(options))))
-            term[column[mine], column[its]] = value * shares[place[unit]] * shares[place[other]]
+            term[column[mine], column[its]] = value
     terms = {pair: term for pair, term in terms.items() if term.any()}
     return Interactions(pairs=np.array([*terms]), terms=np.array([*terms.values()])) if terms else None
 
@@ -48,18 +45,13 @@ def _entries(scores: Scores) -> Iterator[tuple[str, str, str, str, float]]:
 
 
 def costs_beside(
-    scores: Scores,
-    units: Sequence[str],
-    shares: Sequence[float],
-    options: Sequence[QuantSpec],
-    fixed: Mapping[str, QuantSpec | None],
+    scores: Scores, units: Sequence[str], options: Sequence[QuantSpec], fixed: Mapping[str, QuantSpec | None]
 ) -> Float[np.ndarray, "units options"]:
     """What every option of `units` loses beyond its cost beside units that are decided already.
 
     Args:
       scores: with `interactions`.
       units, options: in the order of the problem.
-      shares: of the weights of every unit, what is free.
       fixed: matrix -> what a pin makes it. A unit of which nothing else is known, matrices of several formats or one
         that the scores have no interactions for, adds nothing.
     """
@@ -72,9 +64,9 @@ def costs_beside(
     found = np.zeros((len(units), len(options)))
     for unit, other, mine, its, value in _entries(scores):
         if unit in place and decided.get(other) == its and mine in column:
-            found[place[unit], column[mine]] += value * shares[place[unit]]
+            found[place[unit], column[mine]] += value
         if other in place and decided.get(unit) == mine and its in column:
-            found[place[other], column[its]] += value * shares[place[other]]
+            found[place[other], column[its]] += value
     return found
 
 

@@ -46,6 +46,10 @@ class Interactions:
         if not np.isfinite(self.terms).all():
             raise ValueError("a term that is not finite")
 
+    def scaled(self, shares: Float[np.ndarray, " units"]) -> "Interactions":
+        """Those of parts of the units: of what a pair loses, the product of both shares."""
+        return dataclasses.replace(self, terms=self.terms * shares[self.pairs].prod(1)[:, None, None])
+
     def of(self, choice: Choice) -> float:
         """The sum over all pairs."""
         a, b = choice[self.pairs].T

@@ -59,6 +59,14 @@ from lq.quantizers.gptq import GPTQFactor, GPTQOptions
 from lq.quantizers.runs import round_widths, sweep_widths
 
 
+def check_labels(draws: int, seed: int) -> None:
+    """Raises UserError for a number of draws of labels, or a seed of theirs, that cannot be."""
+    if draws < 1:
+        raise UserError(f"draws: {draws}; write 1 or more")
+    if not 0 <= seed < 1 << 31:
+        raise UserError(f"seed: {seed}; write a whole number from 0 to {(1 << 31) - 1}")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PredictedOptions(QuantizedOptions):
     # One more than other scores price: wider than the field it replaces, which a type checker cannot know to be safe.
@@ -69,10 +77,7 @@ class PredictedOptions(QuantizedOptions):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.draws < 1:
-            raise UserError(f"draws: {self.draws}; write 1 or more")
-        if not 0 <= self.seed < 1 << 31:
-            raise UserError(f"seed: {self.seed}; write a whole number from 0 to {(1 << 31) - 1}")
+        check_labels(self.draws, self.seed)
         if self.unit == "segment":
             self._check_segments()
 

@@ -32,7 +32,7 @@ from lq.allocation.problem import Choice, Problem
 from lq.calibration.data import Windows
 from lq.errors import UserError
 from lq.importance.backward import Backward
-from lq.importance.predicted import PredictedOptions, UnitErrors
+from lq.importance.predicted import PredictedOptions, UnitErrors, check_labels
 from lq.importance.scores import Scores
 from lq.importance.units import segment_of
 from lq.models.matrices import block_of
@@ -52,11 +52,9 @@ class DescentOptions:
     seed: int = 0  # of the labels
 
     def __post_init__(self):
-        for name, least in (("generations", 0), ("draws", 1)):
-            if getattr(self, name) < least:
-                raise UserError(f"{name}: {getattr(self, name)}; write {least} or more")
-        if not 0 <= self.seed < 1 << 31:
-            raise UserError(f"seed: {self.seed}; write a whole number from 0 to {(1 << 31) - 1}")
+        if self.generations < 0:
+            raise UserError(f"generations: {self.generations}; write 0 or more")
+        check_labels(self.draws, self.seed)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -205,11 +205,11 @@ def test_interactions_of_scores():
         },
     )
     options = [QuantSpec(bits=2), QuantSpec(bits=4)]
-    found = interactions_of(scores, ["block_2", "block_1", "block_0"], [1.0, 1.0, 1.0], options)
+    found = interactions_of(scores, ["block_2", "block_1", "block_0"], options)
     np.testing.assert_array_equal(found.pairs, [[2, 1]])
     np.testing.assert_array_equal(found.terms, [[[0.5, 0.25], [0, 0]]])
-    assert interactions_of(scores, ["block_0", "block_2"], [1.0, 1.0], options) is None
-    assert interactions_of(dataclasses.replace(scores, interactions={}), ["block_0"], [1.0], options) is None
+    assert interactions_of(scores, ["block_0", "block_2"], options) is None
+    assert interactions_of(dataclasses.replace(scores, interactions={}), ["block_0"], options) is None
 
 
 def test_of_a_unit_that_is_pinned_in_part_the_rest_loses_its_share():
