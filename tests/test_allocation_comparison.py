@@ -289,3 +289,8 @@ def test_measured_tables_are_those_of_the_rows(name):
     measured = CONFIG.parent / "measured" / name
     written = (measured / "tables.md").read_text(encoding="utf-8")
     assert written == page(lines(rows_of(measured / "rows.jsonl", Measured)), measured / "scores") + "\n"
+
+
+def test_the_readme_has_the_table_of_the_rows():
+    found = lines(rows_of(CONFIG.parent / "measured" / "standin" / "rows.jsonl", Measured))
+    assert ratios(found, "gptq") in (CONFIG.parent / "README.md").read_text(encoding="utf-8")
