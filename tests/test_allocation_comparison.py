@@ -8,7 +8,7 @@ import yaml
 from scipy.stats import spearmanr
 
 from experiments.allocation.compare import Bench, Measured, main, plans, read
-from experiments.allocation.tables import agreements, draw, draw_damage, lines, ratios, table
+from experiments.allocation.tables import agreements, draw, draw_damage, lines, page, ratios, table
 from experiments.rows import append, rows_of
 from lq.allocation import ALLOCATORS
 from lq.errors import UserError
@@ -282,3 +282,15 @@ def test_measured_rows_are_of_the_shipped_configs(name):
     assert len(found) == len(set(found))
     assert set(found) <= {name for name, *_ in plans(comparison)}
     assert {row.plan for row in rows_of(measured / "rows.jsonl", Measured)} <= set(identity["plans"])
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_measured_tables_are_those_of_the_rows(name):
+    measured = CONFIG.parent / "measured" / name
+    written = (measured / "tables.md").read_text(encoding="utf-8")
+    assert written == page(lines(rows_of(measured / "rows.jsonl", Measured)), measured / "scores") + "\n"
+
+
+def test_the_readme_has_the_table_of_the_rows():
+    found = lines(rows_of(CONFIG.parent / "measured" / "standin" / "rows.jsonl", Measured))
+    assert ratios(found, "gptq") in (CONFIG.parent / "README.md").read_text(encoding="utf-8")

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from experiments.mistakes import in_one_line
 from experiments.quantizers.compare import Bench, Measured, models, read
 from experiments.quantizers.tables import draw, lines, noise, ratios, table
 from experiments.rows import append, rows_of
@@ -118,3 +119,17 @@ def test_a_broken_config_is_one_line(tmp_path):
     (tmp_path / "x.yaml").write_text("title: x\n", encoding="utf-8")
     with pytest.raises(UserError, match=r"x\.yaml: .*model Field required"):
         read(tmp_path / "x.yaml")
+
+
+@pytest.mark.parametrize(
+    ("mistake", "line"),
+    [
+        (UserError("bits: 9\n  write 1 to 8"), "compare: bits: 9 write 1 to 8\n"),
+        (NotADirectoryError(20, "Not a directory", "a/b"), "compare: a/b: Not a directory\n"),
+    ],
+)
+def test_mistakes_end_a_program_in_one_line(capsys, mistake, line):
+    with pytest.raises(SystemExit) as exit, in_one_line("compare"):
+        raise mistake
+    assert exit.value.code == 2
+    assert capsys.readouterr().err == line

@@ -1,4 +1,4 @@
-"""The tables and pictures of this folder's README, from the rows of a comparison.
+"""Tables and pictures of a comparison, from its rows; and how far scores agree, where its scores are there.
 
 python -m experiments.allocation.tables RUN --pictures DIR
 """
@@ -125,17 +125,25 @@ def main() -> None:
     parser.add_argument("--pictures", type=Path, help="directory for pareto.png and damage-QUANTIZER.png")
     arguments = parser.parse_args()
     found = lines(rows_of(arguments.run / "rows.jsonl", Measured))
-    for quantizer in dict.fromkeys(line.quantizer for line in found):
-        print(f"## {quantizer}\n\n### KL over that of {base_of(found, quantizer)}\n\n{ratios(found, quantizer)}")
-        for budget in sorted({line.budget for line in found if line.quantizer == quantizer}):
-            print(f"\n### {quantizer}, {budget} bits per weight\n\n{table(found, quantizer, budget)}")
-        agreed = agreements(arguments.run / "scores", quantizer)
-        print(f"\n### {quantizer}, agreement of scores with what was measured\n\n{agreed}")
+    print(page(found, arguments.run / "scores"))
     if arguments.pictures is not None:
         arguments.pictures.mkdir(parents=True, exist_ok=True)
         draw(found, arguments.pictures / "pareto.png")
         for quantizer in dict.fromkeys(line.quantizer for line in found):
             draw_damage(arguments.run / "scores", quantizer, arguments.pictures / f"damage-{quantizer}.png")
+
+
+def page(found: list[Line], scores: Path) -> str:
+    """All tables, Markdown; the agreement of scores where the directory `scores` exists."""
+    parts = []
+    for quantizer in dict.fromkeys(line.quantizer for line in found):
+        parts.append(f"## {quantizer}, KL over that of {base_of(found, quantizer)}\n\n{ratios(found, quantizer)}")
+        budgets = sorted({line.budget for line in found if line.quantizer == quantizer})
+        parts += [f"## {quantizer}, {b} bits per weight\n\n{table(found, quantizer, b)}" for b in budgets]
+        if scores.exists():
+            agreed = agreements(scores, quantizer)
+            parts.append(f"## {quantizer}, agreement of scores with what was measured\n\n{agreed}")
+    return "\n\n".join(parts)
 
 
 def draw_damage(directory: Path, quantizer: str, path: Path) -> None:

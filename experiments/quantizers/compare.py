@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import yaml
 from pydantic import Field, NonNegativeInt, ValidationError
 
+from experiments.mistakes import in_one_line
 from experiments.rows import append, claim, rows_of
 from lq.allocation import uniform_plan
 from lq.assets import resolve_data, resolve_model
@@ -203,7 +204,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with in_one_line("compare"):
         main()
-    except UserError as error:
-        raise SystemExit(f"compare: {error}") from None

@@ -25,7 +25,7 @@ from jaxtyping import Array, Float
 from lq.calibration.data import Windows
 from lq.calibration.stream import batches, embed_batch, embed_batches
 from lq.errors import UserError
-from lq.evaluation.evaluate import scored_targets, window_sums
+from lq.evaluation.evaluate import log_probs, scored_targets, window_sums, window_sums_against
 from lq.models.config import BlockKind, ModelConfig
 from lq.models.context import context_for
 from lq.models.decoder import apply_block
@@ -34,6 +34,8 @@ from lq.models.source import ParameterSource, Params
 from lq.numerics.segmented import is_packed
 
 Choice = Mapping[str, int]  # matrix path -> option
+
+MOST_HELD = 2**30  # bytes of the original's log-probabilities; where they are more they are computed anew every time
 
 
 class Candidates:
@@ -147,6 +149,8 @@ class Judge:
         self._head = candidates.head_params({})
         self.passes = 0.0
         self._reference = jnp.concatenate(self.states(self._embedded, 0, {}))
+        size = 4 * self._masks.size * candidates.config.vocab_size
+        self._log_p = log_probs(candidates.config, self._head, self._reference) if size <= MOST_HELD else None
 
     def inputs(self, choice: Choice) -> list[Array | np.ndarray]:
         """The hidden states at the input of the first block, one array a batch."""
@@ -228,8 +232,11 @@ class Judge:
     def _losses(self, choice: Choice, which: np.ndarray, final: Array) -> Float[np.ndarray, "windows 2"]:
         """Mean negative log-likelihood and mean KL of the windows `which`, from the states behind the last block."""
         config, head, masks = self.candidates.config, self.candidates.head_params(choice), self._masks[which]
-        original = (self._head, self._reference[which])
-        sums = window_sums(config, config, head, self.windows.tokens[which], masks, final, original)
+        tokens = self.windows.tokens[which]
+        if self._log_p is None:
+            sums = window_sums(config, config, head, tokens, masks, final, (self._head, self._reference[which]))
+        else:
+            sums = window_sums_against(config, head, tokens, masks, final, self._log_p, which)
         return np.asarray(sums, np.float64)[:, :2] / masks.sum(1)[:, None]
 
 

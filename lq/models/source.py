@@ -8,6 +8,7 @@ source's business.
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from lq.models.config import ModelConfig
@@ -69,6 +70,20 @@ class InMemory(ParameterSource):
             return leaf if dtype is None or is_packed(leaf) else leaf.astype(dtype)
 
         return jax.tree.map(cast, self._params[name], is_leaf=is_packed)
+
+
+class Dequantized(ParameterSource):
+    """Another source, packed leaves as the dense matrices they stand for: one program serves every plan of a model."""
+
+    def __init__(self, source: ParameterSource):
+        self.config = source.config
+        self._source = source
+
+    def part(self, name: str, dtype=None) -> Params:
+        def dense(leaf):
+            return leaf.dequantize(dtype or jnp.float32) if is_packed(leaf) else leaf
+
+        return jax.tree.map(dense, self._source.part(name, dtype), is_leaf=is_packed)
 
 
 def sampled(array: jax.Array | np.ndarray) -> np.ndarray:

@@ -36,8 +36,7 @@ from lq.importance.predicted import PredictedOptions, UnitErrors, check_labels
 from lq.importance.scores import Scores
 from lq.importance.units import segment_of
 from lq.models.matrices import block_of
-from lq.models.source import ParameterSource, Params
-from lq.numerics.segmented import is_packed
+from lq.models.source import Dequantized, InMemory, ParameterSource
 from lq.numerics.spec import QuantSpec
 from lq.quantizers import Recipe, quantized_source
 from lq.search.formats import format_of, of_blocks
@@ -112,7 +111,7 @@ def descend(
     def judged(one: Plan) -> tuple[float, ParameterSource]:
         calibration = windows if recipe.calibrated else None
         quantized = quantized_source(source, of_blocks(one), recipe, calibration, batch_size=batch_size)
-        model = _Quantized(source, quantized)
+        model = _dequantized(source, quantized)
         return judge.loss(model), model
 
     def found() -> Found:
@@ -238,19 +237,7 @@ class _Units:
         return np.array(rows).reshape(-1, len(self.choices.options))
 
 
-class _Quantized(ParameterSource):
+def _dequantized(original: ParameterSource, quantized: ParameterSource) -> ParameterSource:
     """A quantized model as a dense one: its blocks are kept packed on the host and dequantized when they are read."""
-
-    def __init__(self, original: ParameterSource, quantized: ParameterSource):
-        self.config, self._original = original.config, original
-        self._blocks = [jax.device_get(quantized.block(index)) for index in range(self.config.num_blocks)]
-
-    def part(self, name: str, dtype=None) -> Params:
-        if not name.startswith("block_"):
-            return self._original.part(name, dtype)
-
-        def dense(leaf):
-            found = leaf.dequantize() if is_packed(leaf) else leaf
-            return found if dtype is None else found.astype(dtype)
-
-        return jax.tree.map(dense, self._blocks[int(name.removeprefix("block_"))], is_leaf=is_packed)
+    blocks = {f"block_{i}": jax.device_get(quantized.block(i)) for i in range(original.config.num_blocks)}
+    return Dequantized(InMemory(original.config, {"embed": original.embed(), **blocks, "head": original.head()}))

@@ -64,6 +64,15 @@ def test_the_original_loses_nothing(judge):
     assert np.abs(judge.kl({})).max() < 1e-6
 
 
+def test_log_probabilities_need_not_be_held(source, judge, monkeypatch):
+    """A vocabulary too wide for it: the original's head is applied anew."""
+    monkeypatch.setattr(module, "MOST_HELD", 0)
+    choices, which = [dict.fromkeys(matrices(source.config), option) for option in (0, 2)], [3, 1, 4]
+    again = Judge(judge.candidates, WINDOWS, batch_size=2)
+    # Logits of some units in 24 bits; the sum over a window halves what is left of it.
+    np.testing.assert_allclose(again.kl_of(choices, which), judge.kl_of(choices, which), rtol=1e-5, atol=1e-7)
+
+
 def test_from_the_middle_it_is_the_same(source, judge):
     choice = {path: 0 for path in matrices(source.config) if path.startswith("block_1/")}
     states = judge.states(judge.inputs({}), 0, {}, until=1)

@@ -9,7 +9,7 @@ from lq.calibration.data import Windows
 from lq.errors import UserError
 from lq.evaluation import evaluate, make_reference
 from lq.models.decoder import Decoder
-from lq.models.source import InMemory
+from lq.models.source import Dequantized, InMemory
 from lq.numerics.spec import QuantSpec
 from lq.quantizers import PlannedSource, Recipe
 
@@ -51,6 +51,20 @@ def test_measures_equal_float64(original, changed, batch_size):
     assert got.kl == pytest.approx((np.exp(p) * (p - q)).sum(-1).mean(), rel=1e-4)
     assert got.top1 == (p.argmax(-1) == q.argmax(-1)).mean()
     assert got.tokens == windows.tokens[:, 1:].size
+
+
+def test_dequantized_it_is_the_same_model(original):
+    specs = {
+        f"block_0/mlp/{name}": QuantSpec(bits=bits, group_size=32) for name, bits in (("up_proj", 2), ("down_proj", 3))
+    }
+    packed, windows = PlannedSource(original, specs, Recipe()), make_windows()
+    reference = make_reference(original, windows)
+    got, expected = (evaluate(s, windows, reference=reference) for s in (Dequantized(packed), packed))
+    # Products with packed weights sum in another order.
+    assert got.kl == pytest.approx(expected.kl, rel=1e-4)
+    assert got.kl > 1e-4
+    assert Dequantized(packed).block(0)["mlp"]["up_proj"]["kernel"].dtype == jnp.float32
+    assert Dequantized(packed).block(0, jnp.bfloat16)["mlp"]["up_proj"]["kernel"].dtype == jnp.bfloat16
 
 
 def test_the_original_against_itself(original):
