@@ -221,6 +221,11 @@ def test_pins_hold_and_unused_ones_are_reported():
     assert plan.bpw <= 4.5
 
 
+def test_where_pins_decide_everything_no_budget_is_needed():
+    found = allocate(SCORES, bits=(2, 4), pins=[Pin(pattern=".", bits=4)])
+    assert {spec.bits for spec in found.specs.values()} == {4}
+
+
 def test_the_first_pin_that_matches_decides():
     plan = allocate(SCORES, bpw=2.8, pins=[Pin(pattern="block_0/mlp", bits=3), Pin(pattern="mlp", bits=2)])
     assert plan.specs["block_0/mlp/up_proj"].bits == 3
