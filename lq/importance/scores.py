@@ -47,6 +47,7 @@ class Scores:
                 )
         if self.costs and (
             self.costs.keys() != self.values.keys()
+            or not all(self.costs.values())
             or not all(math.isfinite(cost) for of_unit in self.costs.values() for cost in of_unit.values())
         ):
             raise UserError(f"score {self.metric}: costs that are not those of the units, or not finite; score again")
@@ -79,6 +80,8 @@ class Scores:
             return _of_these_types().validate_json(json.dumps(data), strict=True)
         except FileNotFoundError:
             raise UserError(f"{path}: no such scores file; make one with `lq score MODEL --metric lim`") from None
+        except IsADirectoryError:
+            raise UserError(f"{path}: a directory; give a file that `lq score` made") from None
         except ValidationError as error:
             first = error.errors()[0]
             if isinstance(mistake := first.get("ctx", {}).get("error"), UserError):

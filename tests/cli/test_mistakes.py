@@ -180,7 +180,7 @@ def test_a_command_line_that_does_not_parse_is_one_line(args, line, monkeypatch,
 
 def test_a_path_that_cannot_be_used_is_one_line(scores, tmp_path):
     assert "directory" in refused("allocate", scores / "zd.json", "--bpw", 3, "--group-size", 64, "--out", tmp_path)
-    assert "directory" in refused("allocate", tmp_path, "--bpw", 3)
+    assert f"{tmp_path}: a directory; give a file that `lq score`" in refused("allocate", tmp_path, "--bpw", 3)
 
 
 @pytest.mark.parametrize(

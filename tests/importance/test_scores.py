@@ -258,6 +258,7 @@ def test_a_damaged_shape_is_one_line(source, tmp_path, shape):
         ({"other_weights": -5}, "score first_last: other_weights: -5; score again"),
         ({"costs": []}, "not a scores file (costs: "),
         ({"costs": None}, "not a scores file (costs: "),
+        ({"costs": {"block_0": {}}}, "score first_last: costs that are not those of the units"),
         ({"values": {"block_0": True}}, "not a scores file (values.block_0: "),
         ({"values": {"block_0": math.nan}}, "score first_last: block_0 is nan"),
         ({"metric": None}, "not a scores file (metric: "),
