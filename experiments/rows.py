@@ -17,15 +17,16 @@ from lq.errors import UserError
 from lq.runs.environment import device_name, versions
 
 Row = TypeVar("Row")
+Value = TypeVar("Value", list, dict)
 
 
 def rows_of(file: Path, kind: type[Row]) -> list[Row]:
     """The rows measured so far; a line that a crash cut short is left out."""
     found = []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
+    for line in file.read_bytes().splitlines() if file.exists() else []:
         try:
             found.append(kind(**json.loads(line)))
-        except (json.JSONDecodeError, TypeError):
+        except (ValueError, TypeError):
             continue
     return found
 
@@ -56,12 +57,16 @@ def claim(out: Path, fixed: Mapping[str, Any], named: Mapping[str, Mapping[str, 
     """
     file = out / "identity.json"
     identity = json.loads(json.dumps({**fixed, **named}))
+    environments = out / "environments.json"
+    found = _read(environments, list) if environments.exists() else []
     if file.exists():
-        there = _read(file)
+        there = _read(file, dict)
         for key in fixed:
             if there.get(key) != identity[key]:
                 raise UserError(f"{out}: rows of another {key} ({there.get(key)}, here {identity[key]}); write --out")
         for kind in named:
+            if not isinstance(there.get(kind, {}), dict):
+                raise _damaged(file, f"{kind} are no mapping")
             for name, options in there.get(kind, {}).items():
                 if identity[kind].get(name, options) != options:
                     raise UserError(
@@ -71,17 +76,23 @@ def claim(out: Path, fixed: Mapping[str, Any], named: Mapping[str, Mapping[str, 
     elif (out / "rows.jsonl").exists():
         raise UserError(f"{out}: rows without identity.json, which says what they are of; copy it as well")
     write_text(file, json.dumps(identity, indent=1))
-    environments = out / "environments.json"
-    found = json.loads(environments.read_text(encoding="utf-8")) if environments.exists() else []
     if (here := {"versions": versions(), "device": device_name()}) not in found:
         write_text(environments, json.dumps([*found, here], indent=1))
 
 
-def _read(file: Path) -> dict[str, Any]:
+def _read(file: Path, kind: type[Value]) -> Value:
+    """The JSON of a file, which is of one kind."""
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file}: damaged ({error}); copy it again from where the rows are from") from None
+        found = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise _damaged(file, error) from None
+    if not isinstance(found, kind):
+        raise _damaged(file, f"{type(found).__name__} in place of {kind.__name__}")
+    return found
+
+
+def _damaged(file: Path, what: object) -> UserError:
+    return UserError(f"{file}: damaged ({what}); copy it again from where the rows are from")
 
 
 def markdown(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -7,7 +7,7 @@ import pytest
 import yaml
 from scipy.stats import spearmanr
 
-from experiments.allocation.compare import Bench, Measured, main, plans, read
+from experiments.allocation.compare import NO_OPTIONS, Bench, Measured, main, plans, read
 from experiments.allocation.tables import agreements, draw, draw_damage, lines, page, ratios, table
 from experiments.rows import append, rows_of
 from lq.allocation import ALLOCATORS
@@ -92,14 +92,14 @@ def test_plans_are_measured_at_equal_bytes(small, tmp_path):
         "rtn, descent, 3.4 bpw",
     }
     assert all(3.0 < row.bpw <= 3.4 for row in rows.values())
-    headers = 0.02 * max(row.bytes_on_disk for row in rows.values())
     for row in rows.values():
         # What is not counted in bits per weight is the same in all: embedding, head and norms.
-        other = rows["rtn, kl, 3.4 bpw"]
-        weights = sum(shape[-2] * shape[-1] for path, shape in bench.plan(*of(comparison, row))[0].shapes.items()
-                      if path.startswith("block_"))  # fmt: skip
-        counted = (row.bpw - other.bpw) * weights / 8
-        assert row.bytes_on_disk - other.bytes_on_disk == pytest.approx(counted, abs=headers)
+        other, shapes = rows["rtn, kl, 3.4 bpw"], bench.plan(*of(comparison, row))[0].shapes
+        weights = [shape[-2] * shape[-1] for path, shape in shapes.items() if path.startswith("block_")]
+        counted = (row.bpw - other.bpw) * sum(weights) / 8
+        # Offsets in the header have more digits or fewer; a matrix in segments has an entry more, for its order.
+        entries = 150 * len(weights) if row.plan in ("segments", "descent") else 0
+        assert -64 <= row.bytes_on_disk - other.bytes_on_disk - counted <= 64 + entries
     assert rows["rtn, random, 3.4 bpw, seed 0"].passes is None
     assert rows["rtn, evopress, 3.4 bpw"].passes > 0
     assert rows["rtn, descent, 3.4 bpw"].passes >= 4 + 2 + 3 + 1
@@ -128,6 +128,17 @@ def test_plans_are_measured_at_equal_bytes(small, tmp_path):
 def of(comparison, row):
     """What `Bench.plan` takes of a row."""
     return next((q, p, b, s) for name, q, p, b, s in plans(comparison) if name == row.name)
+
+
+def test_where_nothing_was_possible_it_fails(small, tmp_path, capsys):
+    given = yaml.safe_load(small.read_text(encoding="utf-8")) | {"budgets": [17], "output": str(tmp_path / "out")}
+    (tmp_path / "x.yaml").write_text(yaml.safe_dump(given), encoding="utf-8")
+    with pytest.raises(SystemExit) as exit:
+        main([str(tmp_path / "x.yaml"), "--only", "^rtn, random"])
+    assert exit.value.code == 2
+    printed = capsys.readouterr()
+    assert printed.out.count("not possible: budget: 17 bits per weight cannot be met") == 2
+    assert printed.err == f"compare: {tmp_path / 'out'}: none of 2 rows was possible; the reasons are above\n"
 
 
 def test_names_that_are_nowhere(small, tmp_path):
@@ -211,6 +222,7 @@ def message_of(tmp_path, text):
         ),
         ({"plans": [PLAN | {"search_options": {"seed": 1}}]}, "plans.0: search_options are given, but no search; name"),
         ({"plans": [PLAN | {"costs": "size"}]}, "plans.0.costs: Input should be 'measured', 'place' or 'value'"),
+        ({"plans": [PLAN | {"budgets": [2.5]}]}, "plan lim: budgets: 2.5 is none of the config's; write some of [3.0]"),
         ({"plans": [PLAN | {"score": "zd"}]}, "plan lim: zd is none of the scores; write one of lim"),
         ({"bits": [2, 9]}, "bits.1: Input should be less than or equal to 8 (got 9)"),
         ({"bit": [2]}, "bit: unknown key"),
@@ -275,7 +287,7 @@ def test_measured_rows_are_of_the_shipped_configs(name):
     identity = json.loads((measured / "identity.json").read_text(encoding="utf-8"))
     assert identity["bits"] == comparison.bits
     for kind in ("quantizers", "scores", "plans"):
-        options = {section.name: section.model_dump(exclude={"name"}) for section in getattr(comparison, kind)}
+        options = {section.name: section.model_dump(exclude=NO_OPTIONS) for section in getattr(comparison, kind)}
         known = {name: given for name, given in identity[kind].items() if name in options}
         assert known == {name: options[name] for name in known}
     found = [row.name for row in rows_of(measured / "rows.jsonl", Measured)]

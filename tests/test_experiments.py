@@ -106,9 +106,19 @@ def test_rows_of_something_else_are_not_gone_on_with(small_model, text_file, tmp
         begin(calibration={**given["calibration"], "samples": 5})
     with pytest.raises(UserError, match="rows of another evaluation"):
         begin(evaluation={**given["evaluation"], "windows": 3})
-    (out / "identity.json").write_text("")
-    with pytest.raises(UserError, match=r"identity\.json: damaged"):
-        begin()
+    whole = (out / "identity.json").read_bytes()
+    for damaged in (b"", b"[]", b"\xff", b'{"methods": 3}'):
+        (out / "identity.json").write_bytes(damaged)
+        with pytest.raises(UserError, match=r"identity\.json: damaged|rows of another"):
+            begin()
+        assert (out / "identity.json").read_bytes() == damaged
+    (out / "identity.json").write_bytes(whole)
+    for damaged in (b"{", b"3"):
+        (out / "environments.json").write_bytes(damaged)
+        with pytest.raises(UserError, match=r"environments\.json: damaged"):
+            begin(methods=[methods["autoround"]])
+        assert (out / "identity.json").read_bytes() == whole
+    (out / "environments.json").unlink()
     (out / "identity.json").unlink()
     (out / "rows.jsonl").write_text("")
     with pytest.raises(UserError, match=r"rows without identity\.json"):

@@ -52,6 +52,7 @@ from lq.runs.config import (
 from lq.search import SEARCHES, search
 
 EXAMPLE = "experiments/allocation/standin.yaml"
+NO_OPTIONS = {"name", "budgets"}  # of a section: they change no row
 
 
 class QuantizerSection(QuantizationSection):
@@ -81,6 +82,7 @@ class PlanSection(Section):
     search: Annotated[str, known(SEARCHES)] | None = None
     search_options: dict[str, Any] = Field(default_factory=dict)
     quantizers: Annotated[list[str], Field(min_length=1)] | None = None  # all when null
+    budgets: Annotated[list[Budget], Field(min_length=1)] | None = None  # some of the config's, all when null
 
     def searching(self, seed: int) -> dict[str, Any]:
         """The options of the search behind a score of `seed`: it draws anew as well."""
@@ -146,6 +148,9 @@ class Comparison(Section):
                 self.of("scores", plan.score)
                 for name in plan.quantizers or []:
                     self.of("quantizers", name)
+                for budget in plan.budgets or []:
+                    if budget not in self.budgets:
+                        raise UserError(f"budgets: {budget} is none of the config's; write some of {self.budgets}")
         self._check_rows()
         return self
 
@@ -216,7 +221,7 @@ def plans(comparison: Comparison) -> Iterator[tuple[str, QuantizerSection, PlanS
         for plan in comparison.plans:
             if plan.quantizers is not None and quantizer.name not in plan.quantizers:
                 continue
-            for budget in comparison.budgets:
+            for budget in plan.budgets or comparison.budgets:
                 for seed in range(plan.seeds):
                     which = f", seed {seed}" if plan.seeds > 1 else ""
                     yield f"{quantizer.name}, {plan.name}, {budget} bpw{which}", quantizer, plan, budget, seed
@@ -259,7 +264,7 @@ class Bench:
             "bits": c.bits,
         }
         sections = {"quantizers": c.quantizers, "scores": c.scores, "plans": c.plans}
-        named = {kind: {s.name: s.model_dump(exclude={"name"}) for s in found} for kind, found in sections.items()}
+        named = {kind: {s.name: s.model_dump(exclude=NO_OPTIONS) for s in found} for kind, found in sections.items()}
         claim(self.out, fixed, named)
 
     def scores(self, quantizer: QuantizerSection, section: ScoreSection, seed: int) -> tuple[Scores, float]:
@@ -349,12 +354,13 @@ def chosen(comparison: Comparison, only: str) -> list[tuple[str, QuantizerSectio
 
 
 def run(comparison: Comparison, only: str, out: Path) -> None:
-    """Measures the rows that are not in `out` yet."""
+    """Measures the rows that are not in `out` yet. Raises UserError where none of them was possible."""
     todo = chosen(comparison, only)
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: a file; give a directory")
     bench, file = Bench(comparison, out), out / "rows.jsonl"
     bench.claim()
+    refused = []
     for i, (name, *what) in enumerate(todo, 1):
         if name in {row.name for row in rows_of(file, Measured)}:
             continue
@@ -362,10 +368,13 @@ def run(comparison: Comparison, only: str, out: Path) -> None:
             row = bench.measure(name, *what)
         except UserError as error:
             print(f"{i}/{len(todo)} {name}: not possible: {error}", flush=True)
+            refused.append(name)
             continue
         append(file, row)
         print(f"{i}/{len(todo)} {name}: {row.bpw:.4f} bpw, {row.bytes_on_disk} bytes, perplexity {row.perplexity:.4f}, "
               f"KL {row.kl:.5f}", flush=True)  # fmt: skip
+    if len(refused) == len(todo):
+        raise UserError(f"{out}: none of {len(todo)} rows was possible; the reasons are above")
 
 
 def main(given: Sequence[str] | None = None) -> None:

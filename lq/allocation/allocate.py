@@ -140,7 +140,7 @@ def _solve(problem: Problem, method: str, options: Mapping[str, object]) -> tupl
 def _budget(choices: Choices, bpw, nbytes, bits, group_sizes) -> int:
     """Bits for all that counts. Raises UserError for a budget that is none, or that no choice meets."""
     least, most = (choices.fixed_bits + int(choices.size[:, end].sum()) for end in (0, -1))
-    if bpw is None and nbytes is None and len(choices.options) == 1:
+    if bpw is None and nbytes is None and least == most:
         return most
     weights = choices.counted_weights
     budget = budget_bits(bpw, nbytes, weights)

@@ -39,8 +39,8 @@ class Choices:
     ) -> "Choices":
         """Raises UserError for scores that do not cover the model's matrices once."""
         units = _units_of(scores, count)
-        if any(map(segment_of, units)) and len({option.group_size for option in options}) > 1:
-            raise UserError("group_sizes: the segments of a matrix share one; write one")
+        if any(map(segment_of, units)):
+            _check_segments(options)
         free = {u: left for u in scores.ranking() if (left := [p for p in units[u] if p not in fixed])}
         counted = [path for path in scores.shapes if count == "all" or block_of(path) is not None]
         return cls(shapes=scores.shapes, options=options, free=free, fixed=fixed, counted=counted)
@@ -82,6 +82,18 @@ class Choices:
         chosen = {unit: self.options[option] for unit, option in zip(self.free, choice, strict=True)}
         specs = _specs_of(chosen, self.free) | {p: s for p, s in self.fixed.items() if s is not None}
         return {path: specs[path] for path in self.shapes if path in specs}
+
+
+def _check_segments(options: list[QuantSpec]) -> None:
+    """Raises UserError for options that segments of a matrix cannot have."""
+    if len({option.group_size for option in options}) > 1:
+        raise UserError("group_sizes: the segments of a matrix share one; write one")
+    if options[0].group_size is None:
+        raise UserError("group_size: a column is one group, and segments hold whole ones; write that of the scores")
+    if options[0].by_energy or options[0].mixed:
+        raise UserError(
+            "by_energy, mixed: groups of segments are by energy, and widths theirs, in any case; leave both out"
+        )
 
 
 def options_among(spec: QuantSpec, bits, group_sizes, costs: Costs) -> list[QuantSpec]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -52,22 +53,29 @@ def costs_beside(
     Args:
       scores: with `interactions`.
       units, options: in the order of the problem.
-      fixed: matrix -> what a pin makes it. A unit of which nothing else is known, matrices of several formats or one
-        that the scores have no interactions for, adds nothing.
+      fixed: matrix -> what a pin makes it. Of a unit that it decides in part, by several formats, or partly leaves
+        dense, every format counts by its share of the weights.
     """
-    decided = {}
-    for unit in scores.values.keys() - set(units):
-        formats = {fixed.get(path) for path in members(unit, scores.shapes)}
-        if len(formats) == 1 and (spec := formats.pop()) is not None:
-            decided[unit] = str(spec)
+    decided = {unit: _decided_shares(members(unit, scores.shapes), scores.shapes, fixed) for unit in scores.values}
     place, column = _places(units, options)
     found = np.zeros((len(units), len(options)))
     for unit, other, mine, its, value in _entries(scores):
-        if unit in place and decided.get(other) == its and mine in column:
-            found[place[unit], column[mine]] += value
-        if other in place and decided.get(unit) == mine and its in column:
-            found[place[other], column[its]] += value
+        if unit in place and mine in column:
+            found[place[unit], column[mine]] += decided[other].get(its, 0.0) * value
+        if other in place and its in column:
+            found[place[other], column[its]] += decided[unit].get(mine, 0.0) * value
     return found
+
+
+def _decided_shares(
+    paths: Sequence[str], shapes: Mapping[str, tuple[int, ...]], fixed: Mapping[str, QuantSpec | None]
+) -> dict[str, float]:
+    """Format -> the share of the weights of `paths` that a pin gives it."""
+    found: dict[str, float] = {}
+    for path in paths:
+        if (spec := fixed.get(path)) is not None:
+            found[str(spec)] = found.get(str(spec), 0.0) + math.prod(shapes[path])
+    return {spec: weights / sum(math.prod(shapes[path]) for path in paths) for spec, weights in found.items()}
 
 
 def psd_projected(problem: Problem) -> Problem:

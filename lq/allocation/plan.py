@@ -134,6 +134,8 @@ class Plan:
             raise UserError(
                 f"{path}: no such plan; make one with `lq allocate SCORES --bpw 3.0 --out {path}`"
             ) from None
+        except IsADirectoryError:
+            raise UserError(f"{path}: a directory; give a file that `lq allocate` made") from None
         except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
             raise UserError(f"{path}: not a plan ({error!r}); make one with `lq allocate`") from None
 

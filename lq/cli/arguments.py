@@ -1,5 +1,6 @@
 """Text from the command line, read into the library's types. A mistake names the option it was made in."""
 
+import itertools
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -53,6 +54,25 @@ def check_file(path: Path, option: str) -> None:
     """Raises UserError, before the work is done, where no file can be written at `path`, which `option` was given."""
     if path.is_dir():
         raise UserError(f"{option} {path}: a directory; give a file")
+    _check_place(path, option)
+
+
+def check_directory(path: Path, option: str) -> None:
+    """The same of a directory, which may be there."""
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{option} {path}: a file; give a directory")
+    _check_place(path / "file", option)
+
+
+def check_apart(paths: Mapping[str, Path | None]) -> None:
+    """Raises UserError where two of the files that a command reads or writes, by their options, are one."""
+    given = {option: path.resolve() for option, path in paths.items() if path is not None}
+    for (option, path), (other, file) in itertools.combinations(given.items(), 2):
+        if path == file:
+            raise UserError(f"{other} {paths[other]}: is that of {option} as well; give another")
+
+
+def _check_place(path: Path, option: str) -> None:
     there = next(parent for parent in path.absolute().parents if parent.exists())
     if not there.is_dir():
         raise UserError(f"{option} {path}: {there} is a file; give a place in a directory")

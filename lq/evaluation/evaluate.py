@@ -143,7 +143,7 @@ def window_sums(config: ModelConfig, original_config: ModelConfig | None, head_p
         row, scored, h, original_h = window
         log_q = _log_probs(config, head_params, h)
         if original is None:
-            return jnp.append(_sums(log_q, log_q, row, scored), 0)
+            return jnp.stack([_nll(log_q, row, scored), 0.0, 0.0])
         log_p = _log_probs(original_config or config, original[0], original_h)
         agree = (log_p.argmax(-1) == log_q.argmax(-1)).astype(jnp.float32)
         return jnp.append(_sums(log_q, log_p, row, scored), jnp.sum(agree, where=scored))
@@ -177,6 +177,9 @@ def _log_probs(config: ModelConfig, head_params, hidden):
 
 
 def _sums(log_q, log_p, row, scored):
-    nll = -jnp.take_along_axis(log_q, row[1:, None], axis=-1)[:, 0]
     kl = jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
-    return jnp.stack([jnp.sum(nll, where=scored), jnp.sum(kl, where=scored)])
+    return jnp.stack([_nll(log_q, row, scored), jnp.sum(kl, where=scored)])
+
+
+def _nll(log_q, row, scored):
+    return -jnp.sum(jnp.take_along_axis(log_q, row[1:, None], axis=-1)[:, 0], where=scored)

@@ -102,7 +102,7 @@ class PredictedOptions(QuantizedOptions):
 
     def segments(self, shape: tuple[int, ...]) -> int:
         """How many segments a matrix is cut into."""
-        count = shape[-2] // self.segment_channels
+        count = 1 if shape[-2] % self.segment_channels else shape[-2] // self.segment_channels
         return count if count > 1 and self.specs[0].segmentable(shape, count) else 1
 
 

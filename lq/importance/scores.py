@@ -2,13 +2,18 @@
 is computed and nowhere else; published code has been found to sort ZD the wrong way round for want of this."""
 
 import dataclasses
+import functools
 import json
 import math
 from pathlib import Path
 
+from pydantic import TypeAdapter, ValidationError
+
 from lq.atomic import write_text
 from lq.errors import UserError
 from lq.sealed import sealed, unsealed
+
+MOST_WEIGHTS = 2**48  # of one matrix, so that bits are counted in 64
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,6 +36,11 @@ class Scores:
     extra: dict = dataclasses.field(default_factory=dict)  # what else was measured, e.g. LIM without position 0
 
     def __post_init__(self):
+        if self.other_weights < 0:
+            raise UserError(f"score {self.metric}: other_weights: {self.other_weights}; score again")
+        for path, shape in self.shapes.items():
+            if len(shape) < 2 or min(shape) < 1 or math.prod(shape) > MOST_WEIGHTS:
+                raise UserError(f"score {self.metric}: shapes: {path}: {list(shape)} is no [in, out]; score again")
         for unit, value in self.values.items():
             if not math.isfinite(value):
                 raise UserError(
@@ -38,6 +48,7 @@ class Scores:
                 )
         if self.costs and (
             self.costs.keys() != self.values.keys()
+            or not all(self.costs.values())
             or not all(math.isfinite(cost) for of_unit in self.costs.values() for cost in of_unit.values())
         ):
             raise UserError(f"score {self.metric}: costs that are not those of the units, or not finite; score again")
@@ -63,18 +74,26 @@ class Scores:
         """Raises UserError when `path` is no scores file, or a damaged one."""
         try:
             data = unsealed(json.loads(Path(path).read_text(encoding="utf-8")))
-            data["shapes"] = {name: _shape(name, shape) for name, shape in data["shapes"].items()}
-            if type(data["other_weights"]) is not int:
-                raise ValueError(f"other_weights: {data['other_weights']!r} is no whole number")
-            return cls(**data)
+            if not isinstance(data, dict):
+                raise ValueError(f"{type(data).__name__} in place of a mapping")
+            if unknown := data.keys() - {field.name for field in dataclasses.fields(cls)}:
+                raise ValueError(f"{min(unknown)}: no key of it")
+            return _of_these_types().validate_json(json.dumps(data), strict=True)
         except FileNotFoundError:
             raise UserError(f"{path}: no such scores file; make one with `lq score MODEL --metric lim`") from None
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except IsADirectoryError:
+            raise UserError(f"{path}: a directory; give a file that `lq score` made") from None
+        except ValidationError as error:
+            first = error.errors()[0]
+            if isinstance(mistake := first.get("ctx", {}).get("error"), UserError):
+                raise UserError(f"{path}: {mistake}") from None
+            where = ".".join(map(str, first["loc"]))
+            raise UserError(f"{path}: not a scores file ({where}: {first['msg']}); make one with `lq score`") from None
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path}: not a scores file ({error}); make one with `lq score`") from None
 
 
-def _shape(name: str, value: object) -> tuple[int, ...]:
-    """Raises ValueError unless `value` is a matrix's shape, `[in, out]`, or a stack's."""
-    if not isinstance(value, list) or len(value) < 2 or any(type(n) is not int or n < 1 for n in value):
-        raise ValueError(f"shapes: {name}: {value!r} is no [in, out]")
-    return tuple(value)
+@functools.cache
+def _of_these_types() -> TypeAdapter[Scores]:
+    """What a file must hold."""
+    return TypeAdapter(Scores)

@@ -20,6 +20,7 @@ gradients of AutoScheme and mlx-lm (`lq.importance.delta_loss`) at a plan in pla
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal
 
 import jax
 import numpy as np
@@ -46,7 +47,7 @@ from lq.search.tolls import with_tolls
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DescentOptions:
     generations: int = 2  # rounds around a plan; it ends before when no plan is better
-    segment_channels: int | None = 64  # input channels of a unit; None: whole matrices
+    segment_channels: int | Literal["group"] | None = "group"  # input channels of a unit; None: whole matrices
     draws: int = 8  # of labels, a backward pass each, at the original
     seed: int = 0  # of the labels
 
@@ -148,6 +149,7 @@ def _prices_of(
     options: DescentOptions,
 ) -> PredictedOptions:
     """What is priced. Raises UserError for what cannot be."""
+    channels = spec.group_size if options.segment_channels == "group" else options.segment_channels
     segments = options.segment_channels is not None
     priced = PredictedOptions(
         unit="matrix",
@@ -164,8 +166,8 @@ def _prices_of(
         seed=options.seed,
     )
     try:
-        if options.segment_channels is not None:
-            priced = dataclasses.replace(priced, unit="segment", segment_channels=options.segment_channels)
+        if segments:
+            priced = dataclasses.replace(priced, unit="segment", segment_channels=channels or 0)
         ordered = dataclasses.replace(spec, by_energy=segments or spec.by_energy)
         recipe.check(source.config, dict.fromkeys(of_blocks(plan), ordered))
     except UserError as error:

@@ -221,6 +221,11 @@ def test_pins_hold_and_unused_ones_are_reported():
     assert plan.bpw <= 4.5
 
 
+def test_where_pins_decide_everything_no_budget_is_needed():
+    found = allocate(SCORES, bits=(2, 4), pins=[Pin(pattern=".", bits=4)])
+    assert {spec.bits for spec in found.specs.values()} == {4}
+
+
 def test_the_first_pin_that_matches_decides():
     plan = allocate(SCORES, bpw=2.8, pins=[Pin(pattern="block_0/mlp", bits=3), Pin(pattern="mlp", bits=2)])
     assert plan.specs["block_0/mlp/up_proj"].bits == 3
@@ -344,6 +349,13 @@ def test_segments_must_make_up_their_matrices():
     )
     with pytest.raises(UserError, match="group_sizes: the segments of a matrix share one"):
         allocate(measured, bpw=3.5, bits=(2, 4), spec=spec, group_sizes=(32, 64), method="knapsack")
+    for fields, line in (
+        ({"group_size": None}, "group_size: a column is one group"),
+        ({"group_size": 32, "by_energy": True}, "by_energy, mixed: groups of segments are by energy"),
+        ({"group_size": 128, "mixed": True}, "by_energy, mixed: groups of segments are by energy"),
+    ):
+        with pytest.raises(UserError, match=f"^{line}"):
+            allocate(whole, bpw=3.5, bits=(2, 4), spec=QuantSpec(bits=4, **fields))
 
 
 def test_scores_must_fit_the_model():

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lq.allocation import allocate
-from lq.allocation.interactions import interactions_of, psd_projected
+from lq.allocation.interactions import costs_beside, interactions_of, psd_projected
 from lq.allocation.milp import integer_program
 from lq.allocation.pins import Pin
 from lq.allocation.problem import Interactions, Problem
@@ -229,10 +229,12 @@ def test_of_a_unit_that_is_pinned_in_part_the_rest_loses_its_share():
         interactions={"block_0": {"block_1": {"int2-g128": {"int2-g128": 0.8}}}},
     )
     given = {"bits": (2, 4), "pins": [Pin(pattern="block_0/mlp/up_proj", bits=2)]}
-    for kind in ("measured", "value"):
+    # By place every weight of block_0 loses twice what one of block_1 does, and as many are left.
+    for kind, expected in (("measured", [2, 2, 4]), ("value", [2, 2, 4]), ("place", [2, 4, 2])):
         found = allocate(scores, bpw=2.6, method="knapsack", costs=kind, **given)
-        assert [found.specs[path].bits for path in found.shapes] == [2, 2, 4]
-    for bpw, expected in ((2.6, 4.0 / 4), (2.2, 4.0 / 4 + 1.5 + 0.8 / 4)):
+        assert [found.specs[path].bits for path in found.shapes] == expected
+    # In two bits block_1 stands beside all of block_0, what is pinned and what is left.
+    for bpw, expected in ((2.6, 4.0 / 4), (2.2, 4.0 / 4 + 1.5 + 0.8)):
         found = allocate(scores, bpw=bpw, method="quadratic", **given)
         assert found.provenance["objective"] == pytest.approx(expected)
     # Beside what is decided as a whole, the rest of a pair loses its share as well.
@@ -267,6 +269,28 @@ def test_what_is_pinned_still_counts_beside_the_others():
     unproved = allocate(scores, options={"time_limit": 0}, **given)
     assert unproved.provenance["bound"] is None
     assert unproved.provenance["objective"] == pytest.approx(1.5 + 1.0 + 0.25)  # block_0 in four bits
+
+
+@pytest.mark.parametrize(
+    ("pins", "beside"),
+    [({}, 0.0), ({"up": 2}, 0.75), ({"up": 2, "down": 2}, 1.0), ({"up": 2, "down": 4}, 0.75), ({"up": 16}, 0.0)],
+)
+def test_a_unit_counts_beside_others_by_the_share_that_is_decided(pins, beside):
+    scores = Scores(
+        metric="given",
+        values={"block_0": 1.0, "block_1": 1.0},
+        model="m",
+        shapes={
+            "block_0/mlp/up_proj": (128, 192),
+            "block_0/mlp/down_proj": (128, 64),
+            "block_1/mlp/up_proj": (128, 64),
+        },
+        other_weights=0,
+        interactions={"block_0": {"block_1": {"int2-g128": {"int2-g128": 0.8, "int4-g128": -0.4}}}},
+    )
+    fixed = {f"block_0/mlp/{name}_proj": None if b == 16 else QuantSpec(bits=b) for name, b in pins.items()}
+    found = costs_beside(scores, ["block_1"], [QuantSpec(bits=2), QuantSpec(bits=4)], fixed)
+    np.testing.assert_allclose(found, [[0.8 * beside, -0.4 * beside]], rtol=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -124,6 +124,10 @@ def test_a_reference_that_does_not_fit(small_model, quantized, tmp_path, text_fi
         ),
         (("score", "MODEL", "--metric", "zd", "--calibration", "x"), "--calibration is given, but zd reads no text"),
         (("score", "MODEL", "--metric", "zd", "--out", "SCORES"), "a file; give a directory"),
+        (
+            ("score", "MODEL", "--metric", "zd", "--out", "/dev/null/x"),
+            "/dev/null is a file; give a place in a directory",
+        ),
         (("score", "MODEL", "--metric", "zd", "--metric", "zd", "--out", "s"), "--metric zd: given twice"),
         (
             ("score", "MODEL", "--metric", "zd", "--metric", "random", "--top", 9, "--out", "s"),
@@ -176,14 +180,16 @@ def test_a_command_line_that_does_not_parse_is_one_line(args, line, monkeypatch,
 
 def test_a_path_that_cannot_be_used_is_one_line(scores, tmp_path):
     assert "directory" in refused("allocate", scores / "zd.json", "--bpw", 3, "--group-size", 64, "--out", tmp_path)
-    assert "directory" in refused("allocate", tmp_path, "--bpw", 3)
+    assert f"{tmp_path}: a directory; give a file that `lq score`" in refused("allocate", tmp_path, "--bpw", 3)
 
 
 @pytest.mark.parametrize(
     ("out", "picture", "message"),
     [
-        ("a.json", "a.json", "--picture a.json: is the plan's file as well; give another"),
-        ("a.json", "./a.json", "--picture a.json: is the plan's file as well; give another"),
+        ("a.json", "a.json", "--picture a.json: is that of --out as well; give another"),
+        ("a.json", "./a.json", "--picture a.json: is that of --out as well; give another"),
+        ("SCORES", "a.png", "is that of the scores as well; give another"),
+        ("a.json", "SCORES", "is that of the scores as well; give another"),
         ("a.json", ".", "--picture .: a directory; give a file"),
         ("a.json", "f/a.png", "f is a file; give a place in a directory"),
         (".", "a.png", "--out .: a directory; give a file"),
@@ -193,9 +199,12 @@ def test_a_path_that_cannot_be_used_is_one_line(scores, tmp_path):
 def test_neither_plan_nor_picture_is_written_when_one_cannot_be(scores, tmp_path, monkeypatch, out, picture, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "f").touch()
-    budget = ("--bpw", 3, "--group-size", 64)
-    assert message in refused("allocate", scores / "zd.json", *budget, "--out", out, "--picture", picture)
+    budget, given = ("--bpw", 3, "--group-size", 64), scores / "zd.json"
+    before = given.read_bytes()
+    out, picture = (given if path == "SCORES" else path for path in (out, picture))
+    assert message in refused("allocate", given, *budget, "--out", out, "--picture", picture)
     assert [path.name for path in tmp_path.iterdir()] == ["f"]
+    assert given.read_bytes() == before
 
 
 def test_options_that_do_not_fit_the_codes_are_refused_before_any_work(small_model, plan, tmp_path):

@@ -193,3 +193,8 @@ def test_the_order_of_the_windows_does_not_matter(segments):
 def test_options_that_cannot_be(given, line):
     with pytest.raises(UserError, match=line):
         METRICS.options("predicted_kl", given)
+
+
+def test_a_matrix_that_segments_do_not_divide_is_one_unit():
+    options = METRICS.options("predicted_kl", {"unit": "segment", "group_size": 32, "segment_channels": 96})
+    assert [options.segments((channels, 64)) for channels in (64, 96, 192, 256)] == [1, 1, 2, 1]

@@ -98,7 +98,7 @@ def test_a_step_costs_its_slope_at_the_plan_and_a_curvature(source):
         assert abs(slope) > 1e-6
 
 
-@pytest.mark.parametrize("segments", [32, None])
+@pytest.mark.parametrize("segments", ["group", 64, None])
 def test_it_loses_less_in_no_more_bits(source, segments):
     plan = allocate(score(source, "parameter_count"), bpw=3.4, bits=BITS, spec=SPEC, costs="place", method="knapsack")
     seen = []

@@ -34,7 +34,6 @@ from lq.cli.options import (
     ZeroDtype,
 )
 from lq.cli.printing import describe_plan
-from lq.errors import UserError
 
 
 def allocate(
@@ -64,15 +63,14 @@ def allocate(
     picture: Annotated[Path | None, typer.Option(help="A PNG of which matrix got which bits.")] = None,
 ) -> None:
     """A width for every matrix so that a budget is met, from scores."""
-    from lq.cli.arguments import Allocation, check_file, settings
+    from lq.cli.arguments import Allocation, check_apart, check_file, settings
     from lq.importance import Scores
     from lq.importance import reverse as reversed_scores
 
     check_file(out, "--out")
     if picture is not None:
         check_file(picture, "--picture")
-        if picture.resolve() == out.resolve():
-            raise UserError(f"--picture {picture}: is the plan's file as well; give another")
+    check_apart({"the scores": scores, "--latency": latency, "--out": out, "--picture": picture})
     allocation = Allocation(context.params, method, settings(option))
     read = Scores.read(scores)
     plan = allocation.plan(reversed_scores(read) if reverse else read)
@@ -92,7 +90,9 @@ def search(
     plan: Annotated[Path, typer.Argument(help="A file made by lq allocate: where it begins.", show_default=False)],
     bits: BitsList = "2,3,4",
     unit: Annotated[str, typer.Option(help="What changes width together: block, part, group or matrix.")] = "matrix",
-    method: Annotated[str, typer.Option(help="See lq list searches.")] = "evolution",
+    method: Annotated[
+        str, typer.Option(help="See lq list searches; descent loses least with gptq, or rtn with importance=true.")
+    ] = "evolution",
     option: Settings = None,
     quantizer: Annotated[str, typer.Option(help="What the candidates are made by; see lq list quantizers.")] = "rtn",
     quantizer_option: Annotated[list[str] | None, typer.Option(help="KEY=VALUE for it; repeat for several.")] = None,

@@ -58,8 +58,7 @@ def score(
         arguments.refuse(context, [*arguments.TEXT, "parts"], f"{', '.join(metric)} reads no text")
     if len(metrics) == 1:
         arguments.refuse(context, ["parts", "top"], "one score alone agrees with none")
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out}: a file; give a directory")
+    arguments.check_directory(out, "--out")
     source = open_checkpoint(resolve_model(model))
     _check_top(top, metrics, source.config)
     windows = calibration_text(source, calibration, samples, length, seed) if reading else None
