@@ -2,10 +2,11 @@
 
     python -m experiments.scale.stream [--blocks 4 8 16] [--out experiments/scale/measured/stream.json]
 
-For each number of blocks a checkpoint of bfloat16 shards is made and deleted again (half a gigabyte a block, and two
-for embedding and head); in between it is scored (LIM, ZD), widths are assigned, and it is quantized by rounding to
-nearest and by GPTQ, each by the command, in a process whose greatest resident memory the system reports. CPU seconds
-are those of all its threads, which other work on the machine changes less than it does wall time.
+Numbers of blocks that are in --out already are not measured again. For each of the others a checkpoint of bfloat16
+shards is made and deleted again (half a gigabyte a block, and two for embedding and head); in between it is scored
+(LIM, ZD), widths are assigned, and it is quantized by rounding to nearest and by GPTQ, each by the command, in a
+process whose greatest resident memory the system reports. CPU seconds are those of all its threads, which other work
+on the machine changes less than it does wall time.
 """
 
 import argparse
@@ -117,8 +118,9 @@ def main() -> None:
         "--place", type=Path, help="where the checkpoint is made; the system's temporary directory if none"
     )
     arguments = parser.parse_args()
-    shape, found = json.loads(arguments.shape.read_text(encoding="utf-8")), []
-    for blocks in arguments.blocks:
+    shape = json.loads(arguments.shape.read_text(encoding="utf-8"))
+    found = json.loads(arguments.out.read_text(encoding="utf-8")) if arguments.out.exists() else []
+    for blocks in sorted(set(arguments.blocks) - {case["blocks"] for case in found}):
         with tempfile.TemporaryDirectory(dir=arguments.place) as directory:
             model, out = Path(directory) / "model", Path(directory)
             _apart(write_checkpoint, model, shape, blocks)
@@ -126,7 +128,7 @@ def main() -> None:
             for name, command in stages(model, out):
                 case["stages"][name] = measured(command)
                 print(f"{blocks} blocks, {name}: {case['stages'][name]}", flush=True)
-        found.append(case)
+        found = sorted([*found, case], key=lambda case: case["blocks"])
         write_text(arguments.out, json.dumps(found, indent=1) + "\n")
     print(table(found))
 
