@@ -23,6 +23,7 @@ def code_version() -> dict[str, str]:
 def _sources_digest() -> str:
     digest = hashlib.sha256()
     for package in ("lq", "lq_kernels"):
+        # Neither is None: both packages are installed with this one, and have folders.
         for folder in importlib.util.find_spec(package).submodule_search_locations:  # type: ignore[union-attr]
             for file in sorted(Path(folder).rglob("*.py")):
                 digest.update(f"{package}/{file.relative_to(folder).as_posix()}\0".encode() + file.read_bytes())

@@ -42,6 +42,7 @@ def on_mesh(verb: Callable[..., None]) -> Callable[..., None]:
 
     signature, keyword = inspect.signature(verb), inspect.Parameter.KEYWORD_ONLY
     given = [inspect.Parameter(name, keyword, default=None, annotation=kind) for name, kind in OPTIONS.items()]
+    # Typer reads options from there; that functions have the attribute, type checkers do not know.
     run.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *given])  # type: ignore[attr]
     run.__annotations__ = {**verb.__annotations__, **OPTIONS}
     return run

@@ -32,6 +32,7 @@ from lq.models.decoder import apply_block
 from lq.models.matrices import EMBEDDING, HEAD, table_matrices
 from lq.models.source import ParameterSource, Params
 from lq.numerics.segmented import is_packed
+from lq.numerics.sharded import to_host
 
 Choice = Mapping[str, int]  # matrix path -> option
 
@@ -237,7 +238,7 @@ class Judge:
             sums = window_sums(config, config, head, tokens, masks, final, (self._head, self._reference[which]))
         else:
             sums = window_sums_against(config, head, tokens, masks, final, self._log_p, which)
-        return np.asarray(sums, np.float64)[:, :2] / masks.sum(1)[:, None]
+        return to_host(sums).astype(np.float64)[:, :2] / masks.sum(1)[:, None]
 
 
 @functools.partial(jax.jit, static_argnames=("config", "kind"))

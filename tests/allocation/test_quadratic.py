@@ -212,6 +212,14 @@ def test_interactions_of_scores():
     assert interactions_of(dataclasses.replace(scores, interactions={}), ["block_0"], options) is None
 
 
+# The first matrix has three quarters of the weights of its block.
+THREE_QUARTERS = {
+    "block_0/mlp/up_proj": (128, 192),
+    "block_0/mlp/down_proj": (128, 64),
+    "block_1/mlp/up_proj": (128, 64),
+}
+
+
 def test_of_a_unit_that_is_pinned_in_part_the_rest_loses_its_share():
     """Whole, block_0 loses 4 in two bits; what a pin on three quarters of it leaves loses 1, less than block_1."""
     costs = {"block_0": {"int2-g128": 4.0, "int4-g128": 0.0}, "block_1": {"int2-g128": 1.5, "int4-g128": 0.0}}
@@ -219,11 +227,7 @@ def test_of_a_unit_that_is_pinned_in_part_the_rest_loses_its_share():
         metric="given",
         values={"block_0": 4.0, "block_1": 1.5},
         model="m",
-        shapes={
-            "block_0/mlp/up_proj": (128, 192),
-            "block_0/mlp/down_proj": (128, 64),
-            "block_1/mlp/up_proj": (128, 64),
-        },
+        shapes=THREE_QUARTERS,
         other_weights=0,
         costs=costs,
         interactions={"block_0": {"block_1": {"int2-g128": {"int2-g128": 0.8}}}},
@@ -280,11 +284,7 @@ def test_a_unit_counts_beside_others_by_the_share_that_is_decided(pins, beside):
         metric="given",
         values={"block_0": 1.0, "block_1": 1.0},
         model="m",
-        shapes={
-            "block_0/mlp/up_proj": (128, 192),
-            "block_0/mlp/down_proj": (128, 64),
-            "block_1/mlp/up_proj": (128, 64),
-        },
+        shapes=THREE_QUARTERS,
         other_weights=0,
         interactions={"block_0": {"block_1": {"int2-g128": {"int2-g128": 0.8, "int4-g128": -0.4}}}},
     )
